@@ -1,0 +1,35 @@
+# `make demo` and `make test` are all a fresh machine needs.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+
+.PHONY: venv demo test lint docs clean
+
+venv: $(VENV)/.installed
+
+# Everything this machine can run. The constraints pin the versions that were tested.
+$(VENV)/.installed: pyproject.toml setup.cfg constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[test,docs,examples]"
+	touch $@
+
+# Trains the GPT of examples/ with adamw_torch and adamw_8bit on text that ships with Python.
+demo: venv
+	$(BIN)/python examples/demo.py
+
+test: venv
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadgroup
+
+lint: venv
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+# Warnings are errors. The snippets in the pages are executed by `make test`.
+docs: venv
+	$(BIN)/python docs/generate.py
+	$(BIN)/sphinx-build --fail-on-warning --keep-going --quiet -b html docs docs/_build
+
+clean:
+	rm -rf $(VENV) docs/_build docs/generated demo_output

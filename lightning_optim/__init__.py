@@ -1,0 +1,72 @@
+"""Any optimizer for any LightningModule, by name.
+
+class LitModel(OptimMixin, L.LightningModule):
+    def __init__(self, width: int = 256, **optim):
+        super().__init__(**optim)
+
+L.Trainer(max_epochs=3).fit(LitModel(optim="lion_8bit", lr=1e-4))
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from lightning_optim.availability import Requirement
+from lightning_optim.callbacks.optim import OptimCallback
+from lightning_optim.callbacks.schedule_free import ScheduleFreeCallback
+from lightning_optim.config import OptimConfig
+from lightning_optim.errors import (
+    DuplicateOptimizer,
+    IncompatibleTrainer,
+    InvalidOption,
+    InvalidParamGroups,
+    MissingDependency,
+    UnknownOptimizer,
+    UnknownSchedule,
+)
+from lightning_optim.factory import build_optimizer
+from lightning_optim.mixin import OptimMixin
+from lightning_optim.options import Options, option
+from lightning_optim.registry import REGISTRY, register
+from lightning_optim.schedules import build_schedule
+from lightning_optim.spec import Buffer, OptimizerSpec, Quantization, StateLayout
+
+if TYPE_CHECKING:
+    from lightning_optim.cli import OptimCLI
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "REGISTRY",
+    "Buffer",
+    "DuplicateOptimizer",
+    "IncompatibleTrainer",
+    "InvalidOption",
+    "InvalidParamGroups",
+    "MissingDependency",
+    "OptimCLI",
+    "OptimCallback",
+    "OptimConfig",
+    "OptimMixin",
+    "OptimizerSpec",
+    "Options",
+    "Quantization",
+    "Requirement",
+    "ScheduleFreeCallback",
+    "StateLayout",
+    "UnknownOptimizer",
+    "UnknownSchedule",
+    "build_optimizer",
+    "build_schedule",
+    "option",
+    "register",
+]
+
+
+def __getattr__(name: str) -> Any:
+    # OptimCLI needs jsonargparse, an optional package.
+    if name == "OptimCLI":
+        from lightning_optim.cli import OptimCLI
+
+        return OptimCLI
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

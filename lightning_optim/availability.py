@@ -1,0 +1,83 @@
+"""Whether an optional package can be used here, decided from metadata alone: nothing is imported."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+from dataclasses import dataclass
+
+from packaging.specifiers import SpecifierSet
+from packaging.version import Version
+
+from lightning_optim.errors import MissingDependency
+
+
+@dataclass(frozen=True)
+class Requirement:
+    """A package that an identifier needs.
+
+    Attributes:
+        distribution: Name on PyPI, what ``pip install`` takes.
+        module: Name that ``import`` takes.
+        versions: PEP 440 specifier of the versions our adapter works with.
+        broken: PEP 440 specifier of versions that are known to give wrong results; may be empty.
+        broken_reason: What is wrong in the ``broken`` versions.
+    """
+
+    distribution: str
+    module: str
+    versions: str = ""
+    broken: str = ""
+    broken_reason: str = ""
+
+    @property
+    def install_command(self) -> str:
+        """The command that satisfies this requirement."""
+        return f"pip install --upgrade '{self.distribution}{self.versions}'"
+
+    def installed_version(self) -> str | None:
+        """Returns the version of the installed distribution, or ``None``."""
+        try:
+            return importlib.metadata.version(self.distribution)
+        except importlib.metadata.PackageNotFoundError:
+            return None
+
+    def problem(self) -> str | None:
+        """Returns why the package cannot be used here, with the command that helps, or ``None`` if it can."""
+        version = self.installed_version()
+        if version is None:
+            return f"the package {self.distribution!r} is not installed: {self.install_command}"
+        if self.broken and Version(version) in SpecifierSet(self.broken, prereleases=True):
+            return f"{self.distribution} {version} {self.broken_reason}: {self.install_command}"
+        if self.versions and Version(version) not in SpecifierSet(self.versions, prereleases=True):
+            return f"{self.distribution} {version} is installed, {self.versions} is needed: {self.install_command}"
+        if importlib.util.find_spec(self.module) is None:
+            return (
+                f"{self.distribution} {version} is installed but has no module {self.module!r} "
+                f"(a broken installation): {self.install_command} --force-reinstall"
+            )
+        return None
+
+
+@dataclass(frozen=True)
+class Availability:
+    """Whether an identifier can run here, and if not, every reason why."""
+
+    ok: bool
+    reasons: tuple[str, ...] = ()
+
+    def __bool__(self) -> bool:
+        return self.ok
+
+
+def check(requirements: tuple[Requirement, ...]) -> Availability:
+    """Returns whether all ``requirements`` hold, without importing any of them."""
+    reasons = tuple(problem for requirement in requirements if (problem := requirement.problem()))
+    return Availability(not reasons, reasons)
+
+
+def ensure(name: str, requirements: tuple[Requirement, ...]) -> None:
+    """Raises :class:`MissingDependency` with the commands to type if ``name`` cannot run here."""
+    availability = check(requirements)
+    if not availability:
+        raise MissingDependency(f"optim={name!r} cannot run here: " + "; ".join(availability.reasons))

@@ -1,0 +1,1 @@
+"""Lightning callbacks, one per file; their public names are in :mod:`lightning_optim`."""

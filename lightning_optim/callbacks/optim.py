@@ -1,0 +1,93 @@
+"""An optimizer by name for a LightningModule that cannot be changed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import partial
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
+
+from lightning_optim import integration
+from lightning_optim.config import OptimConfig
+from lightning_optim.errors import IncompatibleTrainer
+from lightning_optim.mixin import OptimMixin
+
+
+class OptimCallback(Callback):
+    """Gives any LightningModule the optimizer named, in place of its own ``configure_optimizers``, while fit runs.
+
+    The arguments are those of :class:`~lightning_optim.OptimMixin`. A module without any ``configure_optimizers`` is
+    refused by Lightning before callbacks run: call ``callback.install(module)`` on it before ``trainer.fit``.
+
+    Args:
+        optim: Identifier, alias or dotted path.
+        lr: Learning rate; ``None`` takes the row's default.
+        weight_decay: Weight decay of the parameters that decay; ``None`` takes the row's default.
+        optim_args: The row's options, a mapping or ``"name=value,..."``.
+        param_groups: Hyperparameters by regular expression over parameter names; the first match wins.
+        layer_decay: The learning rate is multiplied by this once per layer below the top.
+        layer_pattern: Regular expression whose one group is a layer's number.
+        lr_scheduler: Name of the learning-rate schedule.
+        lr_scheduler_args: Options of the schedule.
+        warmup_steps: Optimizer steps of warm-up, or a fraction of the training.
+
+    Raises:
+        UnknownOptimizer, UnknownSchedule, InvalidOption, IncompatibleTrainer: At once, when the request is wrong.
+    """
+
+    def __init__(
+        self,
+        optim: str = "adamw_torch",
+        lr: float | None = None,
+        weight_decay: float | None = None,
+        optim_args: Mapping[str, Any] | str | None = None,
+        param_groups: Mapping[str, Mapping[str, Any]] | None = None,
+        layer_decay: float | None = None,
+        layer_pattern: str | None = None,
+        lr_scheduler: str | None = None,
+        lr_scheduler_args: Mapping[str, Any] | str | None = None,
+        warmup_steps: int | float = 0,
+    ) -> None:
+        self.config = OptimConfig(
+            optim,
+            lr,
+            weight_decay,
+            optim_args,
+            param_groups,
+            layer_decay,
+            layer_pattern,
+            lr_scheduler,
+            lr_scheduler_args,
+            warmup_steps,
+        )
+
+    def install(self, module: LightningModule) -> None:
+        """Replaces the module's ``configure_optimizers`` until :meth:`uninstall`."""
+        module.configure_optimizers = partial(integration.configure, module, self.config)  # type: ignore[method-assign]
+
+    @staticmethod
+    def uninstall(module: LightningModule) -> None:
+        """Gives the module its own ``configure_optimizers`` back."""
+        module.__dict__.pop("configure_optimizers", None)
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if stage != "fit":
+            return
+        if isinstance(pl_module, OptimMixin):
+            raise IncompatibleTrainer(
+                f"OptimCallback(optim={self.config.optim!r}) beside {type(pl_module).__name__}, which has OptimMixin and "
+                f"names optim={pl_module.optim_config.optim!r} itself. Use one of them: drop the callback, or pass optim "
+                "to the module."
+            )
+        if sum(isinstance(callback, OptimCallback) for callback in trainer.callbacks) > 1:
+            raise IncompatibleTrainer("two OptimCallbacks in one Trainer; keep one.")
+        self.install(pl_module)
+        rank_zero_info(f"OptimCallback replaces {type(pl_module).__name__}.configure_optimizers while fit runs.")
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        self.uninstall(pl_module)
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self.uninstall(pl_module)

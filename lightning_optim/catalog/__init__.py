@@ -1,0 +1,17 @@
+"""The table: one file per provider, one row per optimizer.
+
+To add an optimizer, add a row here and a case in ``tests/cases.py``; CONTRIBUTING.md shows both.
+"""
+
+from __future__ import annotations
+
+from lightning_optim.catalog import bitsandbytes, optimi, schedulefree, torch_optim, torchao
+from lightning_optim.spec import OptimizerSpec
+
+ROWS: tuple[OptimizerSpec, ...] = (
+    *torch_optim.ROWS,
+    *torchao.ROWS,
+    *bitsandbytes.ROWS,
+    *optimi.ROWS,
+    *schedulefree.ROWS,
+)

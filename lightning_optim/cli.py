@@ -1,0 +1,130 @@
+"""``OptimCLI``: Lightning's command line with ``--optim NAME`` for any LightningModule."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from lightning.pytorch.cli import (
+    LightningArgumentParser,
+    LightningCLI,
+    LRSchedulerTypeTuple,
+    Namespace,
+)
+
+from lightning_optim.callbacks.optim import OptimCallback
+from lightning_optim.config import OptimConfig
+from lightning_optim.errors import IncompatibleTrainer, InvalidOption, UnknownOptimizer, UnknownSchedule
+from lightning_optim.mixin import OptimMixin
+
+# The torch scheduler of `--optimizer CLASS`; Lightning calls it `lr_scheduler`, which here takes a schedule's name.
+_TORCH_SCHEDULER = "torch_lr_scheduler"
+
+_ARGUMENTS: dict[str, tuple[Any, str]] = {
+    "optim": (str | None, "Optimizer by name; `lightning-optim list` shows all. Without it the model decides."),
+    "lr": (float | None, "Learning rate (default: the optimizer's)."),
+    "weight_decay": (float | None, "Weight decay of weights, not of biases and norms (default: the optimizer's)."),
+    "optim_args": (
+        dict[str, Any] | str | None,
+        "Options of the optimizer: --optim_args.eps 1e-6, a mapping in YAML, or 'name=value,...'.",
+    ),
+    "param_groups": (
+        dict[str, dict[str, Any]] | None,
+        "Hyperparameters by regular expression over parameter names, for instance {'embed.*': {'lr': 1e-4}}.",
+    ),
+    "layer_decay": (float | None, "The learning rate is multiplied by this once per layer below the top."),
+    "layer_pattern": (str | None, "Regular expression whose one group is a layer's number."),
+    "lr_scheduler": (str | None, "Learning-rate schedule by name: linear, cosine, ..."),
+    "lr_scheduler_args": (dict[str, Any] | str | None, "Options of the schedule."),
+    "warmup_steps": (int | float | None, "Warm-up in optimizer steps, or a fraction of the training below 1."),
+}
+
+
+class OptimCLI(LightningCLI):
+    """A ``LightningCLI`` with ``--optim``, ``--lr``, ``--weight_decay``, ``--optim_args.NAME``, ``--lr_scheduler`` ...
+
+    They work for any LightningModule: one with :class:`~lightning_optim.OptimMixin` gets them as its own, any other gets
+    an :class:`~lightning_optim.OptimCallback`. They are checked before anything is built; a mistake prints what is
+    allowed and exits with status 2. Without ``--optim`` everything is as in ``LightningCLI``, where ``--optimizer CLASS``
+    takes its scheduler from ``--torch_lr_scheduler``.
+
+    Example::
+
+        # train.py
+        from lightning_optim import OptimCLI
+        OptimCLI(LitModel, DataModule)
+
+        $ python train.py fit --optim lion_8bit --lr 1e-4 --optim_args.betas "[0.9, 0.99]" --config run.yaml
+    """
+
+    def add_core_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        # Not in add_arguments_to_parser: users override that one without calling super().
+        super().add_core_arguments_to_parser(parser)
+        for name, (annotation, help) in _ARGUMENTS.items():
+            parser.add_argument(f"--{name}", type=annotation, default=None, help=help)
+        if self.auto_configure_optimizers:
+            parser.add_lr_scheduler_args(LRSchedulerTypeTuple, nested_key=_TORCH_SCHEDULER)
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        super().parse_arguments(parser, args)
+        try:
+            self.optim_config = self._checked_config()
+        except (UnknownOptimizer, UnknownSchedule, InvalidOption, IncompatibleTrainer) as error:
+            self.parser.error(str(error))
+
+    def instantiate_classes(self) -> None:
+        super().instantiate_classes()
+        if self.optim_config is None:
+            return
+        if isinstance(self.model, OptimMixin):
+            self.model.optim_config = self.optim_config
+            if self.model.hparams:
+                # So that load_from_checkpoint gives back the optimizer that trained.
+                self.model.save_hyperparameters(self._given())
+            return
+        callback = OptimCallback(**dataclasses.asdict(self.optim_config))
+        # Before fit: Lightning refuses a module without configure_optimizers before it runs callbacks.
+        callback.install(self.model)
+        self.trainer.callbacks.insert(0, callback)
+
+    def _given(self) -> dict[str, Any]:
+        """Returns the optimizer arguments that were given, as plain values."""
+        config = self.config.get(str(self.config.get("subcommand")), self.config)
+        values = {name: config.get(name) for name in _ARGUMENTS}
+        return {
+            name: value.as_dict() if isinstance(value, Namespace) else value
+            for name, value in values.items()
+            if value is not None
+        }
+
+    def _checked_config(self) -> OptimConfig | None:
+        given = self._given()
+        config = self.config.get(str(self.config.get("subcommand")), self.config)
+        if "optim" not in given:
+            if given:
+                first = next(iter(given))
+                raise InvalidOption(
+                    f"--{first} needs --optim, for instance --optim adamw_torch"
+                    + (f" (the model's own argument is --model.{first})" if self._model_takes_optim(config) else "")
+                )
+            return None
+        for rival in ("optimizer", _TORCH_SCHEDULER):
+            if config.get(rival) is not None:
+                raise IncompatibleTrainer(
+                    f"--optim {given['optim']} beside --{rival} {config[rival].get('class_path', '')}: "
+                    "one of them would be ignored. Keep --optim NAME (with --lr_scheduler NAME), or --optimizer CLASS."
+                )
+        own = self._model_arguments(config).get("optim")
+        if own not in (None, OptimConfig.optim, given["optim"]):
+            raise IncompatibleTrainer(
+                f"--optim {given['optim']} beside --model.optim {own}: one of them would be ignored. Keep one."
+            )
+        return OptimConfig(**given)
+
+    @staticmethod
+    def _model_arguments(config: Namespace) -> dict[str, Any]:
+        model = config.get("model") or {}
+        return dict(model.get("init_args") or model)
+
+    def _model_takes_optim(self, config: Namespace) -> bool:
+        return "optim" in self._model_arguments(config)

@@ -1,0 +1,88 @@
+"""What a user asks for, as one checked value: shared by the mixin, the callback, the CLI and the factory."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from lightning_optim import rules
+from lightning_optim.errors import InvalidOption, MissingDependency
+from lightning_optim.options import NON_NEGATIVE, Range, as_number, parse, split
+from lightning_optim.registry import REGISTRY
+from lightning_optim.schedules import get_schedule, parse_warmup
+
+_LAYER_DECAY = Range(low=0.0, high=1.0, low_open=True)
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """An optimizer and its schedule, by name.
+
+    Creating one checks it: names, option names, types and ranges, and combinations that cannot work. Whether the
+    packages are installed is checked only when the optimizer is built, so that a checkpoint can be loaded for inference
+    where they are not.
+
+    Attributes:
+        optim: Identifier, alias or dotted path.
+        lr: Learning rate; ``None`` takes the row's default.
+        weight_decay: Weight decay of the parameters that decay; ``None`` takes the row's default.
+        optim_args: Options of the optimizer, a mapping or ``"name=value,..."``. ``weight_decay`` is understood here too.
+        param_groups: Hyperparameters by regular expression over parameter names; the first match wins.
+        layer_decay: The learning rate is multiplied by this once per layer below the top.
+        layer_pattern: Regular expression whose one group is a layer's number.
+        lr_scheduler: Name of the learning-rate schedule; ``None`` for none.
+        lr_scheduler_args: Options of the schedule.
+        warmup_steps: Optimizer steps of warm-up, or a fraction of the training.
+
+    Raises:
+        UnknownOptimizer, UnknownSchedule, InvalidOption, IncompatibleTrainer: See there.
+    """
+
+    optim: str = "adamw_torch"
+    lr: float | None = None
+    weight_decay: float | None = None
+    optim_args: Mapping[str, Any] | str | None = None
+    param_groups: Mapping[str, Mapping[str, Any]] | None = None
+    layer_decay: float | None = None
+    layer_pattern: str | None = None
+    lr_scheduler: str | None = None
+    lr_scheduler_args: Mapping[str, Any] | str | None = None
+    warmup_steps: int | float = 0
+
+    def __post_init__(self) -> None:
+        for name, bounds in (("lr", NON_NEGATIVE), ("weight_decay", NON_NEGATIVE), ("layer_decay", _LAYER_DECAY)):
+            object.__setattr__(self, name, as_number(name, getattr(self, name), bounds))
+        object.__setattr__(self, "warmup_steps", parse_warmup(self.warmup_steps))
+        if self.param_groups is not None and not isinstance(self.param_groups, Mapping):
+            raise InvalidOption(
+                f"param_groups={self.param_groups!r} is no mapping of patterns such as {{'embed.*': {{'lr': 1e-4}}}}"
+            )
+        if self.lr_scheduler is not None:
+            schedule = get_schedule(self.lr_scheduler)
+            parse(schedule.options, self.lr_scheduler_args, schedule.name)
+        try:
+            spec = REGISTRY[self.optim]
+        except MissingDependency:
+            return
+        self._absorb_weight_decay(spec.name)
+        parse(spec.options, self.optim_args, spec.name)
+        rules.check_config(rules.Request(spec, self))
+
+    def replace(self, **changes: Any) -> OptimConfig:
+        """Returns a checked copy with some attributes changed."""
+        return dataclasses.replace(self, **changes)
+
+    def _absorb_weight_decay(self, owner: str) -> None:
+        """Moves ``weight_decay`` out of ``optim_args``, where Hugging Face's classics take it."""
+        args = split(self.optim_args, owner) if isinstance(self.optim_args, str) else dict(self.optim_args or {})
+        if "weight_decay" not in args:
+            return
+        given = as_number("weight_decay", args.pop("weight_decay"), NON_NEGATIVE, optional=False)
+        if self.weight_decay not in (None, given):
+            raise InvalidOption(
+                f"weight_decay is given twice: weight_decay={self.weight_decay} and optim_args weight_decay={given}"
+            )
+        object.__setattr__(self, "weight_decay", given)
+        object.__setattr__(self, "optim_args", args)

@@ -1,0 +1,135 @@
+"""The pipeline, top to bottom: identifier -> row -> package -> options -> param groups -> rules -> optimizer."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch.optim import Optimizer
+
+from lightning_optim import rules
+from lightning_optim.config import OptimConfig
+from lightning_optim.errors import IncompatibleTrainer
+from lightning_optim.memory import state_bytes
+from lightning_optim.options import Options, parse
+from lightning_optim.param_groups import GroupPolicy, Target, make_groups, named_parameters
+from lightning_optim.registry import REGISTRY
+from lightning_optim.spec import OptimizerSpec
+
+
+@dataclass(frozen=True)
+class ResolvedOptimizer:
+    """An optimizer and how it came about.
+
+    Attributes:
+        optimizer: The optimizer, ready to step.
+        spec: Its row.
+        options: Its options, defaults filled in.
+        lr: Learning rate.
+        weight_decay: Weight decay of the parameters that decay.
+        state_bytes: Bytes of its full state, or ``None`` if the row does not say.
+    """
+
+    optimizer: Optimizer
+    spec: OptimizerSpec
+    options: Options
+    lr: float
+    weight_decay: float
+    state_bytes: int | None
+
+
+def resolve(
+    target: Target, config: OptimConfig, *, warmup_steps: int = 0, trainer: rules.TrainerFacts | None = None
+) -> ResolvedOptimizer:
+    """Builds the optimizer that ``config`` asks for.
+
+    Args:
+        target: A module, its parameters or (name, parameter) pairs.
+        config: The request.
+        warmup_steps: Warm-up in steps, for optimizers that warm up themselves.
+        trainer: What to know of the Trainer, if there is one.
+
+    Raises:
+        UnknownOptimizer, MissingDependency, InvalidOption, InvalidParamGroups, IncompatibleTrainer: See there.
+    """
+    spec = REGISTRY[config.optim]
+    optimizer_class = spec.load()
+    options = parse(spec.options, config.optim_args, spec.name)
+    lr = spec.default_lr if config.lr is None else config.lr
+    assert lr is not None, "the config rules see to it"
+    weight_decay = spec.default_weight_decay if config.weight_decay is None else config.weight_decay
+
+    parameters = named_parameters(target)
+    policy = GroupPolicy(lr, weight_decay, config.param_groups or {}, config.layer_decay, config.layer_pattern)
+    groups = make_groups(parameters, spec, options, policy)
+    rules.check_run(rules.Run(rules.Request(spec, config), parameters, groups, trainer))
+
+    arguments = {"lr": lr, **options.select("group", "constructor"), **spec.fixed}
+    if spec.decays:
+        arguments["weight_decay"] = weight_decay
+    if spec.warmup == "optimizer":
+        arguments["warmup_steps"] = warmup_steps
+    optimizer = optimizer_class(groups, **arguments)
+    return ResolvedOptimizer(optimizer, spec, options, lr, weight_decay, state_bytes(spec, options, groups))
+
+
+def build_optimizer(
+    target: Target,
+    optim: str = "adamw_torch",
+    *,
+    lr: float | None = None,
+    weight_decay: float | None = None,
+    optim_args: Mapping[str, Any] | str | None = None,
+    param_groups: Mapping[str, Mapping[str, Any]] | None = None,
+    layer_decay: float | None = None,
+    layer_pattern: str | None = None,
+    warmup_steps: int = 0,
+) -> Optimizer:
+    """Builds an optimizer by name, for plain PyTorch, Fabric and manual optimization.
+
+    Args:
+        target: A module, its parameters or (name, parameter) pairs. From a module, biases, norms and embeddings are
+            recognized; from bare parameters only the number of dimensions is known.
+        optim: Identifier, alias or dotted path such as ``"torch.optim.NAdam"``.
+        lr: Learning rate; ``None`` takes the row's default.
+        weight_decay: Weight decay of the parameters that decay; ``None`` takes the row's default.
+        optim_args: The row's options, a mapping or ``"name=value,..."``.
+        param_groups: Hyperparameters by regular expression over parameter names; the first match wins.
+        layer_decay: The learning rate is multiplied by this once per layer below the top.
+        layer_pattern: Regular expression whose one group is a layer's number.
+        warmup_steps: Warm-up in steps, for optimizers that warm up themselves (``schedule_free_adamw``,
+            ``schedule_free_sgd``); refused for others, whose warm-up is :func:`build_schedule`'s.
+
+    Returns:
+        An ordinary ``torch.optim.Optimizer``.
+
+    Raises:
+        UnknownOptimizer: If there is no such optimizer.
+        MissingDependency: If its package is not installed, too old or known to be wrong.
+        InvalidOption: If an option is unknown, of the wrong type or out of range.
+        InvalidParamGroups: If the parameters cannot be grouped as asked.
+        IncompatibleTrainer: If the model's parameters cannot be stepped by it.
+
+    Example:
+        >>> import torch
+        >>> from lightning_optim import build_optimizer
+        >>> optimizer = build_optimizer(torch.nn.Linear(4, 2), "adamw_torch", lr=1e-3, optim_args="eps=1e-6")
+        >>> [group["name"] for group in optimizer.param_groups]
+        ['decay', 'no_decay']
+    """
+    config = OptimConfig(
+        optim=optim,
+        lr=lr,
+        weight_decay=weight_decay,
+        optim_args=optim_args,
+        param_groups=param_groups,
+        layer_decay=layer_decay,
+        layer_pattern=layer_pattern,
+    )
+    if warmup_steps and REGISTRY[optim].warmup != "optimizer":
+        raise IncompatibleTrainer(
+            f"warmup_steps={warmup_steps} beside optim={optim!r}: build_optimizer makes no schedule. Leave it out and "
+            f"call build_schedule(optimizer, 'constant_with_warmup', warmup_steps={warmup_steps})."
+        )
+    return resolve(target, config, warmup_steps=warmup_steps).optimizer

@@ -1,0 +1,85 @@
+"""Bytes of optimizer state, counted from shapes without allocating anything."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from torch import Tensor
+
+from lightning_optim.options import Options
+from lightning_optim.spec import OptimizerSpec, Quantization
+
+_SCALE_BYTES = 4
+
+
+def state_bytes(spec: OptimizerSpec, options: Options, groups: Iterable[dict[str, Any]]) -> int | None:
+    """Returns the bytes of the full state for these param groups, or ``None`` if the row does not say.
+
+    What the allocator adds and lookup tables shared by all tensors are not counted.
+    """
+    if spec.state is None:
+        return None
+    return sum(
+        parameter_bytes(spec, options, parameter.numel(), parameter.element_size(), group.get("optim_bits"))
+        for group in groups
+        for parameter in group["params"]
+    )
+
+
+def parameter_bytes(
+    spec: OptimizerSpec, options: Options, elements: int, element_size: int, bits: int | None = None
+) -> int:
+    """Returns the bytes of one parameter's state.
+
+    Args:
+        spec: The row; its ``state`` must be known.
+        options: Its options.
+        elements: Number of elements of the parameter.
+        element_size: Bytes per element of the parameter.
+        bits: The group's ``optim_bits``; 32 keeps the state unquantized.
+    """
+    assert spec.state is not None
+    layout = spec.state
+    quantization = layout.quantization
+    total = layout.scalar_bytes
+    for buffer in layout.buffers:
+        if buffer.when is not None and not buffer.when(options):
+            continue
+        if quantization is not None and bits != 32 and is_quantized(quantization, options, elements):
+            per_copy = _quantized_bytes(quantization, options, elements)
+        else:
+            per_copy = elements * (4 if buffer.float32 or bits == 32 else element_size)
+        total += buffer.copies * per_copy
+    return total
+
+
+def is_quantized(quantization: Quantization, options: Options, elements: int) -> bool:
+    """Whether a parameter with this many elements gets a quantized state."""
+    block = _number(quantization.block_size, options)
+    return elements >= _number(quantization.min_size, options) and not (quantization.whole_blocks and elements % block)
+
+
+def _quantized_bytes(quantization: Quantization, options: Options, elements: int) -> int:
+    block = _number(quantization.block_size, options)
+    codes = elements * quantization.bits // 8
+    return codes + -(-elements // block) * _SCALE_BYTES + quantization.table_bytes
+
+
+def _number(value: int | str, options: Options) -> int:
+    return int(getattr(options, value)) if isinstance(value, str) else value
+
+
+def measured_bytes(state_dict: dict[str, Any]) -> int:
+    """Returns the bytes of all distinct tensors in an optimizer's ``state_dict()["state"]``."""
+    storages: dict[int, int] = {}
+
+    def visit(value: Any) -> None:
+        if isinstance(value, Tensor):
+            storages[value.data_ptr()] = value.numel() * value.element_size()
+        elif isinstance(value, dict):
+            for item in value.values():
+                visit(item)
+
+    visit(state_dict["state"])
+    return sum(storages.values())

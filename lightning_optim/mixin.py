@@ -1,0 +1,157 @@
+"""``OptimMixin``: a LightningModule whose optimizer is named, not written."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from lightning.pytorch import LightningModule
+from torch.optim import Optimizer
+
+from lightning_optim import integration
+from lightning_optim.config import OptimConfig
+from lightning_optim.errors import IncompatibleTrainer
+from lightning_optim.param_groups import Target
+
+if TYPE_CHECKING:
+    from lightning.pytorch.utilities.types import OptimizerLRScheduler
+
+    _Base = LightningModule
+else:
+    _Base = object
+
+
+class OptimMixin(_Base):
+    """Adds ``optim`` and its companions to the arguments of a LightningModule and resolves ``configure_optimizers``.
+
+    Put it before ``LightningModule`` among the bases, and hand the arguments on::
+
+        class LitModel(OptimMixin, L.LightningModule):
+            def __init__(self, width: int = 256, **optim):
+                super().__init__(**optim)
+                ...
+
+    Args:
+        *args: Handed on to the next class.
+        optim: Identifier, alias or dotted path; ``lightning-optim list`` shows them.
+        lr: Learning rate; ``None`` takes the row's default. ``self.lr`` reads and sets it, for ``Tuner.lr_find``.
+        weight_decay: Weight decay of the parameters that decay (not biases, norms and others with fewer than two
+            dimensions); ``None`` takes the row's default.
+        optim_args: The row's options, a mapping or ``"name=value,..."``; ``lightning-optim info NAME`` shows them.
+        param_groups: Hyperparameters by regular expression over parameter names; the first match wins.
+        layer_decay: The learning rate is multiplied by this once per layer below the top.
+        layer_pattern: Regular expression whose one group is a layer's number; ``None`` finds the layers.
+        lr_scheduler: Name of the learning-rate schedule; ``None`` for none.
+        lr_scheduler_args: Options of the schedule, a mapping or ``"name=value,..."``.
+        warmup_steps: Optimizer steps of warm-up, or a fraction of the training below 1.
+        **kwargs: Handed on to the next class.
+
+    Raises:
+        UnknownOptimizer, UnknownSchedule, InvalidOption, IncompatibleTrainer: At once, when the request is wrong.
+        MissingDependency: When fit starts, if the optimizer's package is not installed.
+    """
+
+    def __init__(
+        self,
+        *args: Any,
+        optim: str = "adamw_torch",
+        lr: float | None = None,
+        weight_decay: float | None = None,
+        optim_args: Mapping[str, Any] | str | None = None,
+        param_groups: Mapping[str, Mapping[str, Any]] | None = None,
+        layer_decay: float | None = None,
+        layer_pattern: str | None = None,
+        lr_scheduler: str | None = None,
+        lr_scheduler_args: Mapping[str, Any] | str | None = None,
+        warmup_steps: int | float = 0,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(*args, **kwargs)
+        self.optim_config = OptimConfig(
+            optim,
+            lr,
+            weight_decay,
+            optim_args,
+            param_groups,
+            layer_decay,
+            layer_pattern,
+            lr_scheduler,
+            lr_scheduler_args,
+            warmup_steps,
+        )
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        foreign = [base for base in cls.__mro__ if base.__module__.startswith("pytorch_lightning.")]
+        if foreign:
+            raise IncompatibleTrainer(
+                f"{cls.__name__} mixes OptimMixin with {foreign[0].__module__}.{foreign[0].__name__}: the packages "
+                "pytorch_lightning and lightning do not know each other's classes. Write `import lightning as L` and "
+                "use L.LightningModule and L.Trainer."
+            )
+        mro = list(cls.__mro__)
+        if LightningModule in mro and mro.index(LightningModule) < mro.index(OptimMixin):
+            raise IncompatibleTrainer(
+                f"OptimMixin stands after LightningModule among the bases of {cls.__name__} and would never be asked. "
+                f"Write `class {cls.__name__}(OptimMixin, L.LightningModule)`."
+            )
+
+    @property
+    def lr(self) -> float | None:
+        """The learning rate asked for; setting it takes effect when the optimizer is built."""
+        return self.optim_config.lr
+
+    @lr.setter
+    def lr(self, value: float | None) -> None:
+        self.optim_config = self.optim_config.replace(lr=value)
+
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        """Builds the optimizer and the schedule that were named."""
+        return integration.configure(self, self.optim_config)
+
+    def build_optimizer(
+        self,
+        target: Target | None = None,
+        optim: str | None = None,
+        *,
+        lr: float | None = None,
+        weight_decay: float | None = None,
+        optim_args: Mapping[str, Any] | str | None = None,
+        param_groups: Mapping[str, Mapping[str, Any]] | None = None,
+        layer_decay: float | None = None,
+        layer_pattern: str | None = None,
+        warmup_steps: int | float = 0,
+    ) -> Optimizer:
+        """Builds an optimizer by name inside your own ``configure_optimizers``, for GANs and manual optimization.
+
+        It makes no schedule; :func:`lightning_optim.build_schedule` does.
+
+        Args:
+            target: A module, parameters or (name, parameter) pairs; ``None`` means this module.
+            optim: Identifier. Without one, this module's own arguments are the defaults of those below.
+            lr: Learning rate.
+            weight_decay: Weight decay of the parameters that decay.
+            optim_args: The row's options.
+            param_groups: Hyperparameters by regular expression over parameter names.
+            layer_decay: Factor on the learning rate per layer below the top.
+            layer_pattern: Regular expression whose one group is a layer's number.
+            warmup_steps: Warm-up of an optimizer that warms up itself.
+
+        Returns:
+            The optimizer; what it needs from the Trainer (mode switches, the report) is taken care of.
+
+        Raises:
+            Everything :func:`lightning_optim.build_optimizer` raises.
+        """
+        options = {
+            "lr": lr,
+            "weight_decay": weight_decay,
+            "optim_args": optim_args,
+            "param_groups": param_groups,
+            "layer_decay": layer_decay,
+            "layer_pattern": layer_pattern,
+            "warmup_steps": warmup_steps or None,
+        }
+        given: dict[str, Any] = {name: value for name, value in options.items() if value is not None}
+        config = self.optim_config.replace(**given) if optim is None else OptimConfig(optim=optim, **given)
+        return integration.build(self, self if target is None else target, config)

@@ -1,0 +1,1 @@
+"""The algorithms we own, pure torch, one per file."""

@@ -1,0 +1,328 @@
+"""Typed options: ``"betas=(0.9, 0.95),eps=1e-6"`` or a mapping becomes a row's frozen dataclass.
+
+Hugging Face's Trainer hands strings on unparsed or drops them in silence. Here every option of every row is declared
+with its type, range and meaning; whatever is not declared, cannot be parsed or is out of range is an error that lists
+what is allowed.
+"""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import math
+import types
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal, TypeVar
+
+from lightning_optim.errors import InvalidOption, close_names, listing
+
+_TRUE = ("true", "1", "yes", "y", "on", "t")
+_FALSE = ("false", "0", "no", "n", "off", "f")
+_OPENING, _CLOSING = "([{", ")]}"
+
+Scope = Literal["group", "constructor", "policy"]
+OptionsT = TypeVar("OptionsT", bound="Options")
+
+
+@dataclass(frozen=True)
+class Range:
+    """An interval of numbers; ``None`` leaves a side unbounded."""
+
+    low: float | None = None
+    high: float | None = None
+    low_open: bool = False
+    high_open: bool = False
+
+    def __contains__(self, value: float) -> bool:
+        if math.isnan(value):
+            return False
+        if self.low is not None and (value < self.low or (self.low_open and value == self.low)):
+            return False
+        return not (self.high is not None and (value > self.high or (self.high_open and value == self.high)))
+
+    def __str__(self) -> str:
+        left = "" if self.low is None else f"{self.low:g} {'<' if self.low_open else '<='} "
+        right = "" if self.high is None else f" {'<' if self.high_open else '<='} {self.high:g}"
+        return f"{left}value{right}"
+
+
+NON_NEGATIVE = Range(low=0.0)
+POSITIVE = Range(low=0.0, low_open=True)
+AT_LEAST_ONE = Range(low=1.0)
+UNIT = Range(low=0.0, high=1.0, high_open=True)
+OPEN_UNIT = Range(low=0.0, high=1.0, low_open=True, high_open=True)
+
+
+@dataclass(frozen=True)
+class Options:
+    """Base of every row's options; the subclasses' fields are made by :func:`option`."""
+
+    #: Shown in error texts: which identifier or schedule the options belong to.
+    kind: ClassVar[str] = "optim_args"
+
+    def check(self) -> None:
+        """Raises :class:`InvalidOption` for combinations of values that cannot work together."""
+
+    def select(self, *scopes: Scope) -> dict[str, Any]:
+        """Returns the options of the given scopes as keyword arguments."""
+        return {
+            field.name: getattr(self, field.name)
+            for field in dataclasses.fields(self)
+            if field.metadata["scope"] in scopes
+        }
+
+
+def option(default: Any, help: str, range: Range | None = None, scope: Scope = "group") -> Any:
+    """Declares an option of a row.
+
+    Args:
+        default: The default, as a rule the upstream library's own.
+        help: One line for ``lightning-optim info`` and the docs.
+        range: Allowed values of a number, or of each number of a tuple.
+        scope: ``"group"``: an argument of the constructor that may also differ between param groups;
+            ``"constructor"``: one value for the whole optimizer; ``"policy"``: used by us when parameters are grouped,
+            never passed on.
+    """
+    return dataclasses.field(default=default, metadata={"help": help, "range": range, "scope": scope})
+
+
+def required(help: str, range: Range | None = None, scope: Scope = "group") -> Any:
+    """Declares an option without a default."""
+    return dataclasses.field(metadata={"help": help, "range": range, "scope": scope})
+
+
+@dataclass(frozen=True)
+class OptionInfo:
+    """One option as ``info``, the docs and error texts show it."""
+
+    name: str
+    type: str
+    default: Any
+    range: str
+    help: str
+    scope: Scope
+
+    def __str__(self) -> str:
+        bounds = f", {self.range}" if self.range else ""
+        default = "required" if self.default is dataclasses.MISSING else f"default {self.default!r}"
+        return f"{self.name}: {self.type} ({default}{bounds})"
+
+
+def describe(options: type[Options]) -> list[OptionInfo]:
+    """Returns the declared options in order of declaration."""
+    hints = typing.get_type_hints(options)
+    return [
+        OptionInfo(
+            name=field.name,
+            type=_type_name(hints[field.name]),
+            default=field.default,
+            range=str(field.metadata["range"] or ""),
+            help=field.metadata["help"],
+            scope=field.metadata["scope"],
+        )
+        for field in dataclasses.fields(options)
+    ]
+
+
+def parse(options: type[OptionsT], raw: Mapping[str, Any] | str | None, owner: str) -> OptionsT:
+    """Turns what a user wrote into the row's options.
+
+    Args:
+        options: The row's dataclass.
+        raw: A mapping, a string ``"key=value,key=value"`` as Hugging Face's Trainer takes it, or ``None``. Strings
+            inside a mapping are parsed by the option's type, too. Where the row has ``betas``, the single
+            ``beta1``, ``beta2``, ``beta3`` are understood.
+        owner: The identifier, for error texts.
+
+    Raises:
+        InvalidOption: For an unknown key, a value of the wrong type or out of range, or a malformed string.
+    """
+    given = split(raw, owner) if isinstance(raw, str) else dict(raw or {})
+    given = _merge_single_betas(options, given, owner)
+    values = {name: coerce(options, name, value, owner) for name, value in given.items()}
+    missing = [
+        field.name
+        for field in dataclasses.fields(options)
+        if field.default is dataclasses.MISSING and field.name not in values
+    ]
+    if missing:
+        raise InvalidOption(f"{owner!r} needs {listing(missing)} in {options.kind}; {_allowed(options)}")
+    parsed = options(**values)
+    try:
+        parsed.check()
+    except InvalidOption as error:
+        raise InvalidOption(f"{options.kind} of {owner!r}: {error}") from None
+    return parsed
+
+
+def split(text: str, owner: str) -> dict[str, str]:
+    """Splits ``"rank=64,betas=(0.9, 0.99)"`` at the commas outside of brackets."""
+    pairs: dict[str, str] = {}
+    depth, start = 0, 0
+    pieces = []
+    for index, character in enumerate(text + ","):
+        depth += (character in _OPENING) - (character in _CLOSING)
+        if character == "," and depth == 0:
+            pieces.append(text[start:index])
+            start = index + 1
+    if depth != 0:
+        raise InvalidOption(f"unbalanced brackets in {text!r}, given to {owner!r}")
+    for piece in pieces:
+        if not piece.strip():
+            continue
+        key, equals, value = piece.partition("=")
+        if not equals or not key.strip():
+            raise InvalidOption(
+                f"cannot read {piece.strip()!r} in {text!r}, given to {owner!r}; write 'name=value,name=value'"
+            )
+        if key.strip() in pairs:
+            raise InvalidOption(f"{key.strip()!r} is given twice in {text!r}, given to {owner!r}")
+        pairs[key.strip()] = value.strip()
+    return pairs
+
+
+def coerce(options: type[Options], name: str, value: Any, owner: str) -> Any:
+    """Returns ``value`` as the declared type of the option ``name``, its range checked.
+
+    Raises:
+        InvalidOption: If the row has no such option, or the value does not fit.
+    """
+    fields = {field.name: field for field in dataclasses.fields(options)}
+    if name not in fields:
+        near = close_names(name, fields, limit=3)
+        hint = f" Did you mean {listing(near)}?" if near else ""
+        raise InvalidOption(f"{owner!r} has no option {name!r}.{hint} {_allowed(options)}")
+    hint_type = typing.get_type_hints(options)[name]
+    bounds: Range | None = fields[name].metadata["range"]
+    try:
+        converted = convert(value, hint_type)
+    except (ValueError, TypeError, SyntaxError):
+        raise InvalidOption(
+            f"{name}={value!r} ({type(value).__name__}) does not fit the option of {owner!r}: "
+            f"{next(info for info in describe(options) if info.name == name)}"
+        ) from None
+    numbers = converted if isinstance(converted, tuple) else (converted,)
+    for number in numbers:
+        if bounds is not None and number is not None and number not in bounds:
+            raise InvalidOption(f"{name}={value!r} of {owner!r} is out of range: allowed is {bounds}")
+    return converted
+
+
+def as_number(name: str, value: Any, range: Range, optional: bool = True) -> float | None:
+    """Checks a plain hyperparameter such as ``lr``; returns it as a float (``None`` stays ``None``)."""
+    if value is None and optional:
+        return None
+    try:
+        number: float = convert(value, float)
+    except (ValueError, TypeError):
+        raise InvalidOption(f"{name}={value!r} ({type(value).__name__}) is not a number: {range} is allowed") from None
+    if number not in range:
+        raise InvalidOption(f"{name}={value!r} is out of range: {range} is allowed")
+    return number
+
+
+def _allowed(options: type[Options]) -> str:
+    infos = describe(options)
+    if not infos:
+        return "It takes no options."
+    return "Allowed: " + "; ".join(str(info) for info in infos) + "."
+
+
+def _merge_single_betas(options: type[Options], given: dict[str, Any], owner: str) -> dict[str, Any]:
+    """Folds ``beta1=0.9`` into ``betas``, as Hugging Face's names for AdEMAMix have it."""
+    fields = {field.name: field for field in dataclasses.fields(options)}
+    if "betas" not in fields:
+        return given
+    betas = list(fields["betas"].default)
+    names = [f"beta{index + 1}" for index in range(len(betas)) if f"beta{index + 1}" in given]
+    if not names:
+        return given
+    if "betas" in given:
+        raise InvalidOption(f"{owner!r} got both 'betas' and {listing(names)}; give one of them")
+    merged = {key: value for key, value in given.items() if key not in names}
+    for name in names:
+        betas[int(name[-1]) - 1] = as_number(name, given[name], UNIT, optional=False)
+    merged["betas"] = tuple(betas)
+    return merged
+
+
+def convert(value: Any, hint: Any) -> Any:
+    """Converts ``value`` to the type ``hint``; raises ValueError or TypeError where that would lose or guess."""
+    origin = typing.get_origin(hint)
+    if hint is Any:
+        return _literal(value) if isinstance(value, str) else value
+    if origin in (typing.Union, types.UnionType):
+        return _convert_union(value, typing.get_args(hint))
+    if origin is Literal:
+        if value in typing.get_args(hint):
+            return value
+        raise ValueError(value)
+    if origin is tuple:
+        return _convert_tuple(value, typing.get_args(hint))
+    if hint is bool:
+        return _convert_bool(value)
+    if hint is str:
+        if isinstance(value, str):
+            return value
+        raise TypeError(value)
+    if isinstance(value, str):
+        value = _literal(value.strip())
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(value)
+    if hint is int:
+        if int(value) != value:
+            raise ValueError(value)
+        return int(value)
+    assert hint is float, f"options of type {hint} are not supported"
+    return float(value)
+
+
+def _convert_union(value: Any, members: tuple[Any, ...]) -> Any:
+    if type(None) in members and (value is None or (isinstance(value, str) and value.lower() in ("none", "null"))):
+        return None
+    for member in members:
+        if member is not type(None):
+            try:
+                return convert(value, member)
+            except (ValueError, TypeError, SyntaxError):
+                continue
+    raise ValueError(value)
+
+
+def _convert_tuple(value: Any, members: tuple[Any, ...]) -> tuple[Any, ...]:
+    if isinstance(value, str):
+        value = ast.literal_eval(value)
+    if not isinstance(value, (list, tuple)) or len(value) != len(members):
+        raise TypeError(value)
+    return tuple(convert(item, member) for item, member in zip(value, members, strict=True))
+
+
+def _convert_bool(value: Any) -> bool:
+    if isinstance(value, bool):
+        return value
+    if isinstance(value, str) and value.strip().lower() in _TRUE + _FALSE:
+        return value.strip().lower() in _TRUE
+    raise TypeError(value)
+
+
+def _literal(text: str) -> Any:
+    """Reads a Python literal; ``1e-3`` and ``inf`` are numbers, whatever is no literal stays a string."""
+    try:
+        return float(text) if text.lower().lstrip("+-") in ("inf", "infinity") else ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return text
+
+
+def _type_name(hint: Any) -> str:
+    origin = typing.get_origin(hint)
+    if origin in (typing.Union, types.UnionType):
+        return " | ".join(_type_name(member) for member in typing.get_args(hint))
+    if origin is Literal:
+        return " | ".join(repr(choice) for choice in typing.get_args(hint))
+    if origin is tuple:
+        return f"({', '.join(_type_name(member) for member in typing.get_args(hint))})"
+    if hint is type(None):
+        return "None"
+    return getattr(hint, "__name__", str(hint))

@@ -1,0 +1,286 @@
+"""From named parameters and a policy to param groups: every trainable parameter in exactly one of them.
+
+The policy, in the order in which a parameter meets it:
+
+1. the first of the user's patterns that matches it sets its hyperparameters;
+2. layer-wise decay scales its learning rate by its depth, unless a pattern set it;
+3. biases, parameters of norm layers and others with fewer than two dimensions are not decayed, unless a pattern says so;
+4. where states are quantized, those of embeddings stay in 32 bits, unless the options say otherwise.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.parameter import is_lazy
+
+from lightning_optim.errors import InvalidParamGroups, close_names, listing
+from lightning_optim.options import NON_NEGATIVE, Options, as_number, coerce, describe
+from lightning_optim.spec import OptimizerSpec
+
+_NORMS = (_NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
+_EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)
+
+Target = nn.Module | Iterable[Any]
+
+
+@dataclass(frozen=True)
+class NamedParameter:
+    """A trainable parameter with all its names and the modules that own it.
+
+    A tied parameter has several names and owners but appears once.
+    """
+
+    parameter: Tensor
+    names: tuple[str, ...] = ()
+    owners: tuple[nn.Module, ...] = ()
+
+    @property
+    def name(self) -> str:
+        """The first of its names, or its shape if it has none."""
+        return self.names[0] if self.names else f"<unnamed {tuple(self.parameter.shape)}>"
+
+    @property
+    def decays(self) -> bool:
+        """Whether weight decay makes sense: no bias, no norm, at least two dimensions."""
+        is_bias = any(name.rpartition(".")[2] == "bias" for name in self.names)
+        return self.parameter.ndim >= 2 and not is_bias and not any(map(_is_norm, self.owners))
+
+    @property
+    def is_embedding(self) -> bool:
+        """Whether an embedding owns it."""
+        return any(isinstance(owner, _EMBEDDINGS) for owner in self.owners)
+
+
+@dataclass(frozen=True)
+class GroupPolicy:
+    """How parameters are divided into groups.
+
+    Attributes:
+        lr: Learning rate.
+        weight_decay: Weight decay of the parameters that decay.
+        overrides: Hyperparameters by regular expression over parameter names.
+        layer_decay: Factor per layer of depth; ``None`` leaves all layers the same lr.
+        layer_pattern: Regular expression whose one group is the layer's number; ``None`` finds the layers itself.
+    """
+
+    lr: float
+    weight_decay: float
+    overrides: Mapping[str, Mapping[str, Any]]
+    layer_decay: float | None = None
+    layer_pattern: str | None = None
+
+
+def named_parameters(target: Target) -> list[NamedParameter]:
+    """Collects the trainable parameters of a module, or of an iterable of parameters or of (name, parameter) pairs.
+
+    Raises:
+        InvalidParamGroups: If nothing is trainable, a parameter is not yet initialized, or ``target`` is none of these.
+    """
+    found: dict[int, NamedParameter] = {}
+    for name, parameter, owner in _walk(target):
+        if is_lazy(parameter):
+            raise InvalidParamGroups(
+                f"{name!r} is not initialized yet (a Lazy module); run one batch through the model before the "
+                "optimizer is built, for instance in setup()"
+            )
+        if parameter.requires_grad:
+            known = found.get(id(parameter), NamedParameter(parameter))
+            found[id(parameter)] = NamedParameter(
+                parameter, known.names + ((name,) if name else ()), known.owners + ((owner,) if owner else ())
+            )
+    if not found:
+        raise InvalidParamGroups(
+            "no parameter to optimize: all are frozen (requires_grad=False) or there are none. If configure_model() or "
+            "setup() creates the layers, build the optimizer after it."
+        )
+    return list(found.values())
+
+
+def make_groups(
+    parameters: list[NamedParameter], spec: OptimizerSpec, options: Options, policy: GroupPolicy
+) -> list[dict[str, Any]]:
+    """Divides the parameters into groups for ``spec``'s class, in a fixed order.
+
+    Returns:
+        Param groups with ``name``, ``params``, ``lr``, ``weight_decay`` (if the class decays), ``optim_bits`` (if its
+        states are quantized) and the overridden options.
+
+    Raises:
+        InvalidParamGroups: If a pattern is malformed, matches nothing or only what an earlier pattern took.
+        InvalidOption: If an override is unknown, of the wrong type or out of range.
+    """
+    overrides = {pattern: _checked(pattern, values, spec) for pattern, values in policy.overrides.items()}
+    pattern_of = _assign(parameters, overrides)
+    depths = _layer_depths(parameters, policy) if policy.layer_decay is not None else {}
+    groups: dict[str, dict[str, Any]] = {}
+    for parameter in parameters:
+        identity = id(parameter.parameter)
+        pattern = pattern_of.get(identity)
+        override = overrides[pattern] if pattern is not None else {}
+        labels = [pattern] if pattern is not None else []
+        group = {"lr": policy.lr}
+        if identity in depths:
+            layer, from_top = depths[identity]
+            labels.append(f"layer_{layer}")
+            group["lr"] = policy.lr * (policy.layer_decay or 1.0) ** from_top
+        if spec.decays:
+            group["weight_decay"] = policy.weight_decay if parameter.decays else 0.0
+            labels += [] if "weight_decay" in override else ["decay" if parameter.decays else "no_decay"]
+        if spec.bits is not None:
+            keep = parameter.is_embedding and not getattr(options, "quantize_embeddings", False)
+            group["optim_bits"] = 32 if keep else spec.bits
+            labels += ["32bit"] if keep and "optim_bits" not in override else []
+        name = "/".join(labels) or "all"
+        groups.setdefault(name, {"name": name, "params": [], **group, **override})["params"].append(parameter.parameter)
+    # Decayed groups first whatever module comes first, so that adding a leading norm layer does not swap the groups.
+    return sorted(groups.values(), key=lambda group: "no_decay" in group["name"].split("/"))
+
+
+def _walk(target: Target) -> Iterator[tuple[str, Tensor, nn.Module | None]]:
+    """Yields (name, parameter, owner), tied parameters once per name."""
+    if isinstance(target, nn.Module):
+        for prefix, module in target.named_modules(remove_duplicate=False):
+            for name, parameter in module._parameters.items():
+                if parameter is not None:
+                    yield f"{prefix}.{name}" if prefix else name, parameter, module
+        return
+    if isinstance(target, (Tensor, str, Mapping)) or not isinstance(target, Iterable):
+        raise InvalidParamGroups(
+            "expected a module, parameters or (name, parameter) pairs such as model.named_parameters(), "
+            f"got {type(target).__name__}"
+        )
+    for item in target:
+        name, parameter = item if isinstance(item, tuple) else ("", item)
+        if not isinstance(parameter, Tensor):
+            hint = " (for groups of your own use param_groups={pattern: {...}})" if isinstance(item, dict) else ""
+            raise InvalidParamGroups(
+                f"expected parameters or (name, parameter) pairs, got an item of type {type(item).__name__}{hint}"
+            )
+        yield name, parameter, None
+
+
+def _is_norm(module: nn.Module) -> bool:
+    # Many models bring their own norm layers (LlamaRMSNorm, LayerNorm2d, T5LayerNorm): the name tells.
+    return isinstance(module, _NORMS) or re.search(r"Norm(\d+d)?$", type(module).__name__) is not None
+
+
+def _checked(pattern: str, values: Mapping[str, Any], spec: OptimizerSpec) -> dict[str, Any]:
+    """Returns an override with its values converted and checked."""
+    if not isinstance(values, Mapping):
+        raise InvalidParamGroups(f"param_groups[{pattern!r}] must be a mapping such as {{'lr': 1e-4}}, got {values!r}")
+    checked: dict[str, Any] = {}
+    own = {info.name for info in describe(spec.options) if info.scope == "group"}
+    allowed = {"lr", *(["weight_decay"] if spec.decays else []), *(["optim_bits"] if spec.bits else []), *own}
+    for key, value in values.items():
+        if key not in allowed:
+            raise InvalidParamGroups(
+                f"param_groups[{pattern!r}] sets {key!r}, which {spec.name!r} cannot vary between groups; "
+                f"allowed: {listing(sorted(allowed))}"
+            )
+        if key in ("lr", "weight_decay"):
+            checked[key] = as_number(f"param_groups[{pattern!r}][{key!r}]", value, NON_NEGATIVE, optional=False)
+        elif key == "optim_bits":
+            if value not in (spec.bits, 32):
+                raise InvalidParamGroups(
+                    f"param_groups[{pattern!r}] sets optim_bits={value!r}; {spec.name!r} allows {spec.bits} or 32"
+                )
+            checked[key] = value
+        else:
+            checked[key] = coerce(spec.options, key, value, spec.name)
+    return checked
+
+
+def _assign(parameters: list[NamedParameter], overrides: Mapping[str, Any]) -> dict[int, str]:
+    """Returns the first matching pattern by parameter id."""
+    assigned: dict[int, str] = {}
+    for pattern in overrides:
+        expression = _compile(pattern, "param_groups")
+        matches = [p for p in parameters if any(expression.fullmatch(name) for name in p.names)]
+        fresh = [p for p in matches if id(p.parameter) not in assigned]
+        if not fresh:
+            taken = sorted({assigned[id(p.parameter)] for p in matches})
+            names = [name for p in parameters for name in p.names]
+            reason = (
+                f"matches only parameters that an earlier pattern takes ({listing(taken)}); put it first"
+                if matches
+                else f"matches no trainable parameter; patterns are regular expressions over whole names such as "
+                f"{listing(close_names(pattern, names, limit=4) or names[:4])}"
+            )
+            raise InvalidParamGroups(f"param_groups pattern {pattern!r} {reason}")
+        assigned.update({id(p.parameter): pattern for p in fresh})
+    return assigned
+
+
+def _compile(pattern: str, where: str) -> re.Pattern[str]:
+    try:
+        return re.compile(pattern)
+    except re.error as error:
+        hint = f"; did you mean the glob's equivalent {pattern.replace('.', '[.]').replace('*', '.*')!r}?"
+        raise InvalidParamGroups(
+            f"{where}: {pattern!r} is no regular expression ({error}){hint if '*' in pattern else ''}"
+        ) from None
+
+
+def _layer_depths(parameters: list[NamedParameter], policy: GroupPolicy) -> dict[int, tuple[int, int]]:
+    """Returns (layer, distance from the top) by parameter id.
+
+    Layer 0 holds what is registered before the numbered blocks (embeddings), the top layer what comes after (head).
+    """
+    pattern = policy.layer_pattern or _find_blocks(parameters)
+    expression = _compile(pattern, "layer_pattern")
+    if expression.groups != 1:
+        raise InvalidParamGroups(
+            f"layer_pattern={pattern!r} must have exactly one group, the layer's number, such as r'encoder[.]layer[.](\\d+)[.]'"
+        )
+    numbers: dict[int, int] = {}
+    for parameter in parameters:
+        found = [match for name in parameter.names if (match := expression.search(name))]
+        if found:
+            if not found[0].group(1).isdigit():
+                raise InvalidParamGroups(
+                    f"layer_pattern={pattern!r} finds {found[0].group(1)!r} in {parameter.name!r}: the group must "
+                    "match digits"
+                )
+            numbers[id(parameter.parameter)] = int(found[0].group(1))
+    if not numbers:
+        raise InvalidParamGroups(
+            f"layer_pattern={pattern!r} matches no trainable parameter, such as {parameters[0].name!r}"
+        )
+    first = min(numbers.values())
+    top = max(numbers.values()) - first + 2
+    depths: dict[int, tuple[int, int]] = {}
+    seen_block = False
+    for parameter in parameters:
+        identity = id(parameter.parameter)
+        if identity in numbers:
+            seen_block = True
+            layer = numbers[identity] - first + 1
+        else:
+            layer = top if seen_block else 0
+        depths[identity] = (layer, top - layer)
+    return depths
+
+
+def _find_blocks(parameters: list[NamedParameter]) -> str:
+    """Returns the pattern of the numbered blocks that hold most of the parameters."""
+    sizes: dict[str, int] = {}
+    blocks: dict[str, set[str]] = {}
+    for parameter in parameters:
+        for match in re.finditer(r"(^|\.)(\d+)\.", parameter.name):
+            prefix = parameter.name[: match.start(2)]
+            sizes[prefix] = sizes.get(prefix, 0) + parameter.parameter.numel()
+            blocks.setdefault(prefix, set()).add(match.group(2))
+    candidates = [prefix for prefix, numbers in blocks.items() if len(numbers) > 1]
+    if not candidates:
+        raise InvalidParamGroups(
+            "layer_decay needs numbered layers (an nn.ModuleList or nn.Sequential of blocks) and finds none; name them "
+            "with layer_pattern, a regular expression with one group for the number, such as r'encoder[.]layer[.](\\d+)[.]'"
+        )
+    prefix = max(candidates, key=lambda candidate: sizes[candidate])
+    return rf"^{re.escape(prefix)}(\d+)\."

@@ -1,0 +1,84 @@
+"""What was resolved, said once: for the terminal and for the logger's hyperparameters."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+from lightning_optim.factory import ResolvedOptimizer
+
+_NOT_SHOWN = ("params", "name", "param_names")
+
+
+def describe(resolved: ResolvedOptimizer, identifier: str, schedule: str) -> str:
+    """Returns the report for humans: identifier, class, hyperparameters, groups with counts, state bytes, schedule."""
+    spec = resolved.spec
+    shared = {**_settings(resolved), **spec.fixed}
+    lines = [f"optim={identifier!r}: {spec.implementation} ({', '.join(f'{k}={v}' for k, v in shared.items())})"]
+    groups = resolved.optimizer.param_groups
+    width = max(len(group["name"]) for group in groups)
+    for group in groups:
+        elements = sum(parameter.numel() for parameter in group["params"])
+        own = ", ".join(f"{key}={value}" for key, value in _differences(group, resolved).items())
+        lines.append(f"  {group['name']:<{width}}  {len(group['params']):>4} tensors  {elements:>12,} elements  {own}")
+    lines.append(f"  state: {_bytes_text(resolved)}; schedule: {schedule}; layerwise: no")
+    if spec.note:
+        lines.append(f"  note: {spec.note}")
+    return "\n".join(lines)
+
+
+def hyperparameters(resolved: ResolvedOptimizer, identifier: str, schedule: str) -> dict[str, Any]:
+    """Returns the report as plain values, for ``Logger.log_hyperparams``."""
+    return {
+        "identifier": identifier,
+        "class": resolved.spec.implementation,
+        **_settings(resolved),
+        **resolved.spec.fixed,
+        "schedule": schedule,
+        "state_bytes": resolved.state_bytes,
+        "layerwise": False,
+        "groups": {
+            group["name"]: {
+                "tensors": len(group["params"]),
+                "elements": sum(parameter.numel() for parameter in group["params"]),
+                **_differences(group, resolved),
+            }
+            for group in resolved.optimizer.param_groups
+        },
+    }
+
+
+def _settings(resolved: ResolvedOptimizer) -> dict[str, Any]:
+    settings = {"lr": resolved.lr}
+    if resolved.spec.decays:
+        settings["weight_decay"] = resolved.weight_decay
+    return {**settings, **resolved.options.select("group", "constructor", "policy")}
+
+
+def _differences(group: Mapping[str, Any], resolved: ResolvedOptimizer) -> dict[str, Any]:
+    """Returns what a group sets by itself: its lr and weight decay, its bits, its overrides."""
+    options = resolved.options.select("group")
+    return {
+        key: _plain(value)
+        for key, value in group.items()
+        if key in ("lr", "weight_decay", "optim_bits") or (key in options and options[key] != value)
+    }
+
+
+def _plain(value: Any) -> Any:
+    # A float32 tensor's 0.001 would print as 0.0010000000474974513.
+    return float(f"{value.item():.7g}") if isinstance(value, Tensor) else value
+
+
+def _bytes_text(resolved: ResolvedOptimizer) -> str:
+    if resolved.state_bytes is None:
+        return "unknown"
+    elements = sum(p.numel() for group in resolved.optimizer.param_groups for p in group["params"])
+    size, unit = float(resolved.state_bytes), "bytes"
+    for larger in ("KiB", "MiB", "GiB", "TiB"):
+        if size < 1024:
+            break
+        size, unit = size / 1024, larger
+    return f"{size:.4g} {unit} ({resolved.state_bytes / elements:.3g} bytes per element)"

@@ -1,0 +1,152 @@
+"""A row of the table: everything the pipeline has to know about an optimizer, as frozen data."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Any, Literal
+
+from torch.optim import Optimizer
+
+from lightning_optim import availability
+from lightning_optim.availability import Availability, Requirement
+from lightning_optim.options import Options
+
+Warmup = Literal["schedule", "optimizer", "none"]
+
+
+@dataclass(frozen=True)
+class Buffer:
+    """A state tensor that the optimizer keeps per parameter, of the parameter's shape.
+
+    Attributes:
+        name: Key in the optimizer's state.
+        float32: True if it is stored in float32 whatever the parameter's dtype; else it has the parameter's dtype.
+        copies: How many tensors of the parameter's shape it holds.
+        when: Tells from the options whether it exists; ``None`` means always.
+    """
+
+    name: str
+    float32: bool = False
+    copies: int = 1
+    when: Callable[[Any], bool] | None = None
+
+
+@dataclass(frozen=True)
+class Quantization:
+    """How a row stores its buffers block-wise in few bits.
+
+    Attributes:
+        bits: Bits per element.
+        block_size: Elements per float32 scale, or the name of the option that says so.
+        min_size: Parameters with fewer elements stay unquantized; a number or the name of an option.
+        whole_blocks: True if a size that is no multiple of the block size stays unquantized.
+        table_bytes: Bytes of the lookup table stored beside each tensor (0 if it is shared).
+    """
+
+    bits: int
+    block_size: int | str
+    min_size: int | str
+    whole_blocks: bool = False
+    table_bytes: int = 0
+
+
+@dataclass(frozen=True)
+class StateLayout:
+    """What an optimizer stores, enough to count its bytes without allocating them.
+
+    Attributes:
+        buffers: Tensors of the parameter's shape.
+        scalar_bytes: Bytes per parameter tensor for counters and other 0-dim tensors.
+        quantization: How the buffers are quantized, if they are.
+    """
+
+    buffers: tuple[Buffer, ...]
+    scalar_bytes: int = 0
+    quantization: Quantization | None = None
+
+
+@dataclass(frozen=True)
+class OptimizerSpec:
+    """One optimizer of the table.
+
+    Attributes:
+        name: The identifier.
+        target: The class we build, ``"package.module:Class"``; imported only when the identifier is built.
+        summary: One line.
+        source: Paper or library the algorithm comes from.
+        options: The dataclass that declares the options.
+        default_lr: Learning rate when the user gives none; ``None`` if one must be given.
+        default_weight_decay: Weight decay when the user gives none.
+        state: What it stores.
+        wraps: The upstream class if ``target`` is an adapter of ours, else empty.
+        requirements: Packages it needs beyond torch.
+        extra: The extra of our distribution that installs them, or empty.
+        fixed: Constructor arguments that make this row what it is, such as ``optim_bits=8``.
+        aliases: Other names of the same row.
+        devices: Device types it runs on; ``None`` means every device.
+        warmup: Who warms the learning rate up: a schedule, the optimizer itself (its constructor takes
+            ``warmup_steps``), or nobody because the algorithm needs none.
+        decays: False if the class takes no ``weight_decay``.
+        averages_weights: True if the weights to evaluate and save are an average that the optimizer keeps, so that it
+            has to be switched between training and evaluation.
+        sparse: True if it can step sparse gradients.
+        complex: True if it can step complex parameters.
+        sharded: True if it gives the right result on DTensor parameters (FSDP2, tensor parallelism).
+        half_weights: True if it can step float16 parameters without loss scaling, because it computes in float32 or
+            has no epsilon that float16 rounds to zero.
+        compiles: True if it calls torch.compile in its step, which on CPU needs a C++ compiler.
+        note: A limitation worth a line in ``info`` and the docs.
+    """
+
+    name: str
+    target: str
+    summary: str
+    source: str
+    options: type[Options]
+    default_lr: float | None
+    default_weight_decay: float
+    state: StateLayout | None
+    wraps: str = ""
+    requirements: tuple[Requirement, ...] = ()
+    extra: str = ""
+    fixed: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
+    aliases: tuple[str, ...] = ()
+    devices: frozenset[str] | None = None
+    warmup: Warmup = "schedule"
+    decays: bool = True
+    averages_weights: bool = False
+    sparse: bool = False
+    complex: bool = False
+    sharded: bool = False
+    half_weights: bool = False
+    compiles: bool = False
+    note: str = ""
+
+    @property
+    def implementation(self) -> str:
+        """The class whose algorithm runs, as a dotted path for humans."""
+        return self.wraps or self.target.replace(":", ".")
+
+    @property
+    def bits(self) -> int | None:
+        """Bits of the quantized state, or ``None`` if the state is not quantized."""
+        quantization = self.state.quantization if self.state else None
+        return quantization.bits if quantization else None
+
+    def availability(self) -> Availability:
+        """Returns whether the packages are there, without importing them."""
+        return availability.check(self.requirements)
+
+    def load(self) -> type[Optimizer]:
+        """Imports and returns the class.
+
+        Raises:
+            MissingDependency: If a package is absent, too old or known to be wrong.
+        """
+        availability.ensure(self.name, self.requirements)
+        module, _, attribute = self.target.partition(":")
+        loaded: type[Optimizer] = getattr(importlib.import_module(module), attribute)
+        return loaded

@@ -1,0 +1,84 @@
+"""One case per row of the table: its upstream reference and hyperparameters with which it learns in a few steps.
+
+``test_table.py`` fails if a row has no case or a case no row. The runners in ``test_training.py``, ``test_reference.py``
+and ``test_resume.py`` do the same with every case; what an optimizer cannot do stands here, with the reason.
+"""
+
+from __future__ import annotations
+
+import importlib
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch.optim import Optimizer
+
+
+@dataclass(frozen=True)
+class Case:
+    """How to test one row.
+
+    Attributes:
+        name: The identifier.
+        upstream: The reference class, ``"package.module:Class"``, built with the same param groups.
+        arguments: What the row fixes, spelled as the upstream constructor's arguments.
+        lr: A learning rate with which the test model learns in 30 steps.
+        options: ``optim_args`` of the tests, and arguments of the upstream constructor, different from the defaults.
+        averages: True if the optimizer has to be switched between training and evaluation.
+        schedule: An ``lr_scheduler`` for the tests, or ``None`` where the row takes none.
+    """
+
+    name: str
+    upstream: str
+    arguments: dict[str, Any] = field(default_factory=dict)
+    lr: float = 1e-2
+    options: dict[str, Any] = field(default_factory=dict)
+    averages: bool = False
+    schedule: str | None = "linear"
+
+    def load(self) -> type[Optimizer]:
+        module, _, attribute = self.upstream.partition(":")
+        return getattr(importlib.import_module(module), attribute)
+
+
+def _bnb(name: str, algorithm: str, bits: int, paged: bool | None, **kwargs: Any) -> Case:
+    arguments = {"optim_bits": bits} if paged is None else {"optim_bits": bits, "is_paged": paged}
+    return Case(name, f"bitsandbytes.optim:{algorithm}", arguments, **kwargs)
+
+
+_BETAS = {"betas": (0.8, 0.95)}
+_THREE_BETAS = {"betas": (0.8, 0.95, 0.99), "alpha": 2.0, "t_alpha": 10, "t_beta3": 10}
+
+CASES = (
+    Case("adamw_torch", "torch.optim:AdamW", options=_BETAS),
+    Case("adamw_torch_fused", "torch.optim:AdamW", {"fused": True}, options=_BETAS),
+    Case("adamw_torch_4bit", "torchao.optim:AdamW4bit", options=_BETAS),
+    Case("adamw_torch_8bit", "torchao.optim:AdamW8bit", options=_BETAS),
+    _bnb("adamw_bnb_8bit", "AdamW", 8, False, options=_BETAS),
+    _bnb("adamw_8bit", "AdamW", 8, False, options=_BETAS),
+    _bnb("paged_adamw_32bit", "AdamW", 32, True, options=_BETAS),
+    _bnb("paged_adamw_8bit", "AdamW", 8, True, options=_BETAS),
+    _bnb("lion_32bit", "Lion", 32, False, lr=3e-3, options=_BETAS),
+    _bnb("lion_8bit", "Lion", 8, False, lr=3e-3, options=_BETAS),
+    _bnb("paged_lion_32bit", "Lion", 32, True, lr=3e-3, options=_BETAS),
+    _bnb("paged_lion_8bit", "Lion", 8, True, lr=3e-3, options=_BETAS),
+    _bnb("ademamix", "AdEMAMix", 32, False, options=_THREE_BETAS),
+    _bnb("ademamix_8bit", "AdEMAMix", 8, False, options=_THREE_BETAS),
+    _bnb("paged_ademamix_32bit", "AdEMAMix", 32, True, options=_THREE_BETAS),
+    _bnb("paged_ademamix_8bit", "AdEMAMix", 8, True, options=_THREE_BETAS),
+    _bnb("rmsprop_bnb", "RMSprop", 32, None, options={"alpha": 0.9}),
+    _bnb("rmsprop_bnb_32bit", "RMSprop", 32, None, options={"alpha": 0.9}),
+    _bnb("rmsprop_bnb_8bit", "RMSprop", 8, None, options={"alpha": 0.9}),
+    Case("sgd", "torch.optim:SGD", lr=0.3, options={"momentum": 0.9, "nesterov": True}),
+    Case("adagrad", "torch.optim:Adagrad", lr=0.1, options={"lr_decay": 1e-3}),
+    Case("rmsprop", "torch.optim:RMSprop", options={"alpha": 0.9, "momentum": 0.5, "centered": True}),
+    Case("stable_adamw", "optimi:StableAdamW", options=_BETAS),
+    Case(
+        "schedule_free_radam", "schedulefree:RAdamScheduleFree", lr=3e-2, options=_BETAS, averages=True, schedule=None
+    ),
+    Case(
+        "schedule_free_adamw", "schedulefree:AdamWScheduleFree", lr=3e-2, options=_BETAS, averages=True, schedule=None
+    ),
+    Case("schedule_free_sgd", "schedulefree:SGDScheduleFree", lr=3.0, options={"r": 1.0}, averages=True, schedule=None),
+)
+BY_NAME = {case.name: case for case in CASES}
+NAMES = tuple(BY_NAME)

@@ -5,12 +5,8 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from lightning.pytorch.cli import (
-    LightningArgumentParser,
-    LightningCLI,
-    LRSchedulerTypeTuple,
-    Namespace,
-)
+from jsonargparse import Namespace
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, LRSchedulerTypeTuple
 
 from lightning_optim.callbacks.optim import OptimCallback
 from lightning_optim.config import OptimConfig
@@ -43,10 +39,10 @@ _ARGUMENTS: dict[str, tuple[Any, str]] = {
 class OptimCLI(LightningCLI):
     """A ``LightningCLI`` with ``--optim``, ``--lr``, ``--weight_decay``, ``--optim_args.NAME``, ``--lr_scheduler`` ...
 
-    They work for any LightningModule: one with :class:`~lightning_optim.OptimMixin` gets them as its own, any other gets
-    an :class:`~lightning_optim.OptimCallback`. They are checked before anything is built; a mistake prints what is
-    allowed and exits with status 2. Without ``--optim`` everything is as in ``LightningCLI``, where ``--optimizer CLASS``
-    takes its scheduler from ``--torch_lr_scheduler``.
+    They work for any LightningModule: one with :class:`~lightning_optim.OptimMixin` gets them as its own, any other
+    gets an :class:`~lightning_optim.OptimCallback`. They are checked before anything is built; a mistake prints what is
+    allowed and exits with status 2. Without ``--optim`` everything is as in ``LightningCLI``, except that
+    ``--optimizer CLASS`` takes its scheduler from ``--torch_lr_scheduler``.
 
     Example::
 
@@ -80,12 +76,12 @@ class OptimCLI(LightningCLI):
             self.model.optim_config = self.optim_config
             if self.model.hparams:
                 # So that load_from_checkpoint gives back the optimizer that trained.
-                self.model.save_hyperparameters(self._given())
+                self.model._update_hyperparameters(self._given())
             return
         callback = OptimCallback(**dataclasses.asdict(self.optim_config))
         # Before fit: Lightning refuses a module without configure_optimizers before it runs callbacks.
         callback.install(self.model)
-        self.trainer.callbacks.insert(0, callback)
+        self.trainer.callbacks.insert(0, callback)  # type: ignore[attr-defined]
 
     def _given(self) -> dict[str, Any]:
         """Returns the optimizer arguments that were given, as plain values."""

@@ -9,7 +9,7 @@ from typing import Any
 
 from lightning_optim import rules
 from lightning_optim.errors import InvalidOption, MissingDependency
-from lightning_optim.options import NON_NEGATIVE, Range, as_number, parse, split
+from lightning_optim.options import NON_NEGATIVE, Range, as_mapping, as_number, parse
 from lightning_optim.registry import REGISTRY
 from lightning_optim.schedules import get_schedule, parse_warmup
 
@@ -28,7 +28,8 @@ class OptimConfig:
         optim: Identifier, alias or dotted path.
         lr: Learning rate; ``None`` takes the row's default.
         weight_decay: Weight decay of the parameters that decay; ``None`` takes the row's default.
-        optim_args: Options of the optimizer, a mapping or ``"name=value,..."``. ``weight_decay`` is understood here too.
+        optim_args: Options of the optimizer, a mapping or ``"name=value,..."``. ``weight_decay`` is understood here,
+            too.
         param_groups: Hyperparameters by regular expression over parameter names; the first match wins.
         layer_decay: The learning rate is multiplied by this once per layer below the top.
         layer_pattern: Regular expression whose one group is a layer's number.
@@ -76,7 +77,7 @@ class OptimConfig:
 
     def _absorb_weight_decay(self, owner: str) -> None:
         """Moves ``weight_decay`` out of ``optim_args``, where Hugging Face's classics take it."""
-        args = split(self.optim_args, owner) if isinstance(self.optim_args, str) else dict(self.optim_args or {})
+        args = as_mapping(self.optim_args, owner)
         if "weight_decay" not in args:
             return
         given = as_number("weight_decay", args.pop("weight_decay"), NON_NEGATIVE, optional=False)

@@ -37,14 +37,21 @@ class IncompatibleTrainer(ValueError):
 def close_names(name: str, known: Iterable[str], limit: int = 5) -> list[str]:
     """Returns up to ``limit`` of the ``known`` names that a user who typed ``name`` may have meant.
 
-    Similar spellings come first, then names that share the most ``_``-separated words with ``name``.
+    Similar spellings come first, then names that share the most ``_``-separated words with ``name``; words of four
+    letters or more are shared where one contains the other.
     """
     known = sorted(known)
     similar = difflib.get_close_matches(name.lower(), known, n=limit, cutoff=0.6)
-    words = set(name.lower().replace("-", "_").split("_"))
-    shared = sorted(known, key=lambda other: -len(words & set(other.split("_"))))
-    related = [other for other in shared if words & set(other.split("_")) and other not in similar]
-    return (similar + related)[:limit]
+    words = name.lower().replace("-", "_").split("_")
+    shared = {
+        other: sum(any(_akin(word, part) for part in other.lower().split("_")) for word in words) for other in known
+    }
+    related = [other for other in sorted(known, key=lambda other: -shared[other]) if shared[other]]
+    return list(dict.fromkeys(similar + related))[:limit]
+
+
+def _akin(word: str, other: str) -> bool:
+    return word == other or (min(len(word), len(other)) > 3 and (word in other or other in word))
 
 
 def listing(names: Iterable[str]) -> str:

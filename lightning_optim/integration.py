@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from lightning_utilities.core.rank_zero import rank_zero_info
 from torch.optim import Optimizer
 
 from lightning_optim import factory, report
@@ -55,20 +55,9 @@ def build(module: LightningModule, target: Target, config: OptimConfig) -> Optim
     resolved = factory.resolve(target, config, warmup_steps=warmup, trainer=facts)
     if trainer is not None:
         if spec.averages_weights:
-            attach_schedule_free(trainer)
+            ScheduleFreeCallback.attach(trainer)
         _report(trainer, resolved, config, warmup)
     return resolved.optimizer
-
-
-def attach_schedule_free(trainer: Trainer) -> None:
-    """Adds the mode-switching callback for the fit that is starting, unless the user brought one.
-
-    It comes first, so that the user's callbacks find its work done.
-    """
-    if not any(isinstance(callback, ScheduleFreeCallback) for callback in trainer.callbacks):
-        callback = ScheduleFreeCallback()
-        callback.temporary = True
-        trainer.callbacks.insert(0, callback)
 
 
 def _facts(trainer: Trainer) -> TrainerFacts:
@@ -76,7 +65,7 @@ def _facts(trainer: Trainer) -> TrainerFacts:
         precision=str(trainer.precision),
         scales_loss=getattr(trainer.precision_plugin, "scaler", None) is not None,
         clips=bool(trainer.gradient_clip_val),
-        callbacks=frozenset(base.__name__ for callback in trainer.callbacks for base in type(callback).__mro__),
+        callbacks=frozenset(base.__name__ for callback in trainer.callbacks for base in type(callback).__mro__),  # type: ignore[attr-defined]
     )
 
 

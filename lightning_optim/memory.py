@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable
 from typing import Any
 
@@ -20,11 +21,13 @@ def state_bytes(spec: OptimizerSpec, options: Options, groups: Iterable[dict[str
     """
     if spec.state is None:
         return None
-    return sum(
-        parameter_bytes(spec, options, parameter.numel(), parameter.element_size(), group.get("optim_bits"))
-        for group in groups
-        for parameter in group["params"]
-    )
+    total = 0
+    for group in groups:
+        # A group may override what decides whether a buffer exists.
+        own = dataclasses.replace(options, **{key: group[key] for key in options.select("group") if key in group})
+        for parameter in group["params"]:
+            total += parameter_bytes(spec, own, parameter.numel(), parameter.element_size(), group.get("optim_bits"))
+    return total
 
 
 def parameter_bytes(

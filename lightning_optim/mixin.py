@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import copy
+import inspect
+from collections.abc import Mapping, Sequence
+from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 from lightning.pytorch import LightningModule
@@ -95,6 +98,31 @@ class OptimMixin(_Base):
                 f"OptimMixin stands after LightningModule among the bases of {cls.__name__} and would never be asked. "
                 f"Write `class {cls.__name__}(OptimMixin, L.LightningModule)`."
             )
+
+    def save_hyperparameters(
+        self,
+        *args: Any,
+        ignore: Sequence[str] | str | None = None,
+        frame: FrameType | None = None,
+        logger: bool = True,
+    ) -> None:
+        """Saves the arguments of ``__init__`` as Lightning does, and also one collected by a ``**`` of the same name.
+
+        Lightning leaves out the name of the collecting parameter: of ``__init__(self, **optim)`` it would lose
+        ``optim``, and ``load_from_checkpoint`` would give back another optimizer.
+        """
+        current = inspect.currentframe()
+        frame = frame or (current.f_back if current else None)
+        super().save_hyperparameters(*args, ignore=ignore, frame=frame, logger=logger)
+        collector = inspect.getargvalues(frame).keywords if frame else None
+        ignored = (ignore,) if isinstance(ignore, str) else ignore or ()
+        if frame and collector and not args and collector not in ignored and collector in frame.f_locals[collector]:
+            self._update_hyperparameters({collector: frame.f_locals[collector][collector]})
+
+    def _update_hyperparameters(self, values: Mapping[str, Any]) -> None:
+        """Changes the saved hyperparameters and what loggers are told of them."""
+        self.hparams.update(values)
+        self._hparams_initial = copy.deepcopy(self._hparams)
 
     @property
     def lr(self) -> float | None:

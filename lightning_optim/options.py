@@ -20,7 +20,7 @@ from lightning_optim.errors import InvalidOption, close_names, listing
 
 _TRUE = ("true", "1", "yes", "y", "on", "t")
 _FALSE = ("false", "0", "no", "n", "off", "f")
-_OPENING, _CLOSING = "([{", ")]}"
+_OPENING, _CLOSING, _QUOTES = "([{", ")]}", "'\""
 
 Scope = Literal["group", "constructor", "policy"]
 OptionsT = TypeVar("OptionsT", bound="Options")
@@ -28,7 +28,7 @@ OptionsT = TypeVar("OptionsT", bound="Options")
 
 @dataclass(frozen=True)
 class Range:
-    """An interval of numbers; ``None`` leaves a side unbounded."""
+    """An interval of finite numbers; ``None`` leaves a side unbounded."""
 
     low: float | None = None
     high: float | None = None
@@ -36,7 +36,7 @@ class Range:
     high_open: bool = False
 
     def __contains__(self, value: float) -> bool:
-        if math.isnan(value):
+        if not -math.inf < value < math.inf:
             return False
         if self.low is not None and (value < self.low or (self.low_open and value == self.low)):
             return False
@@ -139,8 +139,7 @@ def parse(options: type[OptionsT], raw: Mapping[str, Any] | str | None, owner: s
     Raises:
         InvalidOption: For an unknown key, a value of the wrong type or out of range, or a malformed string.
     """
-    given = split(raw, owner) if isinstance(raw, str) else dict(raw or {})
-    given = _merge_single_betas(options, given, owner)
+    given = _merge_single_betas(options, as_mapping(raw, owner, options.kind), owner)
     values = {name: coerce(options, name, value, owner) for name, value in given.items()}
     missing = [
         field.name
@@ -157,18 +156,36 @@ def parse(options: type[OptionsT], raw: Mapping[str, Any] | str | None, owner: s
     return parsed
 
 
+def as_mapping(raw: Mapping[str, Any] | str | None, owner: str, kind: str = Options.kind) -> dict[str, Any]:
+    """Returns the options as a user wrote them, a string or a mapping, as a new dict of unconverted values."""
+    if isinstance(raw, str):
+        return dict(split(raw, owner))
+    if raw is not None and not isinstance(raw, Mapping):
+        raise InvalidOption(
+            f"{kind}={raw!r} ({type(raw).__name__}), given to {owner!r}, is neither a mapping nor a string "
+            "'name=value,...'"
+        )
+    return dict(raw or {})
+
+
 def split(text: str, owner: str) -> dict[str, str]:
-    """Splits ``"rank=64,betas=(0.9, 0.99)"`` at the commas outside of brackets."""
+    """Splits ``"rank=64,betas=(0.9, 0.99)"`` at the commas outside of brackets and quotes."""
     pairs: dict[str, str] = {}
-    depth, start = 0, 0
+    depth, start, quote = 0, 0, ""
     pieces = []
     for index, character in enumerate(text + ","):
+        if character in _QUOTES and quote in ("", character):
+            quote = "" if quote else character
+        if quote:
+            continue
         depth += (character in _OPENING) - (character in _CLOSING)
+        if depth < 0:
+            break
         if character == "," and depth == 0:
             pieces.append(text[start:index])
             start = index + 1
-    if depth != 0:
-        raise InvalidOption(f"unbalanced brackets in {text!r}, given to {owner!r}")
+    if depth != 0 or quote:
+        raise InvalidOption(f"unbalanced {'quotes' if quote else 'brackets'} in {text!r}, given to {owner!r}")
     for piece in pieces:
         if not piece.strip():
             continue
@@ -179,7 +196,7 @@ def split(text: str, owner: str) -> dict[str, str]:
             )
         if key.strip() in pairs:
             raise InvalidOption(f"{key.strip()!r} is given twice in {text!r}, given to {owner!r}")
-        pairs[key.strip()] = value.strip()
+        pairs[key.strip()] = _unquoted(value.strip())
     return pairs
 
 
@@ -191,7 +208,7 @@ def coerce(options: type[Options], name: str, value: Any, owner: str) -> Any:
     """
     fields = {field.name: field for field in dataclasses.fields(options)}
     if name not in fields:
-        near = close_names(name, fields, limit=3)
+        near = close_names(str(name), fields, limit=3)
         hint = f" Did you mean {listing(near)}?" if near else ""
         raise InvalidOption(f"{owner!r} has no option {name!r}.{hint} {_allowed(options)}")
     hint_type = typing.get_type_hints(options)[name]
@@ -206,7 +223,7 @@ def coerce(options: type[Options], name: str, value: Any, owner: str) -> Any:
     numbers = converted if isinstance(converted, tuple) else (converted,)
     for number in numbers:
         if bounds is not None and number is not None and number not in bounds:
-            raise InvalidOption(f"{name}={value!r} of {owner!r} is out of range: allowed is {bounds}")
+            raise InvalidOption(f"{name}={value!r} of {owner!r} is out of range: allowed is {bounds}{_finite(number)}")
     return converted
 
 
@@ -219,8 +236,17 @@ def as_number(name: str, value: Any, range: Range, optional: bool = True) -> flo
     except (ValueError, TypeError):
         raise InvalidOption(f"{name}={value!r} ({type(value).__name__}) is not a number: {range} is allowed") from None
     if number not in range:
-        raise InvalidOption(f"{name}={value!r} is out of range: {range} is allowed")
+        raise InvalidOption(f"{name}={value!r} is out of range: {range}{_finite(number)} is allowed")
     return number
+
+
+def _finite(number: float) -> str:
+    return "" if -math.inf < number < math.inf else " (finite)"
+
+
+def _unquoted(text: str) -> str:
+    quoted = len(text) > 1 and text[0] in _QUOTES and text[0] == text[-1]
+    return text[1:-1] if quoted else text
 
 
 def _allowed(options: type[Options]) -> str:
@@ -272,15 +298,23 @@ def convert(value: Any, hint: Any) -> Any:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(value)
     if hint is int:
-        if int(value) != value:
+        if isinstance(value, float) and not value.is_integer():
             raise ValueError(value)
         return int(value)
     assert hint is float, f"options of type {hint} are not supported"
-    return float(value)
+    try:
+        number = float(value)
+    except OverflowError:
+        raise ValueError(value) from None
+    if math.isnan(number):
+        raise ValueError(value)
+    return number
 
 
 def _convert_union(value: Any, members: tuple[Any, ...]) -> Any:
-    if type(None) in members and (value is None or (isinstance(value, str) and value.lower() in ("none", "null"))):
+    if type(None) in members and (
+        value is None or (isinstance(value, str) and value.strip().lower() in ("none", "null"))
+    ):
         return None
     for member in members:
         if member is not type(None):

@@ -4,12 +4,14 @@ The policy, in the order in which a parameter meets it:
 
 1. the first of the user's patterns that matches it sets its hyperparameters;
 2. layer-wise decay scales its learning rate by its depth, unless a pattern set it;
-3. biases, parameters of norm layers and others with fewer than two dimensions are not decayed, unless a pattern says so;
+3. biases, parameters of norm layers and others with fewer than two dimensions are not decayed, unless a pattern says
+   so;
 4. where states are quantized, those of embeddings stay in 32 bits, unless the options say otherwise.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -19,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.parameter import is_lazy
 
-from lightning_optim.errors import InvalidParamGroups, close_names, listing
+from lightning_optim.errors import InvalidOption, InvalidParamGroups, close_names, listing
 from lightning_optim.options import NON_NEGATIVE, Options, as_number, coerce, describe
 from lightning_optim.spec import OptimizerSpec
 
@@ -115,7 +117,7 @@ def make_groups(
         InvalidParamGroups: If a pattern is malformed, matches nothing or only what an earlier pattern took.
         InvalidOption: If an override is unknown, of the wrong type or out of range.
     """
-    overrides = {pattern: _checked(pattern, values, spec) for pattern, values in policy.overrides.items()}
+    overrides = {pattern: _checked(pattern, values, spec, options) for pattern, values in policy.overrides.items()}
     pattern_of = _assign(parameters, overrides)
     depths = _layer_depths(parameters, policy) if policy.layer_decay is not None else {}
     groups: dict[str, dict[str, Any]] = {}
@@ -156,7 +158,7 @@ def _walk(target: Target) -> Iterator[tuple[str, Tensor, nn.Module | None]]:
             f"got {type(target).__name__}"
         )
     for item in target:
-        name, parameter = item if isinstance(item, tuple) else ("", item)
+        name, parameter = item if isinstance(item, tuple) and len(item) == 2 else ("", item)
         if not isinstance(parameter, Tensor):
             hint = " (for groups of your own use param_groups={pattern: {...}})" if isinstance(item, dict) else ""
             raise InvalidParamGroups(
@@ -170,8 +172,8 @@ def _is_norm(module: nn.Module) -> bool:
     return isinstance(module, _NORMS) or re.search(r"Norm(\d+d)?$", type(module).__name__) is not None
 
 
-def _checked(pattern: str, values: Mapping[str, Any], spec: OptimizerSpec) -> dict[str, Any]:
-    """Returns an override with its values converted and checked."""
+def _checked(pattern: str, values: Mapping[str, Any], spec: OptimizerSpec, options: Options) -> dict[str, Any]:
+    """Returns an override with its values converted and checked, also together with the options it leaves alone."""
     if not isinstance(values, Mapping):
         raise InvalidParamGroups(f"param_groups[{pattern!r}] must be a mapping such as {{'lr': 1e-4}}, got {values!r}")
     checked: dict[str, Any] = {}
@@ -193,6 +195,10 @@ def _checked(pattern: str, values: Mapping[str, Any], spec: OptimizerSpec) -> di
             checked[key] = value
         else:
             checked[key] = coerce(spec.options, key, value, spec.name)
+    try:
+        dataclasses.replace(options, **{key: value for key, value in checked.items() if key in own}).check()
+    except InvalidOption as error:
+        raise InvalidOption(f"param_groups[{pattern!r}] of {spec.name!r}: {error}") from None
     return checked
 
 
@@ -206,18 +212,24 @@ def _assign(parameters: list[NamedParameter], overrides: Mapping[str, Any]) -> d
         if not fresh:
             taken = sorted({assigned[id(p.parameter)] for p in matches})
             names = [name for p in parameters for name in p.names]
-            reason = (
-                f"matches only parameters that an earlier pattern takes ({listing(taken)}); put it first"
-                if matches
-                else f"matches no trainable parameter; patterns are regular expressions over whole names such as "
-                f"{listing(close_names(pattern, names, limit=4) or names[:4])}"
-            )
+            if matches:
+                reason = f"matches only parameters that an earlier pattern takes ({listing(taken)}); put it first"
+            elif names:
+                near = close_names(pattern, names, limit=4) or names[:4]
+                reason = (
+                    "matches no trainable parameter; patterns are regular expressions over whole names such as "
+                    f"{listing(near)}"
+                )
+            else:
+                reason = "needs names to match; pass the module or model.named_parameters()"
             raise InvalidParamGroups(f"param_groups pattern {pattern!r} {reason}")
         assigned.update({id(p.parameter): pattern for p in fresh})
     return assigned
 
 
 def _compile(pattern: str, where: str) -> re.Pattern[str]:
+    if not isinstance(pattern, str):
+        raise InvalidParamGroups(f"{where}: {pattern!r} ({type(pattern).__name__}) is no regular expression")
     try:
         return re.compile(pattern)
     except re.error as error:
@@ -236,13 +248,14 @@ def _layer_depths(parameters: list[NamedParameter], policy: GroupPolicy) -> dict
     expression = _compile(pattern, "layer_pattern")
     if expression.groups != 1:
         raise InvalidParamGroups(
-            f"layer_pattern={pattern!r} must have exactly one group, the layer's number, such as r'encoder[.]layer[.](\\d+)[.]'"
+            f"layer_pattern={pattern!r} must have exactly one group, the layer's number, such as "
+            "r'encoder[.]layer[.](\\d+)[.]'"
         )
     numbers: dict[int, int] = {}
     for parameter in parameters:
         found = [match for name in parameter.names if (match := expression.search(name))]
         if found:
-            if not found[0].group(1).isdigit():
+            if not (found[0].group(1) or "").isdigit():
                 raise InvalidParamGroups(
                     f"layer_pattern={pattern!r} finds {found[0].group(1)!r} in {parameter.name!r}: the group must "
                     "match digits"
@@ -280,7 +293,8 @@ def _find_blocks(parameters: list[NamedParameter]) -> str:
     if not candidates:
         raise InvalidParamGroups(
             "layer_decay needs numbered layers (an nn.ModuleList or nn.Sequential of blocks) and finds none; name them "
-            "with layer_pattern, a regular expression with one group for the number, such as r'encoder[.]layer[.](\\d+)[.]'"
+            "with layer_pattern, a regular expression with one group for the number, such as "
+            "r'encoder[.]layer[.](\\d+)[.]'"
         )
     prefix = max(candidates, key=lambda candidate: sizes[candidate])
     return rf"^{re.escape(prefix)}(\d+)\."

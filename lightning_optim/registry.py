@@ -6,6 +6,7 @@ import importlib
 import importlib.metadata
 import importlib.util
 import inspect
+import sys
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import make_dataclass
 from typing import Any
@@ -33,6 +34,7 @@ class Registry(Mapping[str, OptimizerSpec]):
     def __init__(self, rows: Iterable[OptimizerSpec]) -> None:
         self._specs: dict[str, OptimizerSpec] = {}
         self._plugins_loaded = False
+        self._plugins: list[importlib.metadata.EntryPoint] = []
         for row in rows:
             self.register(row)
 
@@ -67,9 +69,9 @@ class Registry(Mapping[str, OptimizerSpec]):
         if "." in name:
             return spec_from_path(name)
         near = close_names(name, self._specs)
-        hint = f" Close names: {listing(near)}." if near else ""
+        hint = f"Close names: {listing(near)}." if near else f"Names: {listing(self._specs)}."
         raise UnknownOptimizer(
-            f"there is no optimizer {name!r} in this version of lightning_optim.{hint} "
+            f"there is no optimizer {name!r} in this version of lightning_optim. {hint} "
             "`lightning-optim list` shows all; a dotted path such as 'torch.optim.NAdam' names any other class."
         )
 
@@ -90,10 +92,13 @@ class Registry(Mapping[str, OptimizerSpec]):
             return
         self._plugins_loaded = True
         for entry_point in importlib.metadata.entry_points(group=ENTRY_POINT_GROUP):
+            if entry_point in self._plugins:
+                continue
             try:
                 loaded = entry_point.load()
                 for spec in (loaded,) if isinstance(loaded, OptimizerSpec) else tuple(loaded):
                     self.register(spec)
+                self._plugins.append(entry_point)
             except Exception as error:
                 self._plugins_loaded = False
                 raise RuntimeError(
@@ -107,11 +112,13 @@ def spec_from_path(path: str) -> OptimizerSpec:
 
     Raises:
         MissingDependency: If the package is not installed.
-        UnknownOptimizer: If the path does not lead to a subclass of ``torch.optim.Optimizer``.
+        UnknownOptimizer: If the path does not lead to a subclass of ``torch.optim.Optimizer`` whose constructor takes
+            the parameters first and ``lr`` and all others by name.
     """
     module_name, _, class_name = path.rpartition(".")
     package = module_name.partition(".")[0]
-    if not package or importlib.util.find_spec(package) is None:
+    # A module that runs as a script has no spec to find, but is imported.
+    if not package or (sys.modules.get(package) is None and importlib.util.find_spec(package) is None):
         raise MissingDependency(
             f"optim={path!r}: no package {package!r} is installed. Install the package that provides it, or use a name "
             "that `lightning-optim list` shows."
@@ -124,6 +131,7 @@ def spec_from_path(path: str) -> OptimizerSpec:
     if not (isinstance(loaded, type) and issubclass(loaded, Optimizer)):
         raise UnknownOptimizer(f"optim={path!r} is no subclass of torch.optim.Optimizer but {loaded!r}")
     parameters = inspect.signature(loaded).parameters
+    _check_signature(path, parameters)
     defaults = {name: _default(parameters, name) for name in ("lr", "weight_decay")}
     return OptimizerSpec(
         name=path,
@@ -141,6 +149,16 @@ def spec_from_path(path: str) -> OptimizerSpec:
         sharded=True,
         half_weights=True,
     )
+
+
+def _check_signature(path: str, parameters: Mapping[str, inspect.Parameter]) -> None:
+    by_position = [name for name, parameter in parameters.items() if parameter.kind is parameter.POSITIONAL_ONLY][1:]
+    if by_position:
+        raise UnknownOptimizer(
+            f"optim={path!r} takes {listing(by_position)} by position only; an optimizer's arguments are passed by name"
+        )
+    if "lr" not in parameters and not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+        raise UnknownOptimizer(f"optim={path!r} has a constructor without the argument 'lr': {list(parameters)}")
 
 
 def _default(parameters: Mapping[str, inspect.Parameter], name: str) -> Any:

@@ -6,6 +6,7 @@ from typing import Any
 
 import lightning as L
 import torch
+from lightning.pytorch.plugins import MixedPrecision
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
@@ -82,6 +83,11 @@ def loader(batches: int = 10, batch_size: int = 16, seed: int = 0) -> DataLoader
     generator = torch.Generator().manual_seed(seed)
     tokens = torch.randint(0, TOKENS, (batches * batch_size, LENGTH), generator=generator)
     return DataLoader(TensorDataset(tokens, (3 * tokens + 1) % TOKENS), batch_size=batch_size)
+
+
+def fp16_mixed() -> MixedPrecision:
+    """Float16 autocast with a real GradScaler; Trainer(precision="16-mixed") on a CPU would become bf16-mixed."""
+    return MixedPrecision("16-mixed", "cpu")
 
 
 def trainer(**kwargs: Any) -> L.Trainer:

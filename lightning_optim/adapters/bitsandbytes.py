@@ -10,14 +10,15 @@ from __future__ import annotations
 from typing import Any
 
 from bitsandbytes import optim
-from bitsandbytes.optim.optimizer import Optimizer8bit
 
 # What bitsandbytes' own get_config assumes where a group lacks the key.
 _GROUP_DEFAULTS = {"betas": (0.9, 0.999), "eps": 1e-8, "alpha": 0.0, "t_alpha": None, "t_beta3": None}
 
 
-class _BitsPerGroup(Optimizer8bit):
+class _BitsPerGroup:
     """Reads an update's configuration from the param group and from this optimizer alone."""
+
+    args: Any
 
     def get_config(self, gindex: int, pindex: int, group: dict[str, Any]) -> dict[str, Any]:
         config = {key: group.get(key, default) for key, default in _GROUP_DEFAULTS.items()}

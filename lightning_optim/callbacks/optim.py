@@ -7,7 +7,7 @@ from functools import partial
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from lightning_utilities.core.rank_zero import rank_zero_info
 
 from lightning_optim import integration
 from lightning_optim.config import OptimConfig
@@ -77,11 +77,12 @@ class OptimCallback(Callback):
             return
         if isinstance(pl_module, OptimMixin):
             raise IncompatibleTrainer(
-                f"OptimCallback(optim={self.config.optim!r}) beside {type(pl_module).__name__}, which has OptimMixin and "
-                f"names optim={pl_module.optim_config.optim!r} itself. Use one of them: drop the callback, or pass optim "
-                "to the module."
+                f"OptimCallback(optim={self.config.optim!r}) beside {type(pl_module).__name__}, which has OptimMixin "
+                f"and names optim={pl_module.optim_config.optim!r} itself. Use one of them: drop the callback, or pass "
+                "optim to the module."
             )
-        if sum(isinstance(callback, OptimCallback) for callback in trainer.callbacks) > 1:
+        callbacks = trainer.callbacks  # type: ignore[attr-defined]
+        if sum(isinstance(callback, OptimCallback) for callback in callbacks) > 1:
             raise IncompatibleTrainer("two OptimCallbacks in one Trainer; keep one.")
         self.install(pl_module)
         rank_zero_info(f"OptimCallback replaces {type(pl_module).__name__}.configure_optimizers while fit runs.")

@@ -23,8 +23,8 @@ class ScheduleFreeCallback(Callback):
 
     The mixin and :class:`~lightning_optim.OptimCallback` attach it by themselves; add it yourself only to recalibrate
     BatchNorm. It switches to training at the start of every training batch and to the averaged weights for validation,
-    at the end of training and when training breaks off. While fit runs, the module's ``state_dict()`` holds the averaged
-    weights, so every checkpoint does, whichever callback saves it and when.
+    at the end of training and when training breaks off. While fit runs, the module's ``state_dict()`` holds the
+    averaged weights, so every checkpoint does, whichever callback saves it and when.
 
     Args:
         bn_batches: Training batches to pass through the model at the averaged weights, before every validation and at
@@ -45,6 +45,17 @@ class ScheduleFreeCallback(Callback):
         self.temporary = False
         self._handle: RemovableHandle | None = None
 
+    @classmethod
+    def attach(cls, trainer: Trainer) -> None:
+        """Adds the callback for the fit that is starting, unless the user brought one.
+
+        It comes first, so that the user's callbacks find its work done.
+        """
+        if not any(isinstance(callback, cls) for callback in trainer.callbacks):  # type: ignore[attr-defined]
+            callback = cls()
+            callback.temporary = True
+            trainer.callbacks.insert(0, callback)  # type: ignore[attr-defined]
+
     def recalibration_forward(self, pl_module: LightningModule, batch: Any) -> None:
         """Passes one training batch through the model; override it if ``forward`` does not take ``batch[0]``."""
         pl_module(batch[0] if isinstance(batch, (list, tuple)) else batch)
@@ -55,7 +66,8 @@ class ScheduleFreeCallback(Callback):
                 f"ScheduleFreeCallback(bn_batches={self.bn_batches}), but the model has no BatchNorm with running "
                 "statistics. Leave bn_batches out."
             )
-        self._handle = pl_module.register_state_dict_post_hook(_AveragedStateDict(_averaging(trainer)))
+        hook = _AveragedStateDict(_averaging(trainer))
+        self._handle = pl_module.register_state_dict_post_hook(hook)  # type: ignore[no-untyped-call]
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         for optimizer in _averaging(trainer):
@@ -88,13 +100,14 @@ class ScheduleFreeCallback(Callback):
             self._handle = None
         if self.temporary:
             # A new list: Lightning is iterating over the old one.
-            trainer.callbacks = [callback for callback in trainer.callbacks if callback is not self]
+            others = [callback for callback in trainer.callbacks if callback is not self]  # type: ignore[attr-defined]
+            trainer.callbacks = others  # type: ignore[attr-defined]
 
     def _recalibrate(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Computes BatchNorm's running statistics anew, as plain averages over the batches."""
         if not self.bn_batches:
             return
-        loader = trainer.train_dataloader
+        loader: Any = trainer.train_dataloader
         if getattr(loader, "persistent_workers", False):
             raise IncompatibleTrainer(
                 f"ScheduleFreeCallback(bn_batches={self.bn_batches}) reads the training data a second time, which "

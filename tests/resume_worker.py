@@ -1,0 +1,28 @@
+"""Resumes checkpoints in a process of its own: ``python -m tests.resume_worker DIR``; see test_resume.py."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import torch
+
+from tests.models import LitTokens, loader, trainer
+
+
+def main(directory: Path) -> None:
+    """Trains on from every ``NAME@PRECISION.ckpt`` to step 20 and stores the outcome as ``NAME@PRECISION.out``."""
+    for path in sorted(directory.glob("*.ckpt")):
+        precision = path.stem.rpartition("@")[2]
+        hyperparameters = torch.load(path, weights_only=True, map_location="cpu")["hyper_parameters"]
+        model = LitTokens(**hyperparameters)
+        run = trainer(max_steps=20, precision=precision)
+        run.fit(model, loader(), loader(batches=2, seed=1), ckpt_path=path, weights_only=True)
+        assert run.global_step == 20
+        torch.save(
+            {"weights": model.state_dict(), "optimizer": run.optimizers[0].state_dict()}, path.with_suffix(".out")
+        )
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

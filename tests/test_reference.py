@@ -1,0 +1,135 @@
+"""The same numbers (contract C2): a Lightning run equals a hand-written loop with the upstream class, bit for bit."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.optim import Optimizer
+from transformers import get_scheduler
+
+from lightning_optim import build_optimizer
+from tests.cases import BY_NAME, NAMES, Case
+from tests.models import LitTokens, TokenModel, loader, trainer
+
+STEPS, WARMUP, WEIGHT_DECAY = 20, 4, 0.1
+
+
+def upstream_groups(model: TokenModel) -> list[dict[str, Any]]:
+    decayed = [model.embedding.weight, model.linear.weight, model.head.weight]
+    others = [model.linear.bias, model.norm.weight, model.norm.bias, model.head.bias]
+    return [{"params": decayed, "weight_decay": WEIGHT_DECAY}, {"params": others, "weight_decay": 0.0}]
+
+
+def upstream(case: Case, groups: list[dict[str, Any]]) -> Optimizer:
+    own_warmup = {"warmup_steps": WARMUP} if case.name in ("schedule_free_adamw", "schedule_free_sgd") else {}
+    return case.load()(groups, lr=case.lr, **case.arguments, **case.options, **own_warmup)
+
+
+def hand_written(case: Case, model: TokenModel) -> list[float]:
+    optimizer = upstream(case, upstream_groups(model))
+    scheduler = None
+    if case.schedule:
+        scheduler = get_scheduler(case.schedule, optimizer, num_warmup_steps=WARMUP, num_training_steps=STEPS)
+    if case.averages:
+        optimizer.train()
+    losses = []
+    batches = [batch for _ in range(2) for batch in loader()]
+    for tokens, targets in batches[:STEPS]:
+        loss = F.cross_entropy(model(tokens).flatten(0, 1), targets.flatten())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        if scheduler:
+            scheduler.step()
+        losses.append(loss.item())
+    if case.averages:
+        optimizer.eval()
+    return losses
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_lightning_run_equals_the_upstream_loop(name: str) -> None:
+    case = BY_NAME[name]
+    warmup = 0 if name == "schedule_free_radam" else WARMUP
+    lit = LitTokens(
+        optim=name,
+        lr=case.lr,
+        weight_decay=WEIGHT_DECAY,
+        optim_args=case.options,
+        lr_scheduler=case.schedule,
+        warmup_steps=warmup,
+    )
+    reference = TokenModel()
+    reference.load_state_dict(lit.model.state_dict())
+    trainer(max_steps=STEPS).fit(lit, loader())
+    losses = hand_written(case, reference)
+    assert lit.losses == losses
+    for (key, ours), theirs in zip(lit.model.state_dict().items(), reference.state_dict().values(), strict=True):
+        assert torch.equal(ours, theirs), f"{key}: {(ours - theirs).abs().max()}"
+
+
+class Lookup(nn.Module):
+    """An embedding and a matrix that are both large enough to be quantized."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(128, 64)
+        self.linear = nn.Linear(64, 64, bias=False)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.linear(self.embedding(tokens)).square().mean()
+
+
+@pytest.mark.parametrize(
+    ("name", "full_precision"),
+    [
+        ("adamw_bnb_8bit", {"optim_bits": 32}),
+        ("lion_8bit", {"optim_bits": 32}),
+        ("ademamix_8bit", {"optim_bits": 32}),
+        ("rmsprop_bnb_8bit", {"optim_bits": 32}),
+        ("adamw_torch_8bit", {"block_size": 10**9}),
+        ("adamw_torch_4bit", {"block_size": 10**9}),
+    ],
+)
+@pytest.mark.parametrize("quantize", [False, True])
+def test_embeddings_keep_32_bits_unless_asked(name: str, full_precision: dict[str, Any], quantize: bool) -> None:
+    """Equal to two upstream optimizers, one of them with 32-bit states for the embedding; no process-wide manager."""
+    case = BY_NAME[name]
+    ours, theirs = Lookup(), Lookup()
+    theirs.load_state_dict(ours.state_dict())
+    optimizer = build_optimizer(ours, name, lr=1e-2, weight_decay=0.0, optim_args={"quantize_embeddings": quantize})
+    arguments = {"lr": 1e-2, "weight_decay": 0.0, **case.arguments}
+    references = [
+        case.load()([theirs.embedding.weight], **{**arguments, **({} if quantize else full_precision)}),
+        case.load()([theirs.linear.weight], **arguments),
+    ]
+    for step in range(5):
+        tokens = torch.arange(step, 128, 3)
+        for model, optimizers in ((ours, [optimizer]), (theirs, references)):
+            loss = model(tokens)
+            model.zero_grad()
+            loss.backward()
+            for each in optimizers:
+                each.step()
+    assert torch.equal(ours.embedding.weight, theirs.embedding.weight)
+    assert torch.equal(ours.linear.weight, theirs.linear.weight)
+
+
+def test_bitsandbytes_overrides_of_other_optimizers_do_not_leak_in() -> None:
+    """Upstream keys overrides by (group, index) in the whole process; ours does not look there."""
+    from bitsandbytes.optim import GlobalOptimManager
+
+    manager = GlobalOptimManager.get_instance()
+    manager.index2config[0, 0] = {"optim_bits": 32}
+    try:
+        model = nn.Linear(64, 64, bias=False)
+        optimizer = build_optimizer(model, "adamw_bnb_8bit")
+        model.weight.grad = torch.ones_like(model.weight)
+        optimizer.step()
+        assert optimizer.state[model.weight]["state1"].dtype is torch.uint8
+    finally:
+        del manager.index2config[0, 0]

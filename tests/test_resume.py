@@ -1,0 +1,93 @@
+"""Exact resume (contract C3): 10 steps, a checkpoint, a fresh process and 10 steps equal 20 steps, bit for bit."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+from torch import Tensor
+
+from tests.cases import BY_NAME, NAMES
+from tests.models import LitTokens, loader, trainer
+
+PRECISIONS = ("32-true", "bf16-true")
+# When the checkpoint is written: within training, or after the validation at the epoch's end.
+MOMENTS = ("step", "validation")
+Outcome = dict[str, Any]
+
+
+def train(name: str, precision: str, moment: str, directory: Path) -> Outcome:
+    """Trains 20 steps without interruption, leaving a checkpoint of step 10."""
+    case = BY_NAME[name]
+    torch.manual_seed(0)
+    model = LitTokens(optim=name, lr=case.lr, optim_args=case.options, weight_decay=0.1, lr_scheduler=case.schedule)
+    when = {"every_n_train_steps": 10} if moment == "step" else {"every_n_epochs": 1, "save_on_train_epoch_end": False}
+    saver = ModelCheckpoint(directory, filename=f"{name}@{{step}}", save_top_k=-1, **when)
+    run = trainer(max_steps=20, precision=precision, callbacks=[saver], enable_checkpointing=True)
+    run.fit(model, loader(), loader(batches=2, seed=1))
+    (directory / f"{name}@step=10.ckpt").rename(directory / f"{name}@{precision}.ckpt")
+    (directory / f"{name}@step=20.ckpt").unlink()
+    return {"weights": model.state_dict(), "optimizer": run.optimizers[0].state_dict()}
+
+
+@pytest.fixture(scope="module", params=MOMENTS)
+def outcomes(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], Any]:
+    """Uninterrupted and resumed outcome of every (name, precision); one fresh process resumes them all."""
+    directory = tmp_path_factory.mktemp(request.param)
+    uninterrupted = {(n, p): train(n, p, request.param, directory) for n in NAMES for p in PRECISIONS}
+    for name in NAMES:
+        checkpoint = torch.load(directory / f"{name}@32-true.ckpt", weights_only=True)
+        assert_plain(checkpoint["optimizer_states"], f"optimizer state of {name}")
+    subprocess.run(
+        [sys.executable, "-m", "tests.resume_worker", str(directory)],
+        check=True,
+        cwd=Path(__file__).parents[1],
+        timeout=600,
+    )
+    return {
+        (name, precision): (outcome, torch.load(directory / f"{name}@{precision}.out", weights_only=True))
+        for (name, precision), outcome in uninterrupted.items()
+    }
+
+
+@pytest.mark.xdist_group("resume")
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("name", NAMES)
+def test_a_fresh_process_continues_exactly(name: str, precision: str, outcomes: dict[tuple[str, str], Any]) -> None:
+    uninterrupted, resumed = outcomes[name, precision]
+    assert_equal(uninterrupted, resumed, name)
+
+
+def assert_plain(value: Any, where: str) -> None:
+    """Fails unless ``value`` consists of ordinary tensors and plain values."""
+    if isinstance(value, dict):
+        for key, item in value.items():
+            assert_plain(item, f"{where}[{key!r}]")
+    elif isinstance(value, (list, tuple)):
+        for index, item in enumerate(value):
+            assert_plain(item, f"{where}[{index}]")
+    else:
+        assert type(value) in (Tensor, int, float, bool, str, type(None)), f"{where} is a {type(value)}"
+
+
+def assert_equal(left: Any, right: Any, where: str) -> None:
+    """Fails unless both are the same, tensors bit for bit and of the same dtype."""
+    assert type(left) is type(right), where
+    if isinstance(left, dict):
+        assert left.keys() == right.keys(), where
+        for key in left:
+            assert_equal(left[key], right[key], f"{where}[{key!r}]")
+    elif isinstance(left, (list, tuple)):
+        assert len(left) == len(right), where
+        for index, (a, b) in enumerate(zip(left, right, strict=True)):
+            assert_equal(a, b, f"{where}[{index}]")
+    elif isinstance(left, Tensor):
+        assert left.dtype is right.dtype, where
+        assert torch.equal(left, right), f"{where}: {(left.float() - right.float()).abs().max()}"
+    else:
+        assert left == right, where

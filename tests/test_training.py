@@ -1,0 +1,54 @@
+"""Every row really trains, in every precision, with clipping and with accumulation."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from lightning_optim import IncompatibleTrainer
+from tests.cases import BY_NAME, NAMES
+from tests.models import LitTokens, fp16_mixed, loader, trainer
+
+MODES: dict[str, dict[str, Any]] = {
+    "32-true": {},
+    "bf16-true": {"precision": "bf16-true"},
+    "bf16-mixed": {"precision": "bf16-mixed"},
+    "16-mixed": {"plugins": [fp16_mixed]},
+    "clip_norm": {"gradient_clip_val": 0.5},
+    "clip_value": {"gradient_clip_val": 0.05, "gradient_clip_algorithm": "value"},
+    "accumulate": {"accumulate_grad_batches": 4},
+    "16-mixed clip_norm": {"plugins": [fp16_mixed], "gradient_clip_val": 0.5},
+}
+REFUSED = {("adamw_torch_fused", "16-mixed clip_norm"): "unscales the gradients itself"}
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("name", NAMES)
+def test_thirty_steps_lower_the_loss(name: str, mode: str) -> None:
+    case = BY_NAME[name]
+    flags = {**MODES[mode], "plugins": [make() for make in MODES[mode].get("plugins", ())] or None}
+    model = LitTokens(optim=name, lr=case.lr, optim_args=case.options, lr_scheduler=case.schedule)
+    run = trainer(max_steps=30, **flags)
+    if (name, mode) in REFUSED:
+        with pytest.raises(IncompatibleTrainer, match=REFUSED[name, mode]):
+            run.fit(model, loader())
+        assert not model.losses
+        return
+    run.fit(model, loader())
+    assert run.global_step == 30
+    # An epoch of 10 batches, accumulated by 4, makes 3 steps: the last one from 2 batches.
+    assert len(model.losses) == (100 if mode == "accumulate" else 30)
+    assert all(torch.isfinite(parameter).all() for parameter in model.parameters())
+    first, last = sum(model.losses[:5]) / 5, sum(model.losses[-5:]) / 5
+    assert last < 0.8 * first, f"{first:.3f} -> {last:.3f}"
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_defaults_train(name: str) -> None:
+    """The defaults are usable: a run that names nothing but the optimizer learns."""
+    model = LitTokens(optim=name)
+    trainer(max_steps=60).fit(model, loader())
+    first, last = sum(model.losses[:5]) / 5, sum(model.losses[-5:]) / 5
+    assert last < first, f"{first:.3f} -> {last:.3f}"

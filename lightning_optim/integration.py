@@ -40,7 +40,7 @@ def configure(module: LightningModule, config: OptimConfig) -> OptimizerLRSchedu
         # Without a validation there is no new value of the metric.
         every = (trainer.check_val_every_n_epoch if trainer else None) or 1
         plateau = {"scheduler": scheduler, "monitor": options.monitor, "interval": "epoch", "frequency": every}
-        return {"optimizer": optimizer, "lr_scheduler": plateau}  # type: ignore[typeddict-item,return-value]
+        return {"optimizer": optimizer, "lr_scheduler": plateau}  # type: ignore[return-value]
     return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
 

@@ -8,10 +8,12 @@ from collections.abc import Mapping, Sequence
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
-from lightning.pytorch import LightningModule
+from lightning.pytorch import Callback, LightningModule
 from torch.optim import Optimizer
+from typing_extensions import Self
 
 from lightning_optim import integration
+from lightning_optim.callbacks.old_checkpoints import OldCheckpoints, import_torchao, is_old_style
 from lightning_optim.config import OptimConfig
 from lightning_optim.errors import IncompatibleTrainer
 from lightning_optim.param_groups import Target
@@ -123,6 +125,24 @@ class OptimMixin(_Base):
         """Changes the saved hyperparameters and what loggers are told of them."""
         self.hparams.update(values)
         self._hparams_initial = copy.deepcopy(self._hparams)
+
+    @classmethod
+    def load_from_checkpoint(  # type: ignore[override] # Lightning's signature, its long union of types left out
+        cls, checkpoint_path: Any, map_location: Any = None, **kwargs: Any
+    ) -> Self:
+        """Loads as Lightning does, also old-style checkpoints that hold torchao's tensors (onto the CPU)."""
+        try:
+            return super().load_from_checkpoint(checkpoint_path, map_location, **kwargs)
+        except Exception as error:
+            if not is_old_style(error):
+                raise
+        import_torchao()
+        return super().load_from_checkpoint(checkpoint_path, "cpu", **kwargs)
+
+    def configure_callbacks(self) -> list[Callback]:
+        """Adds what reads old-style checkpoints; call ``super()`` if you override it."""
+        inherited = super().configure_callbacks()
+        return [*(inherited if isinstance(inherited, Sequence) else [inherited]), OldCheckpoints()]
 
     @property
     def lr(self) -> float | None:

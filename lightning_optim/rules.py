@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -143,17 +144,17 @@ def _device(run: Run) -> str | None:
 
 def _compiler(run: Run) -> str | None:
     on_cpu = any(parameter.parameter.device.type == "cpu" for parameter in run.parameters)
-    if not (run.spec.compiles and on_cpu) or any(shutil.which(name) for name in _compilers()):
+    if not (run.spec.compiles and on_cpu) or shutil.which(cpp_compiler()):
         return None
     return (
-        f"optim={run.spec.name!r} compiles its step, which on a CPU needs a C++ compiler, and none of "
-        f"{', '.join(_compilers())} is on the PATH. Install one (apt-get install g++) or set CXX; "
-        "optim='adamw_bnb_8bit' needs none."
+        f"optim={run.spec.name!r} compiles its step, which on a CPU needs a C++ compiler, and {cpp_compiler()!r} is not "
+        "on the PATH. Install it (apt-get install g++) or set CXX; optim='adamw_bnb_8bit' needs none."
     )
 
 
-def _compilers() -> list[str]:
-    return [os.environ["CXX"]] if os.environ.get("CXX") else ["g++", "clang++"]
+def cpp_compiler() -> str:
+    """Returns the command that torch.compile takes for C++ on a CPU."""
+    return os.environ.get("CXX") or ("clang++" if sys.platform == "darwin" else "g++")
 
 
 def _sparse_gradients(run: Run) -> str | None:

@@ -10,6 +10,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning_utilities.core.rank_zero import rank_zero_info
 
 from lightning_optim import integration
+from lightning_optim.callbacks.old_checkpoints import OldCheckpoints
 from lightning_optim.config import OptimConfig
 from lightning_optim.errors import IncompatibleTrainer
 from lightning_optim.mixin import OptimMixin
@@ -62,17 +63,16 @@ class OptimCallback(Callback):
             lr_scheduler_args,
             warmup_steps,
         )
+        self._old_checkpoints = OldCheckpoints()
+        self._active = False
+        self._installed_before: Any = None
 
     def install(self, module: LightningModule) -> None:
-        """Replaces the module's ``configure_optimizers`` until :meth:`uninstall`."""
+        """Replaces the module's ``configure_optimizers`` for good, not only while fit runs."""
         module.configure_optimizers = partial(integration.configure, module, self.config)  # type: ignore[method-assign]
 
-    @staticmethod
-    def uninstall(module: LightningModule) -> None:
-        """Gives the module its own ``configure_optimizers`` back."""
-        module.__dict__.pop("configure_optimizers", None)
-
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self._old_checkpoints.setup(trainer, pl_module, stage)
         if stage != "fit":
             return
         if isinstance(pl_module, OptimMixin):
@@ -84,11 +84,24 @@ class OptimCallback(Callback):
         callbacks = trainer.callbacks  # type: ignore[attr-defined]
         if sum(isinstance(callback, OptimCallback) for callback in callbacks) > 1:
             raise IncompatibleTrainer("two OptimCallbacks in one Trainer; keep one.")
+        self._installed_before = pl_module.__dict__.get("configure_optimizers")
         self.install(pl_module)
+        self._active = True
         rank_zero_info(f"OptimCallback replaces {type(pl_module).__name__}.configure_optimizers while fit runs.")
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        self.uninstall(pl_module)
+        self._old_checkpoints.on_exception(trainer, pl_module, exception)
+        self._give_back(pl_module)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        self.uninstall(pl_module)
+        self._old_checkpoints.teardown(trainer, pl_module, stage)
+        self._give_back(pl_module)
+
+    def _give_back(self, module: LightningModule) -> None:
+        if not self._active:
+            return
+        self._active = False
+        if self._installed_before is None:
+            del module.__dict__["configure_optimizers"]
+        else:
+            module.__dict__["configure_optimizers"] = self._installed_before

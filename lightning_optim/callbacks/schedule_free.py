@@ -69,6 +69,13 @@ class ScheduleFreeCallback(Callback):
         hook = _AveragedStateDict(_averaging(trainer))
         self._handle = pl_module.register_state_dict_post_hook(hook)  # type: ignore[no-untyped-call]
 
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self.bn_batches and getattr(trainer.train_dataloader, "persistent_workers", False):
+            raise IncompatibleTrainer(
+                f"ScheduleFreeCallback(bn_batches={self.bn_batches}) reads the training data a second time, which "
+                "DataLoader(persistent_workers=True) cannot do within an epoch. Set persistent_workers=False."
+            )
+
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         for optimizer in _averaging(trainer):
             optimizer.train()
@@ -108,11 +115,6 @@ class ScheduleFreeCallback(Callback):
         if not self.bn_batches:
             return
         loader: Any = trainer.train_dataloader
-        if getattr(loader, "persistent_workers", False):
-            raise IncompatibleTrainer(
-                f"ScheduleFreeCallback(bn_batches={self.bn_batches}) reads the training data a second time, which "
-                "DataLoader(persistent_workers=True) cannot do within an epoch. Set persistent_workers=False."
-            )
         # A second iterator draws a seed, and dropout draws numbers: neither may change the training.
         precision = trainer.precision_plugin.forward_context()
         with isolate_rng(), _statistics_of_this_model(pl_module), torch.no_grad(), precision:

@@ -1,0 +1,89 @@
+"""Reads checkpoints that hold torchao's quantized tensors themselves, as plain Lightning writes them.
+
+Lightning cannot read its own files of that kind: the classes are unknown to ``weights_only=True`` until torchao is
+imported, and torch refuses Lightning's callable ``map_location`` for them. Files written with this package hold plain
+tensors and need none of this.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+from lightning.fabric.plugins import CheckpointIO, TorchCheckpointIO
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+from lightning_optim.availability import ensure
+from lightning_optim.catalog.torchao import REQUIREMENTS
+
+
+def is_old_style(error: BaseException) -> bool:
+    """Whether reading a checkpoint failed because of torchao's tensors."""
+    return "torchao" in str(error) or "_rebuild_wrapper_subclass" in str(error)
+
+
+def import_torchao() -> None:
+    """Makes torchao's classes known to ``torch.load``.
+
+    Raises:
+        MissingDependency: If torchao is not installed.
+    """
+    ensure("the checkpoint, which holds torchao tensors,", REQUIREMENTS)
+    importlib.import_module("torchao.optim")
+
+
+class OldCheckpoints(Callback):
+    """Lets ``fit``, ``validate``, ``test`` and ``predict`` read old-style checkpoints of torchao's optimizers.
+
+    The mixin and :class:`~lightning_optim.OptimCallback` attach it by themselves.
+    """
+
+    def __init__(self) -> None:
+        self._original: CheckpointIO | None = None
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if self._original is None:
+            self._original = trainer.strategy.checkpoint_io
+            trainer.strategy.checkpoint_io = _ReadsTorchao(self._original)
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        self._restore(trainer)
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self._restore(trainer)
+
+    def _restore(self, trainer: Trainer) -> None:
+        if self._original is not None:
+            trainer.strategy.checkpoint_io = self._original
+            self._original = None
+
+
+class _ReadsTorchao(CheckpointIO):
+    """Hands everything to the original, and reads once more with torchao where that fails for its tensors."""
+
+    def __init__(self, original: CheckpointIO) -> None:
+        self._original = original
+
+    def save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        self._original.save_checkpoint(*args, **kwargs)
+
+    def remove_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        self._original.remove_checkpoint(*args, **kwargs)
+
+    def teardown(self) -> None:
+        self._original.teardown()
+
+    def load_checkpoint(
+        self, path: Any, map_location: Any | None = None, weights_only: bool | None = None
+    ) -> dict[str, Any]:
+        try:
+            if map_location is None:
+                # Not handed on: TorchCheckpointIO's own default is no None.
+                return self._original.load_checkpoint(path, weights_only=weights_only)
+            return self._original.load_checkpoint(path, map_location, weights_only)
+        except Exception as error:
+            if not is_old_style(error):
+                raise
+        import_torchao()
+        location: Any = "cpu"
+        return TorchCheckpointIO().load_checkpoint(path, location, weights_only)

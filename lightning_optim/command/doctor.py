@@ -1,0 +1,203 @@
+"""``lightning-optim doctor``: what is installed here, what is wrong with it, what cannot run because of that."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import platform
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from lightning_optim import __version__, rules
+from lightning_optim.availability import Requirement
+from lightning_optim.catalog import ROWS
+from lightning_optim.command import here, output
+from lightning_optim.command.here import Device, Package, Plugin
+from lightning_optim.command.output import CommandError
+from lightning_optim.spec import OptimizerSpec
+
+
+@dataclass(frozen=True)
+class PackageUse(Package):
+    """An optional package and the identifiers that need it."""
+
+    identifiers: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Compiler:
+    """The C++ compiler that some identifiers need on a CPU.
+
+    Attributes:
+        path: The one found, or ``None``.
+        looked_for: The command that torch.compile takes.
+        identifiers: The identifiers that compile their step.
+    """
+
+    path: str | None
+    looked_for: str
+    identifiers: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Diagnosis:
+    """What ``doctor`` shows.
+
+    Attributes:
+        ok: Whether every identifier can run here and every plugin loads.
+        versions: Versions of what is always needed.
+        devices: The devices torch finds.
+        packages: The optional packages.
+        compiler: The C++ compiler.
+        plugins: Entry points that add identifiers.
+        plugin_problem: Why a plugin cannot be loaded, or ``None``.
+        unavailable: Why not, by identifier that cannot run here.
+        count: Number of identifiers.
+        notes: What to know of packages that are installed beside ours.
+    """
+
+    ok: bool
+    versions: Mapping[str, str]
+    devices: tuple[Device, ...]
+    packages: tuple[PackageUse, ...]
+    compiler: Compiler
+    plugins: tuple[Plugin, ...]
+    plugin_problem: str | None
+    unavailable: Mapping[str, tuple[str, ...]]
+    count: int
+    notes: tuple[str, ...]
+
+
+def add_parser(subparsers: argparse._SubParsersAction[Any]) -> None:
+    """Adds the subcommand ``doctor``."""
+    parser = subparsers.add_parser(
+        "doctor",
+        help="versions, devices and packages here, and what to install",
+        description="Shows versions, devices and packages here. Exits with 1 if an identifier cannot run here.",
+    )
+    output.add_json_flag(parser)
+    parser.set_defaults(run=run)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Runs ``doctor``."""
+    diagnosis = collect()
+    output.show(diagnosis, render, arguments.json)
+    return 0 if diagnosis.ok else 1
+
+
+def collect() -> Diagnosis:
+    """Looks at this machine."""
+    plugin_problem = None
+    try:
+        specs = here.identifiers()
+    except CommandError as error:
+        # What we bring along can be examined whatever a plugin does.
+        plugin_problem = str(error)
+        specs = {name: row for row in ROWS for name in (row.name, *row.aliases)}
+    unavailable = {name: problems for name, spec in specs.items() if (problems := here.problems(spec))}
+    return Diagnosis(
+        ok=not unavailable and plugin_problem is None,
+        versions={
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "lightning": importlib.metadata.version("lightning"),
+            "lightning_optim": __version__,
+        },
+        devices=tuple(here.devices()),
+        packages=_packages(specs),
+        compiler=Compiler(
+            path=here.compiler(),
+            looked_for=rules.cpp_compiler(),
+            identifiers=tuple(name for name, spec in specs.items() if spec.compiles),
+        ),
+        plugins=tuple(here.plugins()),
+        plugin_problem=plugin_problem,
+        unavailable=unavailable,
+        count=len(specs),
+        notes=_notes(),
+    )
+
+
+def _packages(specs: Mapping[str, OptimizerSpec]) -> tuple[PackageUse, ...]:
+    users: dict[Requirement, list[str]] = {}
+    for name, spec in specs.items():
+        for requirement in spec.requirements:
+            users.setdefault(requirement, []).append(name)
+    return tuple(
+        PackageUse(**vars(Package.of(requirement)), identifiers=tuple(names)) for requirement, names in users.items()
+    )
+
+
+def _notes() -> tuple[str, ...]:
+    try:
+        version = importlib.metadata.version("pytorch-lightning")
+    except importlib.metadata.PackageNotFoundError:
+        return ()
+    # lightning itself depends on it, so that it is no problem to be installed, only to be imported.
+    return (
+        f"pytorch_lightning {version} is installed, too. It and lightning do not know each other's classes: "
+        "OptimMixin, OptimCallback and OptimCLI work with those of lightning.pytorch (`import lightning as L`), not "
+        "with those of `import pytorch_lightning`.",
+    )
+
+
+def render(diagnosis: Diagnosis) -> str:
+    """Returns the diagnosis, section by section, the verdict last."""
+    sections = [
+        ["Versions", *output.properties(list(diagnosis.versions.items()), "  ")],
+        ["Devices", *output.columns([_device(device) for device in diagnosis.devices], "  ")],
+        ["Packages", *(line for package in diagnosis.packages for line in _package(package))],
+        ["C++ compiler", *_compiler(diagnosis.compiler)],
+        ["Plugins", *_plugins(diagnosis)],
+        *([["Notes", *_wrapped(diagnosis.notes)]] if diagnosis.notes else []),
+        _verdict(diagnosis),
+    ]
+    return "\n\n".join("\n".join(section) for section in sections)
+
+
+def _device(device: Device) -> tuple[str, str]:
+    return device.type if device.index is None else f"{device.type}:{device.index}", device.name
+
+
+def _package(package: PackageUse) -> list[str]:
+    lines = output.wrap(
+        f"{package.distribution} {package.installed}: ok ({package.versions or 'any version'} is needed)"
+        if package.ok
+        else f"problem: {package.problem}",
+        "  ",
+        "  ",
+    )
+    return [*lines, *output.wrap(f"for {', '.join(package.identifiers)}", "    ")]
+
+
+def _compiler(compiler: Compiler) -> list[str]:
+    found = compiler.path or f"none (looked for {compiler.looked_for}): apt-get install g++, or set CXX"
+    users = f"on a CPU, for {', '.join(compiler.identifiers)}"
+    return [*output.wrap(found, "  "), *output.wrap(users, "    ")]
+
+
+def _plugins(diagnosis: Diagnosis) -> list[str]:
+    rows = [(plugin.name, plugin.value, plugin.distribution or "-") for plugin in diagnosis.plugins]
+    lines = output.columns(rows, "  ") if rows else ["  none"]
+    return lines + (output.wrap(diagnosis.plugin_problem, "  ") if diagnosis.plugin_problem else [])
+
+
+def _wrapped(texts: tuple[str, ...]) -> list[str]:
+    return [line for text in texts for line in output.wrap(text, "  ")]
+
+
+def _verdict(diagnosis: Diagnosis) -> list[str]:
+    if not diagnosis.unavailable:
+        return [f"All {diagnosis.count} identifiers can run here."]
+    by_reason: dict[tuple[str, ...], list[str]] = {}
+    for name, problems in diagnosis.unavailable.items():
+        by_reason.setdefault(problems, []).append(name)
+    lines = [f"{len(diagnosis.unavailable)} of {diagnosis.count} identifiers cannot run here:"]
+    for problems, names in by_reason.items():
+        lines += output.wrap(", ".join(names), "  ")
+        lines += [line for problem in problems for line in output.wrap(problem, "    ")]
+    return lines

@@ -110,11 +110,14 @@ class OptimCLI(LightningCLI):
                     f"--optim {given['optim']} beside --{rival} {config[rival].get('class_path', '')}: "
                     "one of them would be ignored. Keep --optim NAME (with --lr_scheduler NAME), or --optimizer CLASS."
                 )
-        own = self._model_arguments(config).get("optim")
-        if own not in (None, OptimConfig.optim, given["optim"]):
-            raise IncompatibleTrainer(
-                f"--optim {given['optim']} beside --model.optim {own}: one of them would be ignored. Keep one."
-            )
+        own = self._model_arguments(config)
+        for name in _ARGUMENTS:
+            # None and the mixin's defaults cannot be told from "not given".
+            if name in own and own[name] not in (None, getattr(OptimConfig, name), given.get(name)):
+                raise IncompatibleTrainer(
+                    f"--optim {given['optim']} beside --model.{name} {own[name]}: the latter would be ignored. "
+                    f"Write --{name}, or leave --optim out and use --model.optim."
+                )
         return OptimConfig(**given)
 
     @staticmethod

@@ -47,7 +47,7 @@ def resolve(
     Args:
         target: A module, its parameters or (name, parameter) pairs.
         config: The request.
-        warmup_steps: Warm-up in steps, for optimizers that warm up themselves.
+        warmup_steps: Warm-up in steps; only optimizers that warm up themselves use it.
         trainer: What to know of the Trainer, if there is one.
 
     Raises:

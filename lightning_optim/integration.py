@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning_utilities.core.rank_zero import rank_zero_info
 from torch.optim import Optimizer
 
-from lightning_optim import factory, report
+from lightning_optim import report
 from lightning_optim.callbacks.schedule_free import ScheduleFreeCallback
 from lightning_optim.config import OptimConfig
+from lightning_optim.factory import ResolvedOptimizer, resolve
 from lightning_optim.options import parse
 from lightning_optim.param_groups import Target
-from lightning_optim.registry import REGISTRY
 from lightning_optim.rules import TrainerFacts
 from lightning_optim.schedules import PlateauOptions, build_schedule, get_schedule, resolve_warmup
 
@@ -21,43 +22,59 @@ if TYPE_CHECKING:
     from lightning.pytorch.utilities.types import OptimizerLRScheduler
 
 
+@dataclass(frozen=True)
+class _Length:
+    """How long a training is, in optimizer steps.
+
+    Attributes:
+        warmup: Steps of warm-up.
+        total: Steps of the whole training; ``None`` if it has no end or nobody needs to know.
+    """
+
+    warmup: int
+    total: int | None
+
+
 def configure(module: LightningModule, config: OptimConfig) -> OptimizerLRScheduler:
     """Does the work of ``configure_optimizers``: builds optimizer and schedule, reports them, attaches what they need.
 
-    Raises:
-        Everything :func:`lightning_optim.build_optimizer` and :func:`lightning_optim.build_schedule` raise.
+    It raises what :func:`lightning_optim.build_optimizer` and :func:`lightning_optim.build_schedule` raise.
     """
     trainer = module._trainer
-    optimizer = build(module, module, config)
-    if config.lr_scheduler is None:
-        return optimizer
-    # An optimizer that warms up by itself got warmup_steps already.
-    warmup = config.warmup_steps if REGISTRY[config.optim].warmup == "schedule" else 0
-    total = _total_steps(trainer) if _needs_total(config) else None
-    scheduler = build_schedule(optimizer, config.lr_scheduler, total, warmup, config.lr_scheduler_args)
-    options = parse(get_schedule(config.lr_scheduler).options, config.lr_scheduler_args, config.lr_scheduler)
+    name = config.lr_scheduler
+    length = _length(trainer, config)
+    resolved = _resolve(trainer, module, config, length)
+    if name is None:
+        _announce(trainer, resolved, config, "none", length)
+        return resolved.optimizer
+    # An optimizer that warms up by itself got its warm-up already.
+    warmup = length.warmup if resolved.spec.warmup == "schedule" else 0
+    scheduler = build_schedule(resolved.optimizer, name, length.total, warmup, config.lr_scheduler_args)
+    _announce(trainer, resolved, config, name, length)
+    options = parse(get_schedule(name).options, config.lr_scheduler_args, name)
     if isinstance(options, PlateauOptions):
         # Without a validation there is no new value of the metric.
         every = (trainer.check_val_every_n_epoch if trainer else None) or 1
         plateau = {"scheduler": scheduler, "monitor": options.monitor, "interval": "epoch", "frequency": every}
-        return {"optimizer": optimizer, "lr_scheduler": plateau}  # type: ignore[return-value]
-    return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+        return {"optimizer": resolved.optimizer, "lr_scheduler": plateau}  # type: ignore[return-value]
+    return {"optimizer": resolved.optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
 
 def build(module: LightningModule, target: Target, config: OptimConfig) -> Optimizer:
-    """Builds one optimizer for (a part of) ``module``; reports it and attaches the callbacks it needs to the Trainer."""
+    """Builds one optimizer for (a part of) ``module``, without a schedule; reports it and attaches what it needs."""
     trainer = module._trainer
-    spec = REGISTRY[config.optim]
-    warmup = 0
-    if spec.warmup == "optimizer" and config.warmup_steps:
-        warmup = resolve_warmup(config.warmup_steps, _total_steps(trainer) if config.warmup_steps < 1 else None)
-    facts = _facts(trainer) if trainer is not None else None
-    resolved = factory.resolve(target, config, warmup_steps=warmup, trainer=facts)
-    if trainer is not None:
-        if spec.averages_weights:
-            ScheduleFreeCallback.attach(trainer)
-        _report(trainer, resolved, config, warmup)
+    length = _length(trainer, config)
+    resolved = _resolve(trainer, target, config, length)
+    _announce(trainer, resolved, config, "none", length)
     return resolved.optimizer
+
+
+def _resolve(trainer: Trainer | None, target: Target, config: OptimConfig, length: _Length) -> ResolvedOptimizer:
+    facts = _facts(trainer) if trainer is not None else None
+    resolved = resolve(target, config, warmup_steps=length.warmup, trainer=facts)
+    if trainer is not None and resolved.spec.averages_weights:
+        ScheduleFreeCallback.attach(trainer)
+    return resolved
 
 
 def _facts(trainer: Trainer) -> TrainerFacts:
@@ -69,23 +86,23 @@ def _facts(trainer: Trainer) -> TrainerFacts:
     )
 
 
-def _needs_total(config: OptimConfig) -> bool:
-    assert config.lr_scheduler is not None
-    return get_schedule(config.lr_scheduler).needs_total or 0 < config.warmup_steps < 1
+def _length(trainer: Trainer | None, config: OptimConfig) -> _Length:
+    needs_total = config.lr_scheduler is not None and get_schedule(config.lr_scheduler).needs_total
+    total = None
+    if trainer is not None and (needs_total or 0 < config.warmup_steps < 1):
+        steps = trainer.estimated_stepping_batches
+        total = None if steps == float("inf") else int(steps)
+    return _Length(resolve_warmup(config.warmup_steps, total), total)
 
 
-def _total_steps(trainer: Trainer | None) -> int | None:
-    """Returns the optimizer steps of the whole training, or ``None`` if there is no Trainer or no end."""
+def _announce(
+    trainer: Trainer | None, resolved: ResolvedOptimizer, config: OptimConfig, schedule: str, length: _Length
+) -> None:
+    """Says what was resolved, on rank 0 and to the loggers."""
     if trainer is None:
-        return None
-    steps = trainer.estimated_stepping_batches
-    return None if steps == float("inf") else int(steps)
-
-
-def _report(trainer: Trainer, resolved: factory.ResolvedOptimizer, config: OptimConfig, warmup: int) -> None:
-    schedule = config.lr_scheduler or "none"
-    if config.warmup_steps:
-        schedule += f", warmup_steps={warmup or config.warmup_steps}"
+        return
+    details = {"warmup_steps": length.warmup, "total_steps": length.total}
+    schedule += "".join(f", {name}={value}" for name, value in details.items() if value)
     rank_zero_info(report.describe(resolved, config.optim, schedule))
     values: dict[str, Any] = {"optimizer": report.hyperparameters(resolved, config.optim, schedule)}
     for logger in trainer.loggers:

@@ -45,9 +45,9 @@ def parameter_bytes(
     assert spec.state is not None
     layout = spec.state
     quantization = layout.quantization
-    total = layout.scalar_bytes
+    total = layout.scalar_bytes + layout.scalars_like_parameter * element_size
     for buffer in layout.buffers:
-        if buffer.when is not None and not buffer.when(options):
+        if not buffer.exists(options, element_size):
             continue
         if quantization is not None and bits != 32 and is_quantized(quantization, options, elements):
             per_copy = _quantized_bytes(quantization, options, elements)

@@ -188,8 +188,7 @@ class OptimMixin(_Base):
         Returns:
             The optimizer; what it needs from the Trainer (mode switches, the report) is taken care of.
 
-        Raises:
-            Everything :func:`lightning_optim.build_optimizer` raises.
+        It raises what :func:`lightning_optim.build_optimizer` raises.
         """
         options = {
             "lr": lr,
@@ -201,5 +200,10 @@ class OptimMixin(_Base):
             "warmup_steps": warmup_steps or None,
         }
         given: dict[str, Any] = {name: value for name, value in options.items() if value is not None}
-        config = self.optim_config.replace(**given) if optim is None else OptimConfig(optim=optim, **given)
+        if optim is not None:
+            config = OptimConfig(optim=optim, **given)
+        else:
+            # Their schedule and its warm-up are the caller's business.
+            without = {"lr_scheduler": None, "lr_scheduler_args": None, "warmup_steps": 0}
+            config = self.optim_config.replace(**{**without, **given})
         return integration.build(self, self if target is None else target, config)

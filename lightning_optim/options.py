@@ -261,7 +261,8 @@ def _merge_single_betas(options: type[Options], given: dict[str, Any], owner: st
     fields = {field.name: field for field in dataclasses.fields(options)}
     if "betas" not in fields:
         return given
-    betas = list(fields["betas"].default)
+    default: Any = fields["betas"].default
+    betas = list(default)
     names = [f"beta{index + 1}" for index in range(len(betas)) if f"beta{index + 1}" in given]
     if not names:
         return given

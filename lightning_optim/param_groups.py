@@ -50,7 +50,8 @@ class NamedParameter:
     @property
     def decays(self) -> bool:
         """Whether weight decay makes sense: no bias, no norm, at least two dimensions."""
-        is_bias = any(name.rpartition(".")[2] == "bias" for name in self.names)
+        # Not all biases have one dimension: those of experts are stacked, attention's bias_k is (1, 1, width).
+        is_bias = any("bias" in name.rpartition(".")[2].split("_") for name in self.names)
         return self.parameter.ndim >= 2 and not is_bias and not any(map(_is_norm, self.owners))
 
     @property
@@ -144,6 +145,13 @@ def make_groups(
     return sorted(groups.values(), key=lambda group: "no_decay" in group["name"].split("/"))
 
 
+def override_keys(spec: OptimizerSpec) -> tuple[str, ...]:
+    """Returns what a pattern of ``param_groups`` may set."""
+    decay = ("weight_decay",) if spec.decays else ()
+    bits = ("optim_bits",) if spec.bits else ()
+    return ("lr", *decay, *bits, *(info.name for info in describe(spec.options) if info.scope == "group"))
+
+
 def _walk(target: Target) -> Iterator[tuple[str, Tensor, nn.Module | None]]:
     """Yields (name, parameter, owner), tied parameters once per name."""
     if isinstance(target, nn.Module):
@@ -177,13 +185,12 @@ def _checked(pattern: str, values: Mapping[str, Any], spec: OptimizerSpec, optio
     if not isinstance(values, Mapping):
         raise InvalidParamGroups(f"param_groups[{pattern!r}] must be a mapping such as {{'lr': 1e-4}}, got {values!r}")
     checked: dict[str, Any] = {}
-    own = {info.name for info in describe(spec.options) if info.scope == "group"}
-    allowed = {"lr", *(["weight_decay"] if spec.decays else []), *(["optim_bits"] if spec.bits else []), *own}
+    allowed = override_keys(spec)
     for key, value in values.items():
         if key not in allowed:
             raise InvalidParamGroups(
                 f"param_groups[{pattern!r}] sets {key!r}, which {spec.name!r} cannot vary between groups; "
-                f"allowed: {listing(sorted(allowed))}"
+                f"allowed: {listing(allowed)}"
             )
         if key in ("lr", "weight_decay"):
             checked[key] = as_number(f"param_groups[{pattern!r}][{key!r}]", value, NON_NEGATIVE, optional=False)
@@ -195,6 +202,7 @@ def _checked(pattern: str, values: Mapping[str, Any], spec: OptimizerSpec, optio
             checked[key] = value
         else:
             checked[key] = coerce(spec.options, key, value, spec.name)
+    own = options.select("group")
     try:
         dataclasses.replace(options, **{key: value for key, value in checked.items() if key in own}).check()
     except InvalidOption as error:

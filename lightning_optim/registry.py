@@ -75,6 +75,11 @@ class Registry(Mapping[str, OptimizerSpec]):
             "`lightning-optim list` shows all; a dotted path such as 'torch.optim.NAdam' names any other class."
         )
 
+    def get(self, name: str, default: Any = None) -> Any:
+        """Returns the row of a name of the table, or ``default``; dotted paths are not tried."""
+        self._load_plugins()
+        return self._specs.get(name, default)
+
     def __contains__(self, name: object) -> bool:
         self._load_plugins()
         return name in self._specs
@@ -175,7 +180,9 @@ def _options_from_signature(class_name: str, parameters: Mapping[str, inspect.Pa
         if parameter.default is parameter.empty:
             fields.insert(0, (name, Any, required(help, scope="constructor")))
         else:
-            fields.append((name, _type_of(parameter.default), option(parameter.default, help, scope="constructor")))
+            # A dataclass takes no mutable defaults, and betas=[0.9, 0.99] means a tuple.
+            default = tuple(parameter.default) if isinstance(parameter.default, (list, set)) else parameter.default
+            fields.append((name, _type_of(default), option(default, help, scope="constructor")))
     return make_dataclass(f"{class_name}Options", fields, bases=(Options,), frozen=True)
 
 

@@ -1,7 +1,7 @@
 """What cannot work together, in one table: each rule says what was passed, why it fails and what to type instead.
 
-Two tables: :data:`CONFIG_RULES` need only the request and hold when it is written down, :data:`RUN_RULES` need the model
-and, where there is one, the Trainer, and hold before the first batch.
+Two tables: :data:`CONFIG_RULES` need only the request and hold when it is written down, :data:`RUN_RULES` need the
+model and, where there is one, the Trainer, and hold before the first batch.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from torch import nn
 
 from lightning_optim.errors import IncompatibleTrainer
 from lightning_optim.param_groups import NamedParameter
+from lightning_optim.schedules import get_schedule
 from lightning_optim.spec import OptimizerSpec
 
 if TYPE_CHECKING:
@@ -90,15 +91,14 @@ def _warmup_has_an_effect(request: Request) -> str | None:
 
 def _plateau_and_constant_do_not_warm_up(request: Request) -> str | None:
     config = request.config
-    if request.spec.warmup == "schedule" and config.warmup_steps and config.lr_scheduler in _WITHOUT_WARMUP:
-        return (
-            f"warmup_steps={config.warmup_steps} beside lr_scheduler={config.lr_scheduler!r}, which has no warm-up. Use "
-            "lr_scheduler='constant_with_warmup'."
-        )
-    return None
-
-
-_WITHOUT_WARMUP = ("constant", "reduce_lr_on_plateau")
+    if request.spec.warmup != "schedule" or not config.warmup_steps or config.lr_scheduler is None:
+        return None
+    if get_schedule(config.lr_scheduler).warms_up:
+        return None
+    return (
+        f"warmup_steps={config.warmup_steps} beside lr_scheduler={config.lr_scheduler!r}, which has no warm-up. "
+        "Use lr_scheduler='constant_with_warmup'."
+    )
 
 
 def _schedule_args_need_a_schedule(request: Request) -> str | None:
@@ -121,7 +121,10 @@ def _lr_is_known(request: Request) -> str | None:
 
 def _weight_decay_exists(request: Request) -> str | None:
     if request.config.weight_decay and not request.spec.decays:
-        return f"weight_decay={request.config.weight_decay} beside optim={request.spec.name!r}, which has none. Leave it out."
+        return (
+            f"weight_decay={request.config.weight_decay} beside optim={request.spec.name!r}, which has none. "
+            "Leave it out."
+        )
     return None
 
 
@@ -147,8 +150,8 @@ def _compiler(run: Run) -> str | None:
     if not (run.spec.compiles and on_cpu) or shutil.which(cpp_compiler()):
         return None
     return (
-        f"optim={run.spec.name!r} compiles its step, which on a CPU needs a C++ compiler, and {cpp_compiler()!r} is not "
-        "on the PATH. Install it (apt-get install g++) or set CXX; optim='adamw_bnb_8bit' needs none."
+        f"optim={run.spec.name!r} compiles its step, which on a CPU needs a C++ compiler, and {cpp_compiler()!r} is "
+        "not on the PATH. Install it (apt-get install g++) or set CXX; optim='adamw_bnb_8bit' needs none."
     )
 
 
@@ -195,9 +198,9 @@ def _half_weights(run: Run) -> str | None:
     if not found or run.spec.half_weights:
         return None
     return (
-        f"optim={run.spec.name!r} computes in the parameters' dtype, and {found[0].name!r} is float16, in which its eps "
-        "is zero: the first zero gradient would make it NaN. Use Trainer(precision='16-mixed') or 'bf16-true', or an "
-        "optimizer with float32 arithmetic such as 'adamw_bnb_8bit'."
+        f"optim={run.spec.name!r} computes in the parameters' dtype, and {found[0].name!r} is float16, in which its "
+        "eps is zero: the first zero gradient would make it NaN. Use Trainer(precision='16-mixed') or 'bf16-true', or "
+        "an optimizer with float32 arithmetic such as 'adamw_bnb_8bit'."
     )
 
 

@@ -47,7 +47,7 @@ class RestartsOptions(ScheduleOptions):
 class PolynomialOptions(ScheduleOptions):
     """Options of ``polynomial``."""
 
-    lr_end: float = option(1e-7, "learning rate at the end", NON_NEGATIVE)
+    lr_end: float = option(1e-7, "learning rate at the end; of a group with another peak, in proportion", NON_NEGATIVE)
     power: float = option(1.0, "exponent of the remaining part", POSITIVE)
 
 
@@ -129,7 +129,8 @@ def _polynomial(step: int, warmup: int, total: int, options: PolynomialOptions, 
     if step > total:
         return options.lr_end / peak
     remaining = 1 - (step - warmup) / max(1, total - warmup)
-    return ((peak - options.lr_end) * remaining**options.power + options.lr_end) / peak
+    lr: float = (peak - options.lr_end) * remaining**options.power + options.lr_end
+    return lr / peak
 
 
 def _inverse_sqrt(step: int, warmup: int, total: int, options: InverseSqrtOptions, peak: float) -> float:
@@ -222,12 +223,12 @@ def get_schedule(name: str) -> ScheduleSpec:
     Raises:
         UnknownSchedule: If there is none of that name; the text lists all.
     """
-    if name not in SCHEDULES:
+    if not isinstance(name, str) or name not in SCHEDULES:
         near = close_names(str(name), SCHEDULES, limit=2)
         hint = f" Did you mean {listing(near)}?" if near else ""
         raise UnknownSchedule(
-            f"there is no lr_scheduler {name!r}.{hint} Allowed: {listing(SCHEDULES)}. For a scheduler of torch override "
-            "configure_optimizers and build the optimizer with self.build_optimizer(self)."
+            f"there is no lr_scheduler {name!r}.{hint} Allowed: {listing(SCHEDULES)}. For a scheduler of torch "
+            "override configure_optimizers and build the optimizer with self.build_optimizer(self)."
         )
     return SCHEDULES[name]
 
@@ -303,16 +304,11 @@ def build_schedule(
     if spec.multiplier is None:
         return ReduceLROnPlateau(optimizer, **options.select("group"))
     warmup = resolve_warmup(warmup_steps, total_steps)
-    peaks = [float(group["lr"]) for group in optimizer.param_groups]
-    if isinstance(options, PolynomialOptions) and min(peaks) <= options.lr_end:
-        raise InvalidOption(f"lr_end={options.lr_end:g} must be smaller than the learning rate {min(peaks):g}")
-    return LambdaLR(
-        optimizer,
-        [
-            partial(_call, spec.multiplier, warmup=warmup, total=total_steps or 0, options=options, peak=peak)
-            for peak in peaks
-        ],
-    )
+    peak = float(optimizer.defaults["lr"])
+    if isinstance(options, PolynomialOptions) and peak <= options.lr_end:
+        raise InvalidOption(f"lr_end={options.lr_end:g} must be smaller than the learning rate {peak:g}")
+    multiplier = partial(_call, spec.multiplier, warmup=warmup, total=total_steps or 0, options=options, peak=peak)
+    return LambdaLR(optimizer, multiplier)
 
 
 def _call(

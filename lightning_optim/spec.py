@@ -26,12 +26,20 @@ class Buffer:
         float32: True if it is stored in float32 whatever the parameter's dtype; else it has the parameter's dtype.
         copies: How many tensors of the parameter's shape it holds.
         when: Tells from the options whether it exists; ``None`` means always.
+        low_precision_only: True if it exists only for parameters of two bytes per element (bfloat16, float16).
     """
 
     name: str
     float32: bool = False
     copies: int = 1
     when: Callable[[Any], bool] | None = None
+    low_precision_only: bool = False
+
+    def exists(self, options: Options, element_size: int) -> bool:
+        """Whether it is kept for a parameter of ``element_size`` bytes per element."""
+        if self.low_precision_only and element_size > 2:
+            return False
+        return self.when is None or self.when(options)
 
 
 @dataclass(frozen=True)
@@ -59,12 +67,14 @@ class StateLayout:
 
     Attributes:
         buffers: Tensors of the parameter's shape.
-        scalar_bytes: Bytes per parameter tensor for counters and other 0-dim tensors.
+        scalar_bytes: Bytes per parameter tensor for counters.
+        scalars_like_parameter: Number of 0-dim tensors per parameter tensor in the parameter's dtype.
         quantization: How the buffers are quantized, if they are.
     """
 
     buffers: tuple[Buffer, ...]
     scalar_bytes: int = 0
+    scalars_like_parameter: int = 0
     quantization: Quantization | None = None
 
 

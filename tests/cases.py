@@ -1,7 +1,7 @@
 """One case per row of the table: its upstream reference and hyperparameters with which it learns in a few steps.
 
-``test_table.py`` fails if a row has no case or a case no row. The runners in ``test_training.py``, ``test_reference.py``
-and ``test_resume.py`` do the same with every case; what an optimizer cannot do stands here, with the reason.
+``test_table.py`` fails if a row has no case or a case no row. The runners in ``test_training.py``,
+``test_reference.py`` and ``test_resume.py`` do the same with every case.
 """
 
 from __future__ import annotations

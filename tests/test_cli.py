@@ -183,7 +183,12 @@ MISTAKES: dict[str, tuple[str, list[str], list[str]]] = {
     "twice": (
         "mixin",
         ["--optim", "sgd", "--model.optim", "adagrad"],
-        ["--optim sgd beside --model.optim adagrad", "Keep one"],
+        ["--optim sgd beside --model.optim adagrad", "Write --optim, or leave --optim out"],
+    ),
+    "half and half": (
+        "mixin",
+        ["--optim", "sgd", "--model.lr", "1e-2"],
+        ["--optim sgd beside --model.lr 0.01: the latter would be ignored", "Write --lr"],
     ),
     "optimizer": (
         "foreign",

@@ -109,12 +109,11 @@ def test_list_shows_every_identifier_with_its_summary_and_extra(command: Command
     )
     assert re.search(r"^lion_8bit +Lion, 8-bit block-wise quantized states +bitsandbytes +yes$", text, re.MULTILINE)
     assert re.search(r"^sgd +stochastic gradient descent, with momentum on request +- +yes$", text, re.MULTILINE)
-    assert "26 of 26 can run here" in text
+    assert f"{len(NAMES)} of {len(NAMES)} can run here" in text
 
 
 def test_list_as_json(command: Command) -> None:
     entries = {entry["identifier"]: entry for entry in command.json("list")["optimizers"]}
-    assert len(NAMES) == 26
     assert set(entries) == set(NAMES)
     assert entries["adamw_8bit"] == {
         "identifier": "adamw_8bit",
@@ -161,7 +160,7 @@ def test_list_tells_each_reason_once_with_the_command_to_type(
         assert len(re.findall(rf"^.*pip install --upgrade '{distribution}>=[\d.]+'$", text, re.MULTILINE)) == 1
     available = {line.split()[0] for line in text.splitlines() if line.endswith(" yes")}
     assert available == {"adamw_torch", "adamw_torch_fused", "sgd", "adagrad", "rmsprop"}
-    assert "5 of 26 can run here" in text
+    assert f"5 of {len(NAMES)} can run here" in text
 
 
 def test_list_looks_for_a_device_that_the_row_runs_on(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -232,7 +231,7 @@ def test_what_info_says_of_param_groups_is_what_they_take(command: Command) -> N
         with pytest.raises(InvalidParamGroups) as raised:
             build_optimizer(torch.nn.Linear(2, 2), name, param_groups={".*": {"nonsense": 1}})
         allowed = re.findall(r"'(\w+)'", str(raised.value).partition("allowed: ")[2])
-        assert sorted(told) == allowed, name
+        assert told == allowed, name
 
 
 @pytest.mark.parametrize(
@@ -300,7 +299,7 @@ def test_info_shows_what_an_aliased_row_needs(command: Command, monkeypatch: pyt
     assert text.startswith("adamw_8bit (alias of adamw_bnb_8bit): AdamW, 8-bit")
     assert "needs         bitsandbytes>=0.50, installed: no" in text
     assert "the package 'bitsandbytes' is not installed" in text
-    assert "pip install 'lightning-optim[bitsandbytes]'" in text
+    assert "extra         bitsandbytes (of lightning-optim)" in text
     assert "runs here     no:" in text
 
 
@@ -374,7 +373,7 @@ def test_doctor_of_a_whole_installation(command: Command) -> None:
         assert set(names) == {case.name for case in CASES if case.upstream.startswith(module)}
     text = command("doctor")
     assert_fits(text)
-    assert text.endswith("All 26 identifiers can run here.\n")
+    assert text.endswith(f"All {len(NAMES)} identifiers can run here.\n")
     assert "not with those of `import pytorch_lightning`" in unwrapped(text)
 
 
@@ -413,7 +412,7 @@ def test_a_broken_plugin_stops_list_but_not_doctor(
     diagnosis = command.json("doctor", status=1)
     assert diagnosis["plugins"] == [{"name": "bad", "value": "no_such_module:ROWS", "distribution": "bad_plugin"}]
     assert "no_such_module" in diagnosis["plugin_problem"]
-    assert diagnosis["count"] == 26
+    assert diagnosis["count"] == len(NAMES)
     assert "the plugin 'no_such_module:ROWS'" in unwrapped(command("doctor", status=1))
 
 

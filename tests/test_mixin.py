@@ -135,6 +135,8 @@ class TestMixin:
         assert [group["momentum"] for group in optimizer.param_groups] == [0.9, 0.9]
         assert [group["lr"] for group in optimizer.param_groups] == [0.5, 0.5]
         assert sum(len(group["params"]) for group in optimizer.param_groups) == 2
+        model = LitTokens(optim="sgd", lr=0.5, lr_scheduler="linear", warmup_steps=0.1)
+        assert [group["lr"] for group in model.build_optimizer().param_groups] == [0.5, 0.5]
         optimizer = model.build_optimizer(optim="adagrad")
         assert [group["lr"] for group in optimizer.param_groups] == [1e-2, 1e-2]
 
@@ -196,7 +198,7 @@ class TestReport:
             "optim='adamw_8bit': bitsandbytes.optim.AdamW (lr=0.01, weight_decay=0.01, betas=(0.9, 0.999), eps=1e-08"
         )
         assert "decay/32bit     1 tensors         1,024 elements  lr=0.01, weight_decay=0.01, optim_bits=32" in report
-        assert "schedule: linear, warmup_steps=2; layerwise: no" in report
+        assert "schedule: linear, warmup_steps=2, total_steps=2; layerwise: no" in report
         saved = (Path(logger.log_dir) / "hparams.yaml").read_text()
         for expected in (
             "identifier: adamw_8bit",

@@ -67,7 +67,7 @@ class RMSpropOptions(Options):
     def check(self) -> None:
         if self.momentum != 0.0:
             raise InvalidOption(
-                f"momentum={self.momentum:g} would be ignored by bitsandbytes' RMSprop; use optim='rmsprop' for momentum"
+                f"momentum={self.momentum:g} would be ignored by bitsandbytes' RMSprop; use optim='rmsprop' for it"
             )
         if self.centered:
             raise InvalidOption("centered=True is not implemented by bitsandbytes' RMSprop; use optim='rmsprop'")
@@ -77,7 +77,9 @@ class RMSpropOptions(Options):
 class _Quantized(Options):
     """Options that the 8-bit form of every bitsandbytes optimizer adds."""
 
-    min_8bit_size: int = option(4096, "parameters with fewer elements keep 32-bit states", scope="constructor")
+    min_8bit_size: int = option(
+        4096, "parameters with fewer elements keep 32-bit states", NON_NEGATIVE, scope="constructor"
+    )
     quantize_embeddings: bool = option(False, "store embeddings' states in 8 bits, too", scope="policy")
 
 

@@ -42,8 +42,14 @@ ROWS = (
         default_weight_decay=1e-2,
         requirements=REQUIREMENTS,
         extra="optimi",
-        state=StateLayout(buffers=(Buffer("exp_avg"), Buffer("exp_avg_sq")), scalar_bytes=4),
+        state=StateLayout(
+            buffers=(
+                Buffer("exp_avg"),
+                Buffer("exp_avg_sq"),
+                Buffer("kahan_comp", when=lambda o: o.kahan_sum is not False, low_precision_only=True),
+            ),
+            scalars_like_parameter=1,
+        ),
         sharded=True,
-        note="bfloat16 parameters add a compensation buffer (kahan_sum)",
     ),
 )

@@ -18,12 +18,14 @@ class AdamW8bitOptions(Options):
 
     betas: tuple[float, float] = option((0.9, 0.999), "decay rates of the first and second moment", UNIT)
     eps: float = option(1e-8, "added to the denominator", NON_NEGATIVE)
-    amsgrad: bool = option(False, "divide by the largest second moment seen")
+    amsgrad: bool = option(False, "not implemented by torchao for quantized states: False only")
     block_size: int = option(256, "elements that share a scale", AT_LEAST_ONE, scope="constructor")
     bf16_stochastic_round: bool = option(False, "round bfloat16 weights stochastically", scope="constructor")
     quantize_embeddings: bool = option(False, "store embeddings' states in few bits, too", scope="policy")
 
     def check(self) -> None:
+        if self.amsgrad:
+            raise InvalidOption("amsgrad=True is not implemented by torchao for quantized states; use 'adamw_torch'")
         if self.block_size % 2:
             raise InvalidOption(
                 f"block_size={self.block_size} is odd; the kernels take even sizes, 64 to 2048 are usual"
@@ -50,7 +52,7 @@ def _row(bits: int, options: type[Options], table_bytes: int, paper: str) -> Opt
         requirements=REQUIREMENTS,
         extra="torchao",
         state=StateLayout(
-            buffers=(Buffer("exp_avg"), Buffer("exp_avg_sq"), Buffer("max_exp_avg_sq", when=lambda o: o.amsgrad)),
+            buffers=(Buffer("exp_avg"), Buffer("exp_avg_sq")),
             scalar_bytes=4,
             quantization=Quantization(bits, "block_size", 4096, whole_blocks=True, table_bytes=table_bytes),
         ),

@@ -12,6 +12,7 @@ from typing import Any
 from lightning_optim import memory
 from lightning_optim.errors import InvalidOption
 from lightning_optim.options import OptionInfo, Options, describe, parse
+from lightning_optim.param_groups import override_keys
 from lightning_optim.spec import Buffer, OptimizerSpec
 
 # The parameter whose state is counted: large enough to be quantized, of the commonest dtype.
@@ -102,7 +103,7 @@ def cannot_step(spec: OptimizerSpec) -> tuple[str, ...]:
 
 def grouping(spec: OptimizerSpec) -> Grouping:
     """Describes how ``spec`` groups and steps parameters."""
-    keys = param_groups_keys(spec)
+    keys = override_keys(spec)
     return Grouping(
         policy=(*_decay(spec), *_embeddings(spec), *_overrides(keys), *_warmup(spec), *_modes(spec)),
         param_groups_keys=keys,
@@ -110,14 +111,6 @@ def grouping(spec: OptimizerSpec) -> Grouping:
         warmup=spec.warmup,
         averages_weights=spec.averages_weights,
     )
-
-
-def param_groups_keys(spec: OptimizerSpec) -> tuple[str, ...]:
-    """Returns what a pattern of ``param_groups`` may set."""
-    own = [info.name for info in describe(spec.options) if info.scope == "group"]
-    decay = ["weight_decay"] if spec.decays else []
-    bits = ["optim_bits"] if spec.bits else []
-    return ("lr", *decay, *bits, *own)
 
 
 def _decay(spec: OptimizerSpec) -> Iterator[str]:
@@ -187,7 +180,7 @@ def state(spec: OptimizerSpec) -> State | None:
                 name=buffer.name,
                 storage=_storage(buffer, spec),
                 copies=buffer.copies,
-                by_default=buffer.when is None or (defaults is not None and buffer.when(defaults)),
+                by_default=defaults is not None and buffer.exists(defaults, _ELEMENT_SIZE),
             )
             for buffer in spec.state.buffers
         ),

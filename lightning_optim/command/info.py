@@ -199,7 +199,7 @@ def _facts(info: Info) -> list[tuple[str, str]]:
         facts.append(("needs", f"{package.distribution}{package.versions}, installed: {package.installed or 'no'}"))
         facts.append(("install", package.install))
     if info.extra:
-        facts.append(("or", f"pip install 'lightning-optim[{info.extra}]'"))
+        facts.append(("extra", f"{info.extra} (of lightning-optim)"))
     facts.append(("runs here", "yes" if info.available else "no:"))
     facts += [("", problem) for problem in info.problems]
     facts.append(("devices", "every device" if info.devices is None else ", ".join(info.devices)))

@@ -1,0 +1,249 @@
+"""Every snippet of the README and of the pages is executed, and what a page shows as output is compared.
+
+The fences, by their info string:
+
+- ``python``: executed; the blocks of a page share their names and run in order. A block whose first line is a comment
+  with a file name (``# train.py``) is saved under that name instead.
+- ``yaml``: saved under the name in its first line.
+- ``pycon``: executed and compared by doctest; ``...`` stands for anything, line breaks do not count.
+- ``console``: commands after ``$``, in the directory of the saved files. They must succeed, unless the fence says
+  ``console fails``; output is compared as in ``pycon``. ``console no-run`` marks what cannot run here, as installing.
+- ``text``: with ``text output``, what the ``python`` block before it prints and logs.
+- ``toml``: parsed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import doctest
+import io
+import logging
+import re
+import runpy
+import shlex
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from lightning_utilities.core import rank_zero
+
+import lightning_optim
+from lightning_optim import REGISTRY, command, rules
+from lightning_optim.registry import ENTRY_POINT_GROUP
+from lightning_optim.schedules import SCHEDULES
+
+ROOT = Path(__file__).parent.parent
+PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *(ROOT / "docs").glob("*.md")])
+KINDS = {"python", "yaml", "pycon", "console", "console fails", "console no-run", "text", "text output", "toml"}
+
+_FENCE = re.compile(r"^(?P<ticks>`{3,})(?P<info>[^\n`]*)\n(?P<body>.*?)^(?P=ticks)$", re.MULTILINE | re.DOTALL)
+_FILE_NAME = re.compile(r"# (?P<name>\w+\.(py|yaml))$", re.MULTILINE)
+_LENIENT = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
+
+
+@dataclass(frozen=True)
+class Block:
+    """A fenced block of a page."""
+
+    page: Path
+    line: int
+    kind: str
+    body: str
+
+    @property
+    def where(self) -> str:
+        return f"{self.page.relative_to(ROOT)}:{self.line}"
+
+
+def _blocks(page: Path) -> Iterator[Block]:
+    """Yields the page's fenced blocks, without the directives of MyST."""
+    text = page.read_text(encoding="utf-8")
+    for match in _FENCE.finditer(text):
+        kind = match["info"].strip()
+        if not kind.startswith("{"):
+            yield Block(page, text.count("\n", 0, match.start()) + 1, kind, match["body"])
+
+
+class _Page:
+    """The state that the blocks of one page share."""
+
+    def __init__(self) -> None:
+        self.names: dict[str, Any] = {"__name__": "page"}
+        self.printed = ""
+
+    def run(self, block: Block) -> None:
+        file_name = _FILE_NAME.match(block.body)
+        if file_name and block.kind in ("python", "yaml"):
+            Path(file_name["name"]).write_text(block.body, encoding="utf-8")
+        elif block.kind == "python":
+            self._python(block)
+        elif block.kind == "pycon":
+            self._pycon(block)
+        elif block.kind in ("console", "console fails"):
+            self._console(block)
+        elif block.kind == "text output":
+            _compare(block, block.body, self.printed)
+        elif block.kind == "yaml":
+            yaml.safe_load(block.body)
+        elif block.kind == "toml":
+            pytest.importorskip("tomllib").loads(block.body)
+
+    def _python(self, block: Block) -> None:
+        # Tracebacks show the page and its line.
+        code = compile("\n" * block.line + block.body, str(block.page), "exec", dont_inherit=True)
+        with _captured() as printed:
+            exec(code, self.names)
+        self.printed = printed.getvalue()
+
+    def _pycon(self, block: Block) -> None:
+        test = doctest.DocTestParser().get_doctest(block.body, self.names, block.where, str(block.page), block.line)
+        output: list[str] = []
+        with contextlib.redirect_stderr(io.StringIO()):
+            doctest.DocTestRunner(optionflags=_LENIENT).run(test, out=output.append, clear_globs=False)
+        if output:
+            pytest.fail("".join(output), pytrace=False)
+        self.names.update(test.globs)
+
+    def _console(self, block: Block) -> None:
+        # A command goes on after a backslash; its output follows until the next command.
+        for part in re.split(r"^\$ ", block.body.replace("\\\n", " "), flags=re.MULTILINE)[1:]:
+            line, _, expected = part.partition("\n")
+            with _captured() as printed:
+                status = _run(shlex.split(line))
+            assert bool(status) == (block.kind == "console fails"), f"{block.where}: {line}\n{printed.getvalue()}"
+            if expected.strip():
+                _compare(block, expected, printed.getvalue())
+
+
+@contextlib.contextmanager
+def _captured() -> Iterator[io.StringIO]:
+    """Collects what is printed, and what Lightning and we log on rank 0."""
+    printed = io.StringIO()
+    handler = logging.StreamHandler(printed)
+    rank_zero.log.addHandler(handler)
+    try:
+        with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed):
+            yield printed
+    finally:
+        rank_zero.log.removeHandler(handler)
+
+
+def _run(arguments: list[str]) -> int:
+    """Runs a command of a page in this process, where everything is imported already; returns its exit status."""
+    # Files of the repository are named as seen from its root.
+    program, *rest = [str(ROOT / word) if (ROOT / word).is_file() else word for word in arguments]
+    imported = set(sys.modules)
+    try:
+        if program == "lightning-optim":
+            return command.main(rest)
+        assert program == "python", f"pages may run python and lightning-optim, not {program}"
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(sys, "argv", rest)
+            patch.syspath_prepend(str(Path(rest[0]).resolve().parent))
+            runpy.run_path(rest[0], run_name="__main__")
+    except SystemExit as exit:
+        return exit.code if isinstance(exit.code, int) else int(exit.code is not None)
+    finally:
+        for name in set(sys.modules) - imported:
+            if str(getattr(sys.modules[name], "__file__", "")).startswith(str(Path.cwd())):
+                del sys.modules[name]
+    return 0
+
+
+def _compare(block: Block, expected: str, printed: str) -> None:
+    # Rich output ends its lines with spaces, and runs print more than a page shows: ... stands for it.
+    checker, example = doctest.OutputChecker(), doctest.Example("", expected)
+    if not checker.check_output(expected, printed, _LENIENT):
+        difference = checker.output_difference(example, printed, _LENIENT)
+        pytest.fail(f"{block.where} shows an output that does not come.\n{difference}", pytrace=False)
+
+
+@pytest.fixture
+def _isolated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A directory of its own; what a page registers is forgotten afterwards."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(REGISTRY, "_specs", dict(REGISTRY._specs))
+    for name in ("PL_GLOBAL_SEED", "PL_SEED_WORKERS"):
+        monkeypatch.setenv(name, "0")
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+@pytest.mark.usefixtures("_isolated")
+def test_snippets_run(page: Path) -> None:
+    state = _Page()
+    for block in _blocks(page):
+        assert block.kind in KINDS, f"{block.where}: no rule for ```{block.kind}"
+        state.run(block)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_links_lead_somewhere(page: Path) -> None:
+    prose = _FENCE.sub("", page.read_text(encoding="utf-8"))
+    for link in re.findall(r"\]\(([^)#\s]+)(?:#[^)]*)?\)", prose):
+        assert re.match(r"https?://", link) or (page.parent / link).exists(), f"{page.name} links to {link}"
+
+
+def _identifiers(text: str) -> set[str]:
+    return set(re.findall(r"`([a-z0-9_]+)`", text))
+
+
+def _section(page: Path, heading: str) -> str:
+    text = page.read_text(encoding="utf-8")
+    assert f"# {heading}\n" in text, f"{page.name} has no section {heading!r}"
+    return text.partition(f"# {heading}\n")[2].partition("\n#")[0]
+
+
+def test_readme_lists_every_identifier() -> None:
+    assert _identifiers(_section(ROOT / "README.md", "Optimizers")) == set(REGISTRY)
+    assert f"{len(REGISTRY)} names" in (ROOT / "docs" / "index.md").read_text(encoding="utf-8")
+
+
+def test_generated_pages_cover_the_table(tmp_path: Path) -> None:
+    generate = runpy.run_path(str(ROOT / "docs" / "generate.py"))
+    generate["main"](tmp_path)
+    identifiers = (tmp_path / "identifiers.md").read_text(encoding="utf-8")
+    schedules = (tmp_path / "schedules.md").read_text(encoding="utf-8")
+    assert set(REGISTRY) <= _identifiers(identifiers)
+    assert set(SCHEDULES) <= _identifiers(schedules)
+    for spec in REGISTRY.values():
+        assert f"## {spec.name}\n" in identifiers
+
+
+def test_api_page_documents_every_public_name() -> None:
+    text = (ROOT / "docs" / "api.md").read_text(encoding="utf-8")
+    documented = set(re.findall(r"^\.\. auto\w+:: (\w+)(?:\(.*\))?$", text, re.MULTILINE))
+    assert documented == set(lightning_optim.__all__)
+
+
+def test_refusals_page_has_a_row_per_rule() -> None:
+    rows = re.findall(r"^\| (?!What|-)", (ROOT / "docs" / "refusals.md").read_text(encoding="utf-8"), re.MULTILINE)
+    assert len(rows) == len(rules.CONFIG_RULES) + len(rules.RUN_RULES)
+
+
+def test_migration_page_names_what_hugging_face_has() -> None:
+    import dataclasses
+
+    from transformers import SchedulerType, TrainingArguments
+    from transformers.training_args import OptimizerNames
+
+    page = ROOT / "docs" / "migrating.md"
+    rows = re.findall(r"^\| (`[^|]*) \|", _section(page, "Arguments"), re.MULTILINE)
+    arguments = {name for row in rows for name in _identifiers(row)}
+    assert arguments <= {field.name for field in dataclasses.fields(TrainingArguments)}
+    names = {optimizer.value for optimizer in OptimizerNames}
+    assert _identifiers(_section(page, "Names that are not here")) == (names - set(REGISTRY)) | (
+        {schedule.value for schedule in SchedulerType} - set(SCHEDULES)
+    )
+
+
+def test_entry_point_group_is_the_registrys() -> None:
+    text = (ROOT / "docs" / "contributing.md").read_text(encoding="utf-8")
+    assert f'[project.entry-points."{ENTRY_POINT_GROUP}"]' in text
+
+
+def test_changelog_knows_the_version() -> None:
+    assert f"## {lightning_optim.__version__}" in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")

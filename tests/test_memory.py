@@ -1,0 +1,190 @@
+"""Estimated bytes of optimizer state equal those of the real state after one step."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from lightning_optim import REGISTRY, OptimConfig
+from lightning_optim.factory import ResolvedOptimizer, resolve
+from lightning_optim.memory import measured_bytes, state_bytes
+from lightning_optim.options import parse
+from lightning_optim.param_groups import GroupPolicy, make_groups, named_parameters
+from tests.cases import BY_NAME, NAMES
+from tests.models import TokenModel
+
+# What state dicts hold beyond the optimizer's own state: bitsandbytes' lookup tables, which all parameters share, and
+# the training point of schedule-free, which is the parameter itself while training.
+SHARED = {"bitsandbytes": {"qmap1", "qmap2"}, "schedulefree": {"y"}}
+
+
+class Shapes(nn.Module):
+    """Sizes at the edges of block-wise quantization."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(16, 256)
+        self.whole = nn.Linear(64, 64)  # 4096 elements
+        self.partial = nn.Linear(64, 65)  # 4160 elements, no multiple of 128
+        self.small = nn.Linear(63, 65, bias=False)  # 4095 elements
+        self.large = nn.Conv1d(64, 64, 3)  # 12288 elements
+        self.scale = nn.Parameter(torch.tensor(1.0))
+
+
+def stepped(name: str, model: nn.Module, dtype: torch.dtype, **request: Any) -> ResolvedOptimizer:
+    """Builds the optimizer and steps it once on random gradients."""
+    model.to(dtype)
+    resolved = resolve(model, OptimConfig(name, **request))
+    for parameter in model.parameters():
+        parameter.grad = torch.randn_like(parameter)
+    if name in BY_NAME and BY_NAME[name].averages:
+        resolved.optimizer.train()  # type: ignore[attr-defined]
+    # torchao would compile for half a minute; what it stores is the same.
+    with torch.compiler.set_stance("force_eager"):
+        resolved.optimizer.step()
+    return resolved
+
+
+def own_state(name: str, resolved: ResolvedOptimizer) -> dict[str, Any]:
+    """Returns the optimizer's state dict without what it shares."""
+    shared = next((keys for package, keys in SHARED.items() if package in BY_NAME[name].upstream), set())
+
+    def without(state: dict[Any, Any]) -> dict[Any, Any]:
+        return {
+            key: without(value) if isinstance(value, dict) else value
+            for key, value in state.items()
+            if key not in shared
+        }
+
+    return {"state": without(resolved.optimizer.state_dict()["state"])}
+
+
+def assert_exact(name: str, resolved: ResolvedOptimizer) -> None:
+    measured = measured_bytes(own_state(name, resolved))
+    assert resolved.state_bytes == measured
+    assert measured > 0 or name == "sgd"
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("shapes", [TokenModel, Shapes])
+def test_estimate_is_exact_in_float32(shapes: type[nn.Module], name: str) -> None:
+    assert_exact(name, stepped(name, shapes(), torch.float32, optim_args=BY_NAME[name].options))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_estimate_is_exact_in_bfloat16(name: str) -> None:
+    assert_exact(name, stepped(name, Shapes(), torch.bfloat16, optim_args=BY_NAME[name].options))
+
+
+@pytest.mark.parametrize(
+    ("name", "args"),
+    [
+        ("adamw_torch", "amsgrad=True"),
+        ("adamw_torch_fused", "amsgrad=True"),
+        ("sgd", ""),
+        ("sgd", "momentum=0.9"),
+        ("rmsprop", ""),
+        ("rmsprop", "centered=True"),
+        ("rmsprop", "momentum=0.9"),
+        ("adagrad", "initial_accumulator_value=0.1"),
+        ("adamw_torch_4bit", "block_size=64"),
+        ("adamw_torch_4bit", "quantize_embeddings=True"),
+        ("adamw_torch_8bit", "block_size=64"),
+        ("adamw_torch_8bit", "quantize_embeddings=True,block_size=2048"),
+        ("adamw_8bit", "quantize_embeddings=True"),
+        ("adamw_8bit", "min_8bit_size=1"),
+        ("lion_8bit", "min_8bit_size=4161"),
+        ("ademamix_8bit", "min_8bit_size=1,quantize_embeddings=True"),
+        ("rmsprop_bnb_8bit", "min_8bit_size=65"),
+    ],
+)
+def test_estimate_follows_the_options(name: str, args: str) -> None:
+    assert_exact(name, stepped(name, Shapes(), torch.float32, optim_args=args))
+
+
+@pytest.mark.parametrize(
+    ("name", "override"),
+    [
+        ("adamw_torch", {"amsgrad": True}),
+        ("sgd", {"momentum": 0.9}),
+        ("rmsprop", {"centered": True}),
+        ("adamw_8bit", {"optim_bits": 32}),
+        ("adamw_torch_4bit", {"optim_bits": 32}),
+    ],
+)
+def test_estimate_follows_the_groups(name: str, override: dict[str, Any]) -> None:
+    plain = stepped(name, Shapes(), torch.float32)
+    overridden = stepped(name, Shapes(), torch.float32, param_groups={"large.weight": override})
+    assert_exact(name, overridden)
+    assert overridden.state_bytes is not None
+    assert plain.state_bytes is not None
+    assert overridden.state_bytes > plain.state_bytes
+
+
+def test_bitsandbytes_shares_two_tables_of_one_kibibyte() -> None:
+    resolved = stepped("adamw_8bit", Shapes(), torch.float32)
+    tables: dict[int, Tensor] = {}
+    for state in resolved.optimizer.state.values():
+        tables.update({state[key].data_ptr(): state[key] for key in ("qmap1", "qmap2") if key in state})
+    assert [table.nbytes for table in tables.values()] == [1024, 1024]
+    assert measured_bytes(resolved.optimizer.state_dict()) == resolved.state_bytes + 2 * 1024  # type: ignore[operator]
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if BY_NAME[name].averages])
+def test_schedule_free_adds_a_copy_of_the_parameters_outside_of_training(name: str) -> None:
+    model = Shapes()
+    resolved = stepped(name, model, torch.float32)
+    resolved.optimizer.eval()  # type: ignore[attr-defined]
+    parameters = sum(parameter.nbytes for parameter in model.parameters())
+    assert measured_bytes(resolved.optimizer.state_dict()) == resolved.state_bytes + parameters  # type: ignore[operator]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_estimating_allocates_nothing(name: str) -> None:
+    """A model on the meta device has shapes only."""
+    with torch.device("meta"):
+        model = Shapes()
+    spec = REGISTRY[name]
+    options = parse(spec.options, BY_NAME[name].options, name)
+    groups = make_groups(named_parameters(model), spec, options, GroupPolicy(1e-3, 0.0, {}))
+    real = stepped(name, Shapes(), torch.float32, optim_args=BY_NAME[name].options)
+    assert state_bytes(spec, options, groups) == real.state_bytes
+
+
+def test_a_row_without_a_layout_has_no_estimate() -> None:
+    assert stepped("torch.optim.NAdam", TokenModel(8), torch.float32).state_bytes is None
+
+
+def test_measuring_counts_every_tensor_once() -> None:
+    tensor = torch.zeros(10)
+    state = {0: {"a": tensor, "step": 3, "nested": {"b": torch.zeros(4, dtype=torch.uint8)}}, 1: {"a": tensor}}
+    assert measured_bytes({"state": state, "param_groups": [{"lr": torch.zeros(100)}]}) == 44
+
+
+def test_eight_bits_take_a_quarter_of_the_bytes() -> None:
+    """A check of the estimates against each other, with the numbers a user would expect per parameter."""
+    model = nn.Linear(1024, 1024, bias=False)
+    per_element = {
+        name: resolve(model, OptimConfig(name)).state_bytes / 2**20  # type: ignore[operator]
+        for name in (
+            "adamw_torch",
+            "adamw_8bit",
+            "adamw_torch_8bit",
+            "adamw_torch_4bit",
+            "lion_32bit",
+            "lion_8bit",
+            "sgd",
+        )
+    }
+    assert {name: round(value, 2) for name, value in per_element.items()} == {
+        "adamw_torch": 8.0,
+        "adamw_8bit": 2.03,
+        "adamw_torch_8bit": 2.03,
+        "adamw_torch_4bit": 1.06,
+        "lion_32bit": 4.0,
+        "lion_8bit": 1.02,
+        "sgd": 0.0,
+    }

@@ -1,0 +1,438 @@
+"""Refusals: every rule of both tables is broken as a user would break it, before the first training batch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from lightning.pytorch.callbacks import EMAWeightAveraging, StochasticWeightAveraging, WeightAveraging
+from torch import nn
+from torch.optim import SGD, Optimizer
+
+from lightning_optim import IncompatibleTrainer, OptimCallback, OptimConfig, build_optimizer, rules
+from tests.models import LitTokens, TokenModel, fp16_mixed, loader, trainer
+
+
+class NoDefaultRate(SGD):
+    def __init__(self, params: Any, lr: float, momentum: float = 0.0) -> None:
+        super().__init__(params, lr, momentum)
+
+
+@dataclass(frozen=True)
+class Case:
+    """A request that breaks a rule.
+
+    Attributes:
+        rule: The rule that refuses it.
+        optim: The arguments of the mixin.
+        parts: What the text must contain: what was passed and what to type instead.
+    """
+
+    rule: Callable[..., str | None]
+    optim: dict[str, Any]
+    parts: tuple[str, ...]
+
+
+CONFIG_CASES = (
+    Case(
+        rules._no_schedule_for_averages,
+        {"optim": "schedule_free_adamw", "lr_scheduler": "cosine"},
+        ("lr_scheduler='cosine'", "optim='schedule_free_adamw'", "Leave lr_scheduler out; warmup_steps is handed"),
+    ),
+    Case(
+        rules._no_schedule_for_averages,
+        {"optim": "schedule_free_radam", "lr_scheduler": "reduce_lr_on_plateau"},
+        ("lr_scheduler='reduce_lr_on_plateau'", "optim='schedule_free_radam'", "Leave lr_scheduler out."),
+    ),
+    Case(
+        rules._warmup_has_an_effect,
+        {"optim": "schedule_free_radam", "warmup_steps": 10},
+        ("warmup_steps=10", "optim='schedule_free_radam'", "needs no warm-up", "Leave it out"),
+    ),
+    Case(
+        rules._warmup_has_an_effect,
+        {"optim": "lion_8bit", "warmup_steps": 0.1},
+        ("warmup_steps=0.1 without lr_scheduler", "lr_scheduler='constant_with_warmup', 'linear' or 'cosine'"),
+    ),
+    Case(
+        rules._plateau_and_constant_do_not_warm_up,
+        {"lr_scheduler": "constant", "warmup_steps": 10},
+        ("warmup_steps=10", "lr_scheduler='constant'", "lr_scheduler='constant_with_warmup'"),
+    ),
+    Case(
+        rules._plateau_and_constant_do_not_warm_up,
+        {"lr_scheduler": "reduce_lr_on_plateau", "warmup_steps": 10},
+        ("warmup_steps=10", "lr_scheduler='reduce_lr_on_plateau'", "lr_scheduler='constant_with_warmup'"),
+    ),
+    Case(
+        rules._schedule_args_need_a_schedule,
+        {"lr_scheduler_args": "num_cycles=2"},
+        ("lr_scheduler_args without lr_scheduler", "Add lr_scheduler", "'cosine'"),
+    ),
+    Case(
+        rules._layer_pattern_needs_layer_decay,
+        {"layer_pattern": r"blocks\.(\d+)"},
+        ("layer_pattern without layer_decay", "Add layer_decay", "0.75"),
+    ),
+    Case(
+        rules._lr_is_known,
+        {"optim": f"{__name__}.NoDefaultRate"},
+        (f"optim='{__name__}.NoDefaultRate'", "no default learning rate", "lr=1e-3"),
+    ),
+    Case(
+        rules._weight_decay_exists,
+        {"optim": "torch.optim.Rprop", "weight_decay": 0.1},
+        ("weight_decay=0.1", "optim='torch.optim.Rprop'", "Leave it out"),
+    ),
+    Case(
+        rules._averages_need_a_learning_rate,
+        {"optim": "schedule_free_sgd", "lr": 0},
+        ("lr=0", "optim='schedule_free_sgd'", "Use lr > 0"),
+    ),
+)
+
+
+@pytest.fixture
+def fired(monkeypatch: pytest.MonkeyPatch) -> list[Callable[..., str | None]]:
+    """Collects the rules that refuse something."""
+    refusing: list[Callable[..., str | None]] = []
+
+    def recorded(rule: Callable[[Any], str | None]) -> Callable[[Any], str | None]:
+        def call(subject: Any) -> str | None:
+            text = rule(subject)
+            if text is not None:
+                refusing.append(rule)
+            return text
+
+        return call
+
+    for table in ("CONFIG_RULES", "RUN_RULES"):
+        monkeypatch.setattr(rules, table, tuple(recorded(rule) for rule in getattr(rules, table)))
+    return refusing
+
+
+@pytest.mark.parametrize("entry", [LitTokens, OptimCallback, OptimConfig])
+@pytest.mark.parametrize("case", CONFIG_CASES, ids=lambda case: case.rule.__name__)
+def test_requests_are_refused_when_they_are_written_down(
+    case: Case, entry: Callable[..., Any], fired: list[Any]
+) -> None:
+    with pytest.raises(IncompatibleTrainer) as caught:
+        entry(**case.optim)
+    assert all(part in str(caught.value) for part in case.parts), caught.value
+    assert fired == [case.rule]
+
+
+# --- runs ------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Run(Case):
+    """A fit that breaks a rule.
+
+    Attributes:
+        model: Changes the model before the fit.
+        trainer: Makes the Trainer's arguments.
+    """
+
+    model: Callable[[LitTokens], None] = lambda lit: None
+    trainer: Callable[[], dict[str, Any]] = dict
+
+
+def make_sparse(lit: LitTokens) -> None:
+    lit.model.embedding = nn.Embedding(16, 64, sparse=True)
+
+
+def make_complex(lit: LitTokens) -> None:
+    lit.model.phase = nn.Parameter(torch.ones(2, dtype=torch.complex64))
+
+
+FIT_CASES = (
+    *[
+        Run(
+            rules._compiler,
+            {"optim": f"adamw_torch_{bits}bit"},
+            (
+                f"optim='adamw_torch_{bits}bit'",
+                "C++ compiler",
+                "'g++' is not on the PATH",
+                "apt-get install g++",
+                "CXX",
+            ),
+        )
+        for bits in (4, 8)
+    ],
+    Run(
+        rules._sparse_gradients,
+        {"optim": "adamw_torch"},
+        ("optim='adamw_torch' cannot step sparse", "'model.embedding.weight'", "'adagrad' or 'sgd'", "sparse=False"),
+        model=make_sparse,
+    ),
+    Run(
+        rules._sparse_gradients,
+        {"optim": "sgd", "weight_decay": 0.1},
+        ("weight_decay", "param_groups={'model.embedding.weight': {'weight_decay': 0.0}}"),
+        model=make_sparse,
+    ),
+    *[
+        Run(
+            rules._complex_parameters,
+            {"optim": name},
+            (f"optim='{name}' cannot step complex", "'model.phase' is torch.complex64", "optim='adamw_torch'"),
+            model=make_complex,
+        )
+        for name in ("adamw_torch_fused", "lion_32bit", "stable_adamw", "schedule_free_sgd")
+    ],
+    *[
+        Run(
+            rules._half_weights,
+            {"optim": name},
+            (f"optim='{name}'", "'model.embedding.weight' is float16", "'16-mixed'", "'bf16-true'", "'adamw_bnb_8bit'"),
+            trainer=lambda: {"precision": "16-true"},
+        )
+        for name in ("adamw_torch", "stable_adamw", "schedule_free_adamw")
+    ],
+    *[
+        Run(
+            rules._fused_scaler_and_clipping,
+            {"optim": "adamw_torch_fused"},
+            ("optim='adamw_torch_fused'", "precision='16-mixed'", "gradient_clip_val", "'bf16-mixed'", "'adamw_torch'"),
+            trainer=lambda clip=clip: {"plugins": fp16_mixed(), **clip},
+        )
+        for clip in (
+            {"gradient_clip_val": 1.0},
+            {"gradient_clip_val": 1.0, "gradient_clip_algorithm": "value"},
+        )
+    ],
+    *[
+        Run(
+            rules._two_averages,
+            {"optim": "schedule_free_adamw"},
+            (f"the callback {name} beside optim='schedule_free_adamw'", "Remove the callback", "optim='adamw_torch'"),
+            trainer=lambda callback=callback: {"callbacks": callback()},
+        )
+        for name, callback in (
+            ("WeightAveraging", WeightAveraging),
+            ("WeightAveraging", EMAWeightAveraging),
+            ("StochasticWeightAveraging", lambda: StochasticWeightAveraging(1e-3)),
+        )
+    ],
+)
+
+
+@pytest.mark.parametrize("case", FIT_CASES, ids=lambda case: f"{case.rule.__name__}-{case.optim['optim']}")
+def test_fits_are_refused_before_the_first_batch(
+    case: Run, fired: list[Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    if case.rule is rules._compiler:
+        monkeypatch.setenv("PATH", str(tmp_path))
+        monkeypatch.delenv("CXX", raising=False)
+    model = LitTokens(**case.optim)
+    case.model(model)
+    fit = trainer(max_steps=1, **case.trainer())
+    with pytest.raises(IncompatibleTrainer) as caught:
+        fit.fit(model, loader())
+    assert all(part in str(caught.value) for part in case.parts), caught.value
+    assert fired == [case.rule]
+    assert model.losses == []
+    assert fit.global_step == 0
+
+
+def test_the_compiler_that_cxx_names_counts(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    compiler = tmp_path / "my-c++"
+    compiler.write_text("#!/bin/sh\n")
+    compiler.chmod(0o755)
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.setenv("CXX", str(compiler))
+    build_optimizer(TokenModel(), "adamw_torch_8bit")
+    monkeypatch.setenv("CXX", str(tmp_path / "absent"))
+    with pytest.raises(IncompatibleTrainer, match="absent' is not on the PATH"):
+        build_optimizer(TokenModel(), "adamw_torch_8bit")
+
+
+# --- what needs more than a Trainer on a CPU --------------------------------------------------------------------------
+
+
+@contextmanager
+def one_process_group() -> Iterator[None]:
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+def sharded() -> nn.Module:
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    model = TokenModel()
+    fully_shard(model, mesh=init_device_mesh("cpu", (1,)))
+    return model
+
+
+def flattened(use_orig_params: bool) -> nn.Module:
+    from torch.distributed.fsdp import FullyShardedDataParallel
+
+    return FullyShardedDataParallel(TokenModel(), device_id=torch.device("cpu"), use_orig_params=use_orig_params)
+
+
+@dataclass(frozen=True)
+class Built(Case):
+    """A model for which an optimizer is built without a Trainer."""
+
+    model: Callable[[], nn.Module] = field(default=TokenModel)
+
+
+BUILD_CASES = (
+    *[
+        Built(
+            rules._device,
+            {"optim": name},
+            (f"optim='{name}' runs on {devices}", "parameters are on meta", "optim='adamw_torch'", "accelerator="),
+            model=lambda: TokenModel().to("meta"),
+        )
+        for name, devices in (
+            ("lion_8bit", "cpu, cuda, xpu"),
+            ("adamw_torch_4bit", "cpu, cuda, xpu"),
+            ("adamw_torch_fused", "cpu, cuda, mps, xpu"),
+        )
+    ],
+    *[
+        Built(
+            rules._sharded_parameters,
+            {"optim": name},
+            (f"optim='{name}' cannot step sharded", "'embedding.weight'", "'adamw_torch_8bit'", "strategy='ddp'"),
+            model=sharded,
+        )
+        for name in ("lion_8bit", "paged_adamw_32bit")
+    ],
+    *[
+        Built(
+            rules._flattened_parameters,
+            {"optim": "adamw_torch"},
+            ("Trainer(strategy='fsdp')", "biases and norms", "ModelParallelStrategy"),
+            model=lambda use_orig_params=use_orig_params: flattened(use_orig_params),
+        )
+        for use_orig_params in (True, False)
+    ],
+)
+
+
+@pytest.mark.parametrize("case", BUILD_CASES, ids=lambda case: f"{case.rule.__name__}-{case.optim['optim']}")
+def test_models_are_refused_when_the_optimizer_is_built(case: Built, fired: list[Any]) -> None:
+    with one_process_group():
+        model = case.model()
+        with pytest.raises(IncompatibleTrainer) as caught:
+            build_optimizer(model, **case.optim)
+    assert all(part in str(caught.value) for part in case.parts), caught.value
+    assert fired == [case.rule]
+
+
+def test_every_rule_has_a_case() -> None:
+    covered = {case.rule for case in (*CONFIG_CASES, *FIT_CASES, *BUILD_CASES)}
+    assert covered == {*rules.CONFIG_RULES, *rules.RUN_RULES}
+
+
+# --- neighbours that work --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "optim",
+    [
+        {"optim": "schedule_free_adamw", "lr_scheduler": "constant"},
+        {"optim": "schedule_free_adamw", "warmup_steps": 10},
+        {"optim": "schedule_free_sgd", "warmup_steps": 0.1},
+        {"optim": "adamw_torch", "warmup_steps": 10, "lr_scheduler": "constant_with_warmup"},
+        {"optim": "adamw_torch", "lr": 0},
+        {"optim": "torch.optim.Rprop", "weight_decay": 0.0},
+        {"optim": f"{__name__}.NoDefaultRate", "lr": 1e-3},
+        {"layer_decay": 0.5, "layer_pattern": r"blocks\.(\d+)"},
+    ],
+)
+def test_permitted_requests(optim: dict[str, Any]) -> None:
+    OptimConfig(**optim)
+
+
+@pytest.mark.parametrize(
+    ("optim", "arguments", "change"),
+    [
+        ({"optim": "adamw_torch_fused"}, lambda: {"plugins": fp16_mixed()}, None),
+        ({"optim": "adamw_torch_fused"}, lambda: {"gradient_clip_val": 1.0}, None),
+        ({"optim": "adamw_torch"}, lambda: {"plugins": fp16_mixed(), "gradient_clip_val": 1.0}, None),
+        ({"optim": "adamw_torch"}, lambda: {"callbacks": WeightAveraging()}, None),
+        ({"optim": "adamw_8bit"}, lambda: {"precision": "16-true"}, None),
+        ({"optim": "adamw_torch"}, dict, make_complex),
+        ({"optim": "sgd"}, dict, make_complex),
+        (
+            {"optim": "sgd", "weight_decay": 0.1, "param_groups": {"model.embedding.weight": {"weight_decay": 0.0}}},
+            dict,
+            make_sparse,
+        ),
+    ],
+)
+def test_permitted_fits(
+    optim: dict[str, Any], arguments: Callable[[], dict[str, Any]], change: Callable[[LitTokens], None] | None
+) -> None:
+    model = LitTokens(**optim, lr=1e-3)
+    if change:
+        change(model)
+    fit = trainer(max_steps=2, **arguments())
+    fit.fit(model, loader())
+    assert fit.global_step == 2
+    assert all(torch.isfinite(torch.view_as_real(p) if p.is_complex() else p).all() for p in model.parameters())
+
+
+@pytest.mark.parametrize("name", ["adamw_torch", "adamw_torch_fused", "stable_adamw", "schedule_free_sgd", "rmsprop"])
+def test_sharded_parameters_step_where_the_row_says_so(name: str) -> None:
+    tokens = torch.arange(16).reshape(2, 8)
+
+    def step(model: nn.Module) -> Optimizer:
+        optimizer = build_optimizer(model, name, lr=1e-2)
+        if hasattr(optimizer, "train"):
+            optimizer.train()
+        model(tokens).pow(2).sum().backward()
+        optimizer.step()
+        return optimizer
+
+    torch.manual_seed(0)
+    plain = TokenModel()
+    step(plain)
+    with one_process_group():
+        torch.manual_seed(0)
+        model = sharded()
+        step(model)
+        values = [parameter.full_tensor() for parameter in model.parameters()]
+    torch.testing.assert_close(values, [parameter.detach() for parameter in plain.parameters()], rtol=1e-5, atol=1e-6)
+
+
+# --- together --------------------------------------------------------------------------------------------------------
+
+
+def test_all_broken_rules_are_named_at_once() -> None:
+    with pytest.raises(IncompatibleTrainer) as caught:
+        OptimConfig(lr_scheduler_args="power=2", layer_pattern=r"(\d+)", warmup_steps=5)
+    lines = str(caught.value).splitlines()
+    assert len(lines) == 3
+    assert [line.split()[0] for line in lines] == ["warmup_steps=5", "lr_scheduler_args", "layer_pattern"]
+
+    model = LitTokens(optim="stable_adamw")
+    make_sparse(model)
+    with pytest.raises(IncompatibleTrainer) as caught:
+        trainer(max_steps=1, precision="16-true").fit(model, loader())
+    sparse, half = str(caught.value).splitlines()
+    assert "sparse gradients" in sparse
+    assert "float16" in half
+
+
+@pytest.mark.parametrize("name", ["adamw_torch", "schedule_free_radam"])
+def test_warmup_without_a_schedule_is_refused_by_build_optimizer(name: str) -> None:
+    with pytest.raises(IncompatibleTrainer) as caught:
+        build_optimizer(TokenModel(), name, warmup_steps=5)
+    assert f"warmup_steps=5 beside optim='{name}'" in str(caught.value)
+    assert "build_schedule(optimizer, 'constant_with_warmup', warmup_steps=5)" in str(caught.value)

@@ -44,13 +44,13 @@ def configure(module: LightningModule, config: OptimConfig) -> OptimizerLRSchedu
     name = config.lr_scheduler
     length = _length(trainer, config)
     resolved = _resolve(trainer, module, config, length)
+    # Before the schedule sets the learning rates of its first step.
+    _announce(trainer, resolved, config, name or "none", length)
     if name is None:
-        _announce(trainer, resolved, config, "none", length)
         return resolved.optimizer
     # An optimizer that warms up by itself got its warm-up already.
     warmup = length.warmup if resolved.spec.warmup == "schedule" else 0
     scheduler = build_schedule(resolved.optimizer, name, length.total, warmup, config.lr_scheduler_args)
-    _announce(trainer, resolved, config, name, length)
     options = parse(get_schedule(name).options, config.lr_scheduler_args, name)
     if isinstance(options, PlateauOptions):
         # Without a validation there is no new value of the metric.

@@ -30,6 +30,7 @@ LAYERS = (
     ("config",),
     ("factory",),
     ("report",),
+    ("callbacks.attached",),
     ("callbacks.schedule_free", "callbacks.old_checkpoints"),
     ("integration",),
     ("mixin",),
@@ -40,7 +41,7 @@ LAYERS = (
     ("__main__",),
 )
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
-FIRST_WITH_LIGHTNING = RANK["callbacks.schedule_free"]
+FIRST_WITH_LIGHTNING = RANK["callbacks.attached"]
 OPTIONAL = {"bitsandbytes", "torchao", "schedulefree", "optimi"}
 # Where an optional package is imported at all: an adapter, at its top; or a function that cannot do without.
 MAY_IMPORT_OPTIONAL = {"adapters", "cli", "callbacks.old_checkpoints"}

@@ -14,6 +14,7 @@ from lightning.fabric.plugins import CheckpointIO, TorchCheckpointIO
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from lightning_optim.availability import ensure
+from lightning_optim.callbacks.attached import detach
 from lightning_optim.catalog.torchao import REQUIREMENTS
 
 
@@ -56,6 +57,8 @@ class OldCheckpoints(Callback):
         if self._original is not None:
             trainer.strategy.checkpoint_io = self._original
             self._original = None
+        # The module hands out a new one for every run; Lightning warns where it finds the last one.
+        detach(trainer, self)
 
 
 class _ReadsTorchao(CheckpointIO):

@@ -14,6 +14,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.hooks import RemovableHandle
 
+from lightning_optim.callbacks.attached import detach
 from lightning_optim.errors import IncompatibleTrainer, InvalidOption
 from lightning_optim.optimizers.averaging import KeepsTrainingPoint
 
@@ -106,9 +107,7 @@ class ScheduleFreeCallback(Callback):
             self._handle.remove()
             self._handle = None
         if self.temporary:
-            # A new list: Lightning is iterating over the old one.
-            others = [callback for callback in trainer.callbacks if callback is not self]  # type: ignore[attr-defined]
-            trainer.callbacks = others  # type: ignore[attr-defined]
+            detach(trainer, self)
 
     def _recalibrate(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Computes BatchNorm's running statistics anew, as plain averages over the batches."""

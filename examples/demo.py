@@ -1,0 +1,182 @@
+"""Trains the GPT of ``gpt.py`` with each of ``OPTIMIZERS`` from the same seed and batches, and compares them.
+
+Another identifier in ``OPTIMIZERS`` is another row of the table and another curve of the figure::
+
+    python examples/demo.py --steps 300 --output demo_output
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import logging
+import os
+import platform
+import statistics
+import time
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from gpt import GPT, PythonTopics
+from lightning import Callback, Trainer, seed_everything
+from matplotlib.figure import Figure
+
+from lightning_optim import REGISTRY
+from lightning_optim.memory import measured_bytes, state_bytes
+
+OPTIMIZERS = ("adamw_torch", "adamw_8bit")
+SETTINGS = {"lr": 4e-3, "weight_decay": 0.1, "lr_scheduler": "cosine", "warmup_steps": 0.05}
+SEED = 0
+AVERAGED = 20
+
+
+class Recorder(Callback):
+    """Keeps the losses and the seconds of every training step."""
+
+    def __init__(self) -> None:
+        self.train_losses: list[float] = []
+        self.val_losses: dict[int, float] = {}  # by step
+        self.seconds: list[float] = []
+        self.start = 0.0
+
+    def on_train_batch_start(self, *_: Any) -> None:
+        self.start = time.perf_counter()
+
+    def on_train_batch_end(self, trainer: Trainer, model: GPT, outputs: dict[str, torch.Tensor], *_: Any) -> None:
+        self.seconds.append(time.perf_counter() - self.start)
+        self.train_losses.append(outputs["loss"].item())
+
+    def on_validation_end(self, trainer: Trainer, model: GPT) -> None:
+        self.val_losses[trainer.global_step] = trainer.callback_metrics["val_loss"].item()
+
+
+@dataclass(frozen=True)
+class Result:
+    """What one optimizer achieved, and what its state costs in bytes."""
+
+    optimizer: str
+    record: Recorder
+    val_loss: float
+    val_perplexity: float
+    state_measured: int
+    state_counted: int | None
+    checkpoint: Path
+
+
+def train(optimizer: str, steps: int, output: Path) -> Result:
+    """Trains from scratch, validates at the end and saves a checkpoint."""
+    seed_everything(SEED, verbose=False)
+    model, data, record = GPT(optim=optimizer, **SETTINGS), PythonTopics(), Recorder()
+    trainer = Trainer(
+        accelerator="cpu",
+        max_steps=steps,
+        val_check_interval=min(50, steps),
+        check_val_every_n_epoch=None,
+        num_sanity_val_steps=0,
+        gradient_clip_val=1.0,
+        logger=False,
+        enable_checkpointing=False,
+        enable_model_summary=False,
+        callbacks=record,
+    )
+    trainer.fit(model, data)
+    built, spec, checkpoint = trainer.optimizers[0], REGISTRY[optimizer], output / f"{optimizer}.ckpt"
+    trainer.save_checkpoint(checkpoint, weights_only=False)  # the optimizer's state, too
+    (metrics,) = trainer.validate(model, data, verbose=False)
+    return Result(
+        optimizer,
+        record,
+        metrics["val_loss"],
+        metrics["val_perplexity"],
+        measured_bytes(built.state_dict()),
+        state_bytes(spec, spec.options(), built.param_groups),
+        checkpoint,
+    )
+
+
+def print_table(results: list[Result]) -> None:
+    """Prints one row per optimizer, what the columns mean, and where this ran."""
+    row = "{:<14}{:>12}{:>10}{:>12}{:>14}{:>14}{:>8}"
+    print("\n" + row.format("optimizer", "train loss", "val loss", "perplexity", "state bytes", "counted", "s/step"))
+    for result in results:
+        train_loss = statistics.fmean(result.record.train_losses[-AVERAGED:])
+        losses = (f"{train_loss:.4f}", f"{result.val_loss:.4f}", f"{result.val_perplexity:.3f}")
+        counted = "unknown" if result.state_counted is None else f"{result.state_counted:,}"
+        seconds = f"{statistics.median(result.record.seconds):.3f}"
+        print(row.format(result.optimizer, *losses, f"{result.state_measured:,}", counted, seconds))
+    print(
+        f"""
+train loss   mean of the last {AVERAGED} steps, nats per byte
+perplexity   exp(val loss): of validation, per byte
+state bytes  measured in the optimizer's state_dict(); 8-bit optimizers keep 32 bits for embeddings and for
+             parameters with fewer than 4096 elements
+counted      what lightning_optim.memory computes from the shapes alone, without lookup tables that tensors share
+s/step       median
+"""
+    )
+    packages = ("torch", "lightning", "bitsandbytes", "lightning-optim")
+    versions = ", ".join(f"{package} {importlib.metadata.version(package)}" for package in packages)
+    hardware = f"{torch.get_num_threads()} thread on {os.cpu_count()} CPU cores ({platform.machine()})"
+    print(f"{hardware}, Python {platform.python_version()}, {versions}")
+
+
+def plot(results: list[Result], path: Path) -> None:
+    """Draws the losses by step beside the bytes of the states."""
+    figure = Figure(figsize=(10, 4.5), layout="constrained")
+    losses, memory = figure.subplots(1, 2, width_ratios=(3, 1))
+    for number, result in enumerate(results):
+        color = f"C{number}"
+        thickness = 2 * (len(results) - number)  # what lies below stays visible where curves agree
+        losses.plot(result.record.train_losses, color=color, alpha=0.4, linewidth=thickness / 2)
+        steps, val_losses = zip(*result.record.val_losses.items(), strict=True)
+        style = {"color": color, "linewidth": thickness, "marker": "o", "markersize": 4 + thickness}
+        losses.plot(steps, val_losses, label=result.optimizer, **style)
+        bar = memory.bar(result.optimizer, result.state_measured / 2**20, color=color, width=0.6)
+        memory.bar_label(bar, fmt="%.2f", padding=2)
+    losses.set(title="Loss: validation (dots) and training", xlabel="step", ylabel="nats per byte")
+    losses.legend(frameon=False)
+    losses.grid(alpha=0.3)
+    memory.set(title="Optimizer state", ylabel="MiB")
+    memory.margins(y=0.1)
+    for axes in (losses, memory):
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=150)
+
+
+def show_checkpoint(path: Path) -> None:
+    """Lists what a checkpoint holds, and what the model in it writes."""
+    checkpoint = torch.load(path, weights_only=True)
+    print(f"\n{path} ({path.stat().st_size / 2**20:.2f} MiB, read with torch.load(weights_only=True)):")
+    print("  " + ", ".join(checkpoint))
+    model = GPT.load_from_checkpoint(path)
+    seed_everything(SEED, verbose=False)
+    text = model.sample("The ")
+    print("  GPT.load_from_checkpoint(...).sample('The ') writes:")
+    print("\n".join(f"    | {line}" for line in text.splitlines()))
+
+
+def main() -> None:
+    """Runs the demo."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--steps", type=int, default=300, help="training steps per optimizer (default: %(default)s)")
+    parser.add_argument("--output", type=Path, default=Path("demo_output"), help="folder (default: %(default)s)")
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)  # several wait for each other on a busy machine, and sums depend on their number
+    # Remarks that do not apply: the data is in memory, LeafSpec is Lightning's, nobody multiplies 4-bit matrices.
+    warnings.filterwarnings("ignore", ".*does not have many workers.*|.*LeafSpec.*")
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+
+    arguments.output.mkdir(parents=True, exist_ok=True)
+    results = [train(optimizer, arguments.steps, arguments.output) for optimizer in OPTIMIZERS]
+    for result in results:
+        show_checkpoint(result.checkpoint)
+    print_table(results)
+    plot(results, arguments.output / "losses.png")
+    print(f"The loss curves are in {arguments.output / 'losses.png'}")
+
+
+if __name__ == "__main__":
+    main()

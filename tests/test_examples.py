@@ -1,0 +1,89 @@
+"""The examples, run as a user runs them: each in a process of its own."""
+
+from __future__ import annotations
+
+import csv
+import math
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+
+
+def run(*arguments: str | Path) -> str:
+    """Runs a script of ``examples/`` on one thread, so that tests beside it do not slow it down."""
+    script, *rest = arguments
+    command = [sys.executable, str(EXAMPLES / script), *map(str, rest)]
+    done = subprocess.run(
+        command, cwd=EXAMPLES.parent, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True
+    )
+    assert done.returncode == 0, f"{' '.join(command)}\n{done.stdout}\n{done.stderr}"
+    return done.stdout + done.stderr
+
+
+def logged(folder: Path) -> list[str]:
+    """Arguments that send everything a run writes into ``folder``."""
+    logger = "lightning.pytorch.loggers.CSVLogger"
+    return [f"--trainer.default_root_dir={folder}", f"--trainer.logger={logger}", f"--trainer.logger.save_dir={folder}"]
+
+
+def metric(run_folder: Path, name: str) -> list[str]:
+    """All logged values of a metric, as written."""
+    with (run_folder / "metrics.csv").open() as file:
+        return [row[name] for row in csv.DictReader(file) if row[name]]
+
+
+def test_demo(tmp_path: Path) -> None:
+    output = run("demo.py", "--steps", "6", "--output", tmp_path)
+
+    rows = {}
+    for name in ("adamw_torch", "adamw_8bit"):
+        values = re.search(rf"^{name} +([\d.,]+) +([\d.,]+) +([\d.,]+) +([\d.,]+) +([\d.,]+) +([\d.,]+)$", output, re.M)
+        assert values, output
+        rows[name] = [float(value.replace(",", "")) for value in values.groups()]
+    for train_loss, val_loss, perplexity, measured, counted, seconds in rows.values():
+        assert 2 < val_loss < train_loss < math.log(256) + 1
+        assert perplexity == pytest.approx(math.exp(val_loss), rel=1e-3)
+        assert counted <= measured <= counted + 2 * 256 * 4  # two lookup tables
+        assert seconds > 0
+    plain, quantized = rows.values()
+    assert quantized[1] == pytest.approx(plain[1], abs=0.01), "the same seed and batches lead to almost the same loss"
+    assert quantized[3] < 0.31 * plain[3]
+
+    for name in rows:
+        path = tmp_path / f"{name}.ckpt"
+        assert f"{path} ({path.stat().st_size / 2**20:.2f} MiB, read with torch.load(weights_only=True))" in output
+        assert torch.load(path, weights_only=True)["hyper_parameters"]["optim"] == name
+    samples = re.findall(r"writes:\n((?:    \| .*\n)+)", output)
+    assert [sample.startswith("    | The ") and len(sample) > 200 for sample in samples] == [True, True]
+
+    picture = tmp_path / "losses.png"
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    assert picture.stat().st_size > 10_000
+    assert str(picture) in output
+
+
+def test_gpt_command_line_and_its_saved_config(tmp_path: Path) -> None:
+    first, second = (tmp_path / "lightning_logs" / f"version_{number}" for number in (0, 1))
+    arguments = ["--optim", "lion_8bit", "--lr", "3e-4", "--trainer.max_steps", "3", "--trainer.log_every_n_steps", "1"]
+    output = run("gpt.py", "fit", "--config", EXAMPLES / "gpt.yaml", *arguments, *logged(tmp_path))
+    assert "optim='lion_8bit': bitsandbytes.optim.Lion (lr=0.0003" in output
+
+    assert "optim='lion_8bit'" in run("gpt.py", "fit", "--config", first / "config.yaml")
+    losses = metric(first, "train_loss")
+    assert len(set(losses)) == 3
+    assert metric(second, "train_loss") == losses
+
+
+def test_digits_learns_with_a_schedule_free_optimizer(tmp_path: Path) -> None:
+    arguments = ["--optim", "schedule_free_adamw", "--trainer.max_epochs", "3"]
+    run("digits.py", "fit", "--config", EXAMPLES / "digits.yaml", *arguments, *logged(tmp_path))
+    accuracies = metric(tmp_path / "lightning_logs" / "version_0", "val_accuracy")
+    assert len(accuracies) == 3
+    assert float(accuracies[-1]) > 0.9

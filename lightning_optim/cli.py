@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 from typing import Any
 
-from jsonargparse import Namespace
+from jsonargparse import ArgumentParser, Namespace
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, LRSchedulerTypeTuple
 
 from lightning_optim.callbacks.optim import OptimCallback
@@ -76,7 +77,8 @@ class OptimCLI(LightningCLI):
             self.model.optim_config = self.optim_config
             if self.model.hparams:
                 # So that load_from_checkpoint gives back the optimizer that trained.
-                self.model._update_hyperparameters(self._given())
+                told = {name for name in _ARGUMENTS if name in self.model.hparams} | self._given().keys()
+                self.model._update_hyperparameters({name: getattr(self.optim_config, name) for name in told})
             return
         callback = OptimCallback(**dataclasses.asdict(self.optim_config))
         # Before fit: Lightning refuses a module without configure_optimizers before it runs callbacks.
@@ -110,10 +112,9 @@ class OptimCLI(LightningCLI):
                     f"--optim {given['optim']} beside --{rival} {config[rival].get('class_path', '')}: "
                     "one of them would be ignored. Keep --optim NAME (with --lr_scheduler NAME), or --optimizer CLASS."
                 )
-        own = self._model_arguments(config)
-        for name in _ARGUMENTS:
-            # None and the mixin's defaults cannot be told from "not given".
-            if name in own and own[name] not in (None, getattr(OptimConfig, name), given.get(name)):
+        own, defaults = self._model_arguments(config), self._mixin_defaults(config)
+        for name in defaults:
+            if own.get(name) not in (defaults[name], given.get(name)):
                 raise IncompatibleTrainer(
                     f"--optim {given['optim']} beside --model.{name} {own[name]}: the latter would be ignored. "
                     f"Write --{name}, or leave --optim out and use --model.optim."
@@ -125,5 +126,20 @@ class OptimCLI(LightningCLI):
         model = config.get("model") or {}
         return dict(model.get("init_args") or model)
 
+    def _mixin_defaults(self, config: Namespace) -> dict[str, Any]:
+        """Returns the defaults of the model's own optimizer arguments; none if it is no OptimMixin."""
+        path = (config.get("model") or {}).get("class_path")
+        model_class: Any = _imported(path) if path else self._model_class
+        if not (isinstance(model_class, type) and issubclass(model_class, OptimMixin)):
+            return {}
+        parser = ArgumentParser()
+        parser.add_class_arguments(model_class, fail_untyped=False)
+        return {name: value for name, value in parser.get_defaults().items() if name in _ARGUMENTS}
+
     def _model_takes_optim(self, config: Namespace) -> bool:
         return "optim" in self._model_arguments(config)
+
+
+def _imported(path: str) -> Any:
+    module, _, name = path.rpartition(".")
+    return getattr(importlib.import_module(module), name)

@@ -39,6 +39,20 @@ class Overrides(OptimCLI):
         parser.add_argument("--note", default="", type=str)
 
 
+class OwnDefaults(LitTokens):
+    """A module with OptimMixin and other defaults than the mixin's."""
+
+    def __init__(self, lr: float = 0.125, warmup_steps: int = 0, **kwargs: Any) -> None:
+        super().__init__(lr=lr, warmup_steps=warmup_steps, **kwargs)
+
+
+class OwnRate(ForeignTokens):
+    """A module without OptimMixin that happens to have arguments of the same names."""
+
+    def __init__(self, lr: float = 0.125, optim: str = "mine") -> None:
+        super().__init__()
+
+
 KINDS: dict[str, tuple[type[LightningCLI], Any]] = {
     "mixin": (OptimCLI, LitTokens),
     "foreign": (OptimCLI, ForeignTokens),
@@ -46,6 +60,8 @@ KINDS: dict[str, tuple[type[LightningCLI], Any]] = {
     "any": (OptimCLI, None),
     "overrides": (Overrides, LitTokens),
     "plain": (LightningCLI, LitTokens),
+    "own defaults": (OptimCLI, OwnDefaults),
+    "own rate": (OptimCLI, OwnRate),
 }
 
 
@@ -145,6 +161,17 @@ def test_model_chosen_by_name() -> None:
     assert (optimizer_of(cli), cli.model.hparams.width) == ("SGD", 32)
 
 
+@pytest.mark.parametrize("kind", ["own defaults", "own rate", "any"])
+def test_defaults_of_the_model_are_no_obstacle(kind: str) -> None:
+    model = ("--model", "tests.test_cli.OwnDefaults") if kind == "any" else ()
+    cli = run(kind, "fit", *model, "--optim", "sgd", "--trainer.default_root_dir", "x", *FAST)
+    assert optimizer_of(cli) == "SGD"
+    # What is not given is the optimizer's default, not the one that the model has for its own optimizer.
+    assert {group["lr"] for group in groups_of(cli).values()} == {1e-3}
+    if kind != "own rate":
+        assert (cli.model.hparams["optim"], cli.model.hparams["lr"]) == ("sgd", None)
+
+
 def test_plain_lightning_cli_offers_the_models_arguments() -> None:
     cli = run(
         *("plain", "fit", "--model.optim", "rmsprop", "--model.lr", "0.02", "--model.optim_args", "{momentum: 0.5}"),
@@ -189,6 +216,11 @@ MISTAKES: dict[str, tuple[str, list[str], list[str]]] = {
         "mixin",
         ["--optim", "sgd", "--model.lr", "1e-2"],
         ["--optim sgd beside --model.lr 0.01: the latter would be ignored", "Write --lr"],
+    ),
+    "half and half by name": (
+        "any",
+        ["--model", "tests.test_cli.OwnDefaults", "--model.lr", "0.5", "--optim", "sgd"],
+        ["--optim sgd beside --model.lr 0.5: the latter would be ignored", "Write --lr"],
     ),
     "optimizer": (
         "foreign",

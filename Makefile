@@ -18,8 +18,9 @@ $(VENV)/.installed: pyproject.toml setup.cfg constraints.txt
 demo: venv
 	$(BIN)/python examples/demo.py
 
+# A file stays in one process: its fixtures, and what torchao compiles for it, are made once.
 test: venv
-	$(BIN)/python -m pytest --numprocesses 2 --dist loadgroup
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
 lint: venv
 	$(BIN)/ruff check .

@@ -15,9 +15,8 @@ from torch import Tensor
 from tests.cases import BY_NAME, NAMES
 from tests.models import LitTokens, loader, trainer
 
-PRECISIONS = ("32-true", "bf16-true")
 # When the checkpoint is written: within training, or after the validation at the epoch's end.
-MOMENTS = ("step", "validation")
+RUNS = (("step", "32-true"), ("step", "bf16-true"), ("validation", "32-true"))
 Outcome = dict[str, Any]
 
 
@@ -35,13 +34,14 @@ def train(name: str, precision: str, moment: str, directory: Path) -> Outcome:
     return {"weights": model.state_dict(), "optimizer": run.optimizers[0].state_dict()}
 
 
-@pytest.fixture(scope="module", params=MOMENTS)
-def outcomes(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], Any]:
-    """Uninterrupted and resumed outcome of every (name, precision); one fresh process resumes them all."""
-    directory = tmp_path_factory.mktemp(request.param)
-    uninterrupted = {(n, p): train(n, p, request.param, directory) for n in NAMES for p in PRECISIONS}
+@pytest.fixture(scope="module", params=RUNS, ids="@".join)
+def outcomes(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """Uninterrupted and resumed outcome by name; one fresh process resumes them all."""
+    moment, precision = request.param
+    directory = tmp_path_factory.mktemp(moment)
+    uninterrupted = {name: train(name, precision, moment, directory) for name in NAMES}
     for name in NAMES:
-        checkpoint = torch.load(directory / f"{name}@32-true.ckpt", weights_only=True)
+        checkpoint = torch.load(directory / f"{name}@{precision}.ckpt", weights_only=True)
         assert_plain(checkpoint["optimizer_states"], f"optimizer state of {name}")
     subprocess.run(
         [sys.executable, "-m", "tests.resume_worker", str(directory)],
@@ -50,16 +50,14 @@ def outcomes(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
         timeout=600,
     )
     return {
-        (name, precision): (outcome, torch.load(directory / f"{name}@{precision}.out", weights_only=True))
-        for (name, precision), outcome in uninterrupted.items()
+        name: (outcome, torch.load(directory / f"{name}@{precision}.out", weights_only=True))
+        for name, outcome in uninterrupted.items()
     }
 
 
-@pytest.mark.xdist_group("resume")
-@pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("name", NAMES)
-def test_a_fresh_process_continues_exactly(name: str, precision: str, outcomes: dict[tuple[str, str], Any]) -> None:
-    uninterrupted, resumed = outcomes[name, precision]
+def test_a_fresh_process_continues_exactly(name: str, outcomes: dict[str, Any]) -> None:
+    uninterrupted, resumed = outcomes[name]
     assert_equal(uninterrupted, resumed, name)
 
 

@@ -24,7 +24,6 @@ from lightning_optim import OptimCallback, build_optimizer
 from tests.models import ForeignTokens, LitTokens, loader, trainer
 from tests.test_resume import assert_equal, assert_plain
 
-pytestmark = pytest.mark.xdist_group("torchao")
 NAMES = ("adamw_torch_8bit", "adamw_torch_4bit")
 UPSTREAM = {"adamw_torch_8bit": torchao.optim.AdamW8bit, "adamw_torch_4bit": torchao.optim.AdamW4bit}
 SUBCLASS = {"adamw_torch_8bit": OptimState8bit, "adamw_torch_4bit": OptimState4bit}

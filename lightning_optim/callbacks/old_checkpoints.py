@@ -10,8 +10,9 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
-from lightning.fabric.plugins import CheckpointIO, TorchCheckpointIO
+from lightning.fabric.plugins import CheckpointIO
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.plugins.io.wrapper import _WrappingCheckpointIO
 
 from lightning_optim.availability import ensure
 from lightning_optim.callbacks.attached import detach
@@ -61,32 +62,24 @@ class OldCheckpoints(Callback):
         detach(trainer, self)
 
 
-class _ReadsTorchao(CheckpointIO):
-    """Hands everything to the original, and reads once more with torchao where that fails for its tensors."""
+class _ReadsTorchao(_WrappingCheckpointIO):
+    """Hands everything to the original, and reads once more with torchao where that fails for its tensors.
+
+    The XLA strategies accept no other class of Lightning's around their own.
+    """
 
     def __init__(self, original: CheckpointIO) -> None:
+        super().__init__(original)
         self._original = original
-
-    def save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
-        self._original.save_checkpoint(*args, **kwargs)
-
-    def remove_checkpoint(self, *args: Any, **kwargs: Any) -> None:
-        self._original.remove_checkpoint(*args, **kwargs)
 
     def teardown(self) -> None:
         self._original.teardown()
 
-    def load_checkpoint(
-        self, path: Any, map_location: Any | None = None, weights_only: bool | None = None
-    ) -> dict[str, Any]:
+    def load_checkpoint(self, path: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
         try:
-            if map_location is None:
-                # Not handed on: TorchCheckpointIO's own default is no None.
-                return self._original.load_checkpoint(path, weights_only=weights_only)
-            return self._original.load_checkpoint(path, map_location, weights_only)
+            return super().load_checkpoint(path, *args, **kwargs)
         except Exception as error:
             if not is_old_style(error):
                 raise
         import_torchao()
-        location: Any = "cpu"
-        return TorchCheckpointIO().load_checkpoint(path, location, weights_only)
+        return super().load_checkpoint(path, **{**kwargs, "map_location": "cpu"})

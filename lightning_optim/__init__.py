@@ -32,7 +32,7 @@ from lightning_optim.schedules import build_schedule
 from lightning_optim.spec import Buffer, OptimizerSpec, Quantization, StateLayout
 
 if TYPE_CHECKING:
-    from lightning_optim.cli import OptimCLI
+    from lightning_optim.cli import OptimCLI as OptimCLI
 
 __version__ = "0.1.0"
 
@@ -44,7 +44,6 @@ __all__ = [
     "InvalidOption",
     "InvalidParamGroups",
     "MissingDependency",
-    "OptimCLI",
     "OptimCallback",
     "OptimConfig",
     "OptimMixin",
@@ -66,7 +65,11 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     # OptimCLI needs jsonargparse, an optional package.
     if name == "OptimCLI":
-        from lightning_optim.cli import OptimCLI
-
-        return OptimCLI
+        try:
+            from lightning_optim.cli import OptimCLI as optim_cli  # noqa: N813
+        except ModuleNotFoundError as error:
+            raise MissingDependency(
+                f"OptimCLI needs the package {error.name!r}: pip install 'jsonargparse[signatures]>=4.40'"
+            ) from error
+        return optim_cli
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

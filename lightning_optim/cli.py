@@ -8,11 +8,20 @@ from typing import Any
 
 from jsonargparse import ArgumentParser, Namespace
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, LRSchedulerTypeTuple
+from lightning.pytorch.utilities.model_helpers import is_overridden
 
+from lightning_optim import availability
 from lightning_optim.callbacks.optim import OptimCallback
 from lightning_optim.config import OptimConfig
-from lightning_optim.errors import IncompatibleTrainer, InvalidOption, UnknownOptimizer, UnknownSchedule
+from lightning_optim.errors import (
+    IncompatibleTrainer,
+    InvalidOption,
+    MissingDependency,
+    UnknownOptimizer,
+    UnknownSchedule,
+)
 from lightning_optim.mixin import OptimMixin
+from lightning_optim.registry import REGISTRY
 
 # The torch scheduler of `--optimizer CLASS`; Lightning calls it `lr_scheduler`, which here takes a schedule's name.
 _TORCH_SCHEDULER = "torch_lr_scheduler"
@@ -66,7 +75,10 @@ class OptimCLI(LightningCLI):
         super().parse_arguments(parser, args)
         try:
             self.optim_config = self._checked_config()
-        except (UnknownOptimizer, UnknownSchedule, InvalidOption, IncompatibleTrainer) as error:
+            if self.optim_config and self.config.get("subcommand") in (None, "fit"):
+                spec = REGISTRY[self.optim_config.optim]
+                availability.ensure(self.optim_config.optim, spec.requirements)
+        except (UnknownOptimizer, UnknownSchedule, InvalidOption, IncompatibleTrainer, MissingDependency) as error:
             self.parser.error(str(error))
 
     def instantiate_classes(self) -> None:
@@ -81,8 +93,9 @@ class OptimCLI(LightningCLI):
                 self.model._update_hyperparameters({name: getattr(self.optim_config, name) for name in told})
             return
         callback = OptimCallback(**dataclasses.asdict(self.optim_config))
-        # Before fit: Lightning refuses a module without configure_optimizers before it runs callbacks.
-        callback.install(self.model)
+        if not is_overridden("configure_optimizers", self.model):
+            # Lightning refuses such a module before it runs callbacks.
+            callback.install(self.model)
         self.trainer.callbacks.insert(0, callback)  # type: ignore[attr-defined]
 
     def _given(self) -> dict[str, Any]:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from lightning.pytorch import LightningModule, Trainer
-from lightning_utilities.core.rank_zero import rank_zero_info
+from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from torch.optim import Optimizer
 
 from lightning_optim import report
+from lightning_optim.callbacks.report import ReportCallback
 from lightning_optim.callbacks.schedule_free import ScheduleFreeCallback
 from lightning_optim.config import OptimConfig
 from lightning_optim.factory import ResolvedOptimizer, resolve
@@ -82,7 +83,17 @@ def _facts(trainer: Trainer) -> TrainerFacts:
         precision=str(trainer.precision),
         scales_loss=getattr(trainer.precision_plugin, "scaler", None) is not None,
         clips=bool(trainer.gradient_clip_val),
+        accumulation_changes=trainer.max_steps == -1 and _accumulation_changes(trainer),
         callbacks=frozenset(base.__name__ for callback in trainer.callbacks for base in type(callback).__mro__),  # type: ignore[attr-defined]
+    )
+
+
+def _accumulation_changes(trainer: Trainer) -> bool:
+    callbacks = trainer.callbacks  # type: ignore[attr-defined]
+    return any(
+        len(set(callback.scheduling.values())) > 1
+        for callback in callbacks
+        if isinstance(callback, GradientAccumulationScheduler)
     )
 
 
@@ -98,12 +109,10 @@ def _length(trainer: Trainer | None, config: OptimConfig) -> _Length:
 def _announce(
     trainer: Trainer | None, resolved: ResolvedOptimizer, config: OptimConfig, schedule: str, length: _Length
 ) -> None:
-    """Says what was resolved, on rank 0 and to the loggers."""
+    """Has what was resolved said when fit starts."""
     if trainer is None:
         return
     details = {"warmup_steps": length.warmup, "total_steps": length.total}
     schedule += "".join(f", {name}={value}" for name, value in details.items() if value)
-    rank_zero_info(report.describe(resolved, config.optim, schedule))
-    values: dict[str, Any] = {"optimizer": report.hyperparameters(resolved, config.optim, schedule)}
-    for logger in trainer.loggers:
-        logger.log_hyperparams(values)
+    text = report.describe(resolved, config.optim, schedule)
+    ReportCallback.add(trainer, text, report.hyperparameters(resolved, config.optim, schedule))

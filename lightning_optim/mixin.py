@@ -9,11 +9,13 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 from lightning.pytorch import Callback, LightningModule
+from lightning.pytorch.utilities.model_helpers import _restricted_classmethod
 from torch.optim import Optimizer
 from typing_extensions import Self
 
 from lightning_optim import integration
 from lightning_optim.callbacks.old_checkpoints import OldCheckpoints, import_torchao, is_old_style
+from lightning_optim.callbacks.used import OptimIsUsed
 from lightning_optim.config import OptimConfig
 from lightning_optim.errors import IncompatibleTrainer
 from lightning_optim.param_groups import Target
@@ -72,6 +74,7 @@ class OptimMixin(_Base):
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
+        self._optim_is_used: OptimIsUsed | None = None
         self.optim_config = OptimConfig(
             optim,
             lr,
@@ -113,22 +116,37 @@ class OptimMixin(_Base):
         Lightning leaves out the name of the collecting parameter: of ``__init__(self, **optim)`` it would lose
         ``optim``, and ``load_from_checkpoint`` would give back another optimizer.
         """
-        current = inspect.currentframe()
-        frame = frame or (current.f_back if current else None)
-        super().save_hyperparameters(*args, ignore=ignore, frame=frame, logger=logger)
+        frame = frame or self._init_frame()
         collector = inspect.getargvalues(frame).keywords if frame else None
+        collected = frame.f_locals[collector] if frame and collector else {}
+        lost = {name: value for name, value in collected.items() if name == collector and (not args or name in args)}
+        others = tuple(arg for arg in args if arg not in lost)
+        if others or not args:
+            super().save_hyperparameters(*others, ignore=ignore, frame=frame, logger=logger)
         ignored = (ignore,) if isinstance(ignore, str) else ignore or ()
-        if frame and collector and not args and collector not in ignored and collector in frame.f_locals[collector]:
-            self._update_hyperparameters({collector: frame.f_locals[collector][collector]})
+        self._update_hyperparameters({name: value for name, value in lost.items() if name not in ignored})
+
+    def _init_frame(self) -> FrameType | None:
+        """Returns the frame of the ``__init__`` of this object that is running, past overrides and helpers."""
+        current = inspect.currentframe()
+        # Past this method and save_hyperparameters.
+        frame = first = current.f_back.f_back if current and current.f_back else None
+        while frame and not (frame.f_code.co_name == "__init__" and self in frame.f_locals.values()):
+            frame = frame.f_back
+        return frame or first
 
     def _update_hyperparameters(self, values: Mapping[str, Any]) -> None:
         """Changes the saved hyperparameters and what loggers are told of them."""
         self.hparams.update(values)
         self._hparams_initial = copy.deepcopy(self._hparams)
 
-    @classmethod
-    def load_from_checkpoint(  # type: ignore[override] # Lightning's signature, its long union of types left out
-        cls, checkpoint_path: Any, map_location: Any = None, **kwargs: Any
+    # Lightning's own kind of class method, which refuses to be called on an instance; its long union of types left out.
+    @_restricted_classmethod
+    def load_from_checkpoint(  # type: ignore[override]
+        cls,  # noqa: N805
+        checkpoint_path: Any,
+        map_location: Any = None,
+        **kwargs: Any,
     ) -> Self:
         """Loads as Lightning does, also old-style checkpoints that hold torchao's tensors (onto the CPU)."""
         try:
@@ -140,9 +158,14 @@ class OptimMixin(_Base):
         return super().load_from_checkpoint(checkpoint_path, "cpu", **kwargs)
 
     def configure_callbacks(self) -> list[Callback]:
-        """Adds what reads old-style checkpoints; call ``super()`` if you override it."""
+        """Adds what reads old-style checkpoints and what checks that ``optim`` is used; call ``super()`` in yours."""
         inherited = super().configure_callbacks()
-        return [*(inherited if isinstance(inherited, Sequence) else [inherited]), OldCheckpoints()]
+        self._optim_is_used = OptimIsUsed(self.optim_config)
+        return [*(inherited if isinstance(inherited, Sequence) else [inherited]), OldCheckpoints(), self._optim_is_used]
+
+    def _use_config(self) -> None:
+        if self._optim_is_used is not None:
+            self._optim_is_used.used = True
 
     @property
     def lr(self) -> float | None:
@@ -155,6 +178,7 @@ class OptimMixin(_Base):
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """Builds the optimizer and the schedule that were named."""
+        self._use_config()
         return integration.configure(self, self.optim_config)
 
     def build_optimizer(
@@ -203,6 +227,7 @@ class OptimMixin(_Base):
         if optim is not None:
             config = OptimConfig(optim=optim, **given)
         else:
+            self._use_config()
             # Their schedule and its warm-up are the caller's business.
             without = {"lr_scheduler": None, "lr_scheduler_args": None, "warmup_steps": 0}
             config = self.optim_config.replace(**{**without, **given})

@@ -12,8 +12,9 @@ import dataclasses
 import math
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Integral, Real
 from typing import Any, ClassVar, Literal, TypeVar
 
 from lightning_optim.errors import InvalidOption, close_names, listing
@@ -296,12 +297,14 @@ def convert(value: Any, hint: Any) -> Any:
         raise TypeError(value)
     if isinstance(value, str):
         value = _literal(value.strip())
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
+    # Real, not (int, float): numpy's numbers are welcome.
+    if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(value)
     if hint is int:
-        if isinstance(value, float) and not value.is_integer():
+        whole = value if isinstance(value, Integral) else float(value)
+        if isinstance(whole, float) and not whole.is_integer():
             raise ValueError(value)
-        return int(value)
+        return int(whole)
     assert hint is float, f"options of type {hint} are not supported"
     try:
         number = float(value)
@@ -329,7 +332,7 @@ def _convert_union(value: Any, members: tuple[Any, ...]) -> Any:
 def _convert_tuple(value: Any, members: tuple[Any, ...]) -> tuple[Any, ...]:
     if isinstance(value, str):
         value = ast.literal_eval(value)
-    if not isinstance(value, (list, tuple)) or len(value) != len(members):
+    if isinstance(value, str) or not isinstance(value, Sequence) or len(value) != len(members):
         raise TypeError(value)
     return tuple(convert(item, member) for item, member in zip(value, members, strict=True))
 

@@ -121,7 +121,7 @@ def make_groups(
     overrides = {pattern: _checked(pattern, values, spec, options) for pattern, values in policy.overrides.items()}
     pattern_of = _assign(parameters, overrides)
     depths = _layer_depths(parameters, policy) if policy.layer_decay is not None else {}
-    groups: dict[str, dict[str, Any]] = {}
+    groups: dict[tuple[Any, ...], dict[str, Any]] = {}
     for parameter in parameters:
         identity = id(parameter.parameter)
         pattern = pattern_of.get(identity)
@@ -140,9 +140,21 @@ def make_groups(
             group["optim_bits"] = 32 if keep else spec.bits
             labels += ["32bit"] if keep and "optim_bits" not in override else []
         name = "/".join(labels) or "all"
-        groups.setdefault(name, {"name": name, "params": [], **group, **override})["params"].append(parameter.parameter)
+        # The pattern is part of the key: a pattern "decay" must not meet the group of that name.
+        key = (pattern, name)
+        groups.setdefault(key, {"name": name, "params": [], **group, **override})["params"].append(parameter.parameter)
+    _make_unique(list(groups.values()))
     # Decayed groups first whatever module comes first, so that adding a leading norm layer does not swap the groups.
     return sorted(groups.values(), key=lambda group: "no_decay" in group["name"].split("/"))
+
+
+def _make_unique(groups: list[dict[str, Any]]) -> None:
+    """Numbers groups of the same name: LearningRateMonitor refuses equal names."""
+    seen: dict[str, int] = {}
+    for group in groups:
+        seen[group["name"]] = seen.get(group["name"], 0) + 1
+        if seen[group["name"]] > 1:
+            group["name"] += f"_{seen[group['name']]}"
 
 
 def override_keys(spec: OptimizerSpec) -> tuple[str, ...]:

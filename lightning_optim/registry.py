@@ -21,7 +21,7 @@ from lightning_optim.spec import OptimizerSpec
 ENTRY_POINT_GROUP = "lightning_optim.optimizers"
 
 # Arguments of a class given by dotted path that are not options: they have a parameter of their own.
-_NOT_OPTIONS = ("self", "params", "lr", "weight_decay")
+_NOT_OPTIONS = ("lr", "weight_decay")
 
 
 class Registry(Mapping[str, OptimizerSpec]):
@@ -63,7 +63,9 @@ class Registry(Mapping[str, OptimizerSpec]):
             raise UnknownOptimizer(
                 f"an optimizer is named by a string such as 'adamw_torch', got {name!r} ({type(name).__name__})"
             )
-        self._load_plugins()
+        # Plugins after the table's own rows: one that is broken must not stop who does not use it.
+        if name not in self._specs:
+            self._load_plugins()
         if name in self._specs:
             return self._specs[name]
         if "." in name:
@@ -101,7 +103,8 @@ class Registry(Mapping[str, OptimizerSpec]):
                 continue
             try:
                 loaded = entry_point.load()
-                for spec in (loaded,) if isinstance(loaded, OptimizerSpec) else tuple(loaded):
+                specs = (loaded,) if isinstance(loaded, OptimizerSpec) else tuple(loaded)
+                for spec in specs:
                     self.register(spec)
                 self._plugins.append(entry_point)
             except Exception as error:
@@ -135,6 +138,11 @@ def spec_from_path(path: str) -> OptimizerSpec:
         raise UnknownOptimizer(f"optim={path!r} cannot be imported: {error}") from error
     if not (isinstance(loaded, type) and issubclass(loaded, Optimizer)):
         raise UnknownOptimizer(f"optim={path!r} is no subclass of torch.optim.Optimizer but {loaded!r}")
+    if callable(getattr(loaded, "train", None)) and callable(getattr(loaded, "eval", None)):
+        raise UnknownOptimizer(
+            f"optim={path!r} has to be switched between training and evaluation, which a dotted path cannot do; use "
+            "optim='schedule_free_adamw', 'schedule_free_radam' or 'schedule_free_sgd'"
+        )
     parameters = inspect.signature(loaded).parameters
     _check_signature(path, parameters)
     defaults = {name: _default(parameters, name) for name in ("lr", "weight_decay")}
@@ -173,13 +181,19 @@ def _default(parameters: Mapping[str, inspect.Parameter], name: str) -> Any:
 
 def _options_from_signature(class_name: str, parameters: Mapping[str, inspect.Parameter]) -> type[Options]:
     fields: list[Any] = []
-    for name, parameter in parameters.items():
+    # The first argument is the parameters, whatever its name.
+    for name, parameter in list(parameters.items())[1:]:
         if name in _NOT_OPTIONS or parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
             continue
         help = f"argument of {class_name}"
         if parameter.default is parameter.empty:
             fields.insert(0, (name, Any, required(help, scope="constructor")))
         else:
+            if isinstance(parameter.default, dict) or hasattr(Options, name):
+                raise UnknownOptimizer(
+                    f"the argument {name!r} of {class_name} cannot be an option of a dotted path; describe the "
+                    "optimizer with a row and lightning_optim.register()"
+                )
             # A dataclass takes no mutable defaults, and betas=[0.9, 0.99] means a tuple.
             default = tuple(parameter.default) if isinstance(parameter.default, (list, set)) else parameter.default
             fields.append((name, _type_of(default), option(default, help, scope="constructor")))

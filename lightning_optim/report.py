@@ -9,8 +9,6 @@ from torch import Tensor
 
 from lightning_optim.factory import ResolvedOptimizer
 
-_NOT_SHOWN = ("params", "name", "param_names")
-
 
 def describe(resolved: ResolvedOptimizer, identifier: str, schedule: str) -> str:
     """Returns the report for humans: identifier, class, hyperparameters, groups with counts, state bytes, schedule."""

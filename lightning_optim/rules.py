@@ -41,12 +41,14 @@ class TrainerFacts:
         precision: The precision flag, such as ``"16-mixed"``.
         scales_loss: Whether a GradScaler is at work.
         clips: Whether ``gradient_clip_val`` is set.
+        accumulation_changes: Whether the number of steps is that of epochs with different accumulation.
         callbacks: Class names of the callbacks and of their base classes.
     """
 
     precision: str = "32-true"
     scales_loss: bool = False
     clips: bool = False
+    accumulation_changes: bool = False
     callbacks: frozenset[str] = frozenset()
 
 
@@ -244,6 +246,16 @@ def _two_averages(run: Run) -> str | None:
     )
 
 
+def _length_is_counted_wrongly(run: Run) -> str | None:
+    name = run.request.config.lr_scheduler
+    if not (run.trainer and run.trainer.accumulation_changes and name and get_schedule(name).needs_total):
+        return None
+    return (
+        f"lr_scheduler={name!r} beside GradientAccumulationScheduler: Lightning counts the steps of the training as if "
+        "the first epoch's accumulation lasted. Set Trainer(max_steps=...), or use lr_scheduler='constant_with_warmup'."
+    )
+
+
 CONFIG_RULES: tuple[Callable[[Request], str | None], ...] = (
     _no_schedule_for_averages,
     _warmup_has_an_effect,
@@ -265,6 +277,7 @@ RUN_RULES: tuple[Callable[[Run], str | None], ...] = (
     _flattened_parameters,
     _fused_scaler_and_clipping,
     _two_averages,
+    _length_is_counted_wrongly,
 )
 
 

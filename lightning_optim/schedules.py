@@ -10,11 +10,11 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, ClassVar, Literal
 
+from torch import Tensor
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LambdaLR, LRScheduler, ReduceLROnPlateau
+from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from lightning_optim.errors import InvalidOption, UnknownSchedule, close_names, listing
 from lightning_optim.options import NON_NEGATIVE, POSITIVE, UNIT, Options, Range, convert, option, parse, required
@@ -269,6 +269,31 @@ def resolve_warmup(warmup_steps: int | float, total_steps: int | None) -> int:
     return math.ceil(total_steps * warmup)
 
 
+class NamedSchedule(LRScheduler):
+    """Multiplies every group's peak by a function of the step.
+
+    As ``torch.optim.lr_scheduler.LambdaLR``, but for groups that are added while training goes on, as finetuning
+    callbacks do: their learning rate at that time is their peak.
+    """
+
+    def __init__(self, optimizer: Optimizer, multiplier: Callable[[int], float]) -> None:
+        self._multiplier = multiplier
+        super().__init__(optimizer)
+
+    def get_lr(self) -> list[float | Tensor]:
+        factor = self._multiplier(self.last_epoch)
+        return [self._peak(group) * factor for group in self.optimizer.param_groups]
+
+    @staticmethod
+    def _peak(group: dict[str, Any]) -> Any:
+        if "initial_lr" not in group:
+            group["initial_lr"] = group["lr"].clone() if isinstance(group["lr"], Tensor) else group["lr"]
+        return group["initial_lr"]
+
+    def state_dict(self) -> dict[str, Any]:
+        return {name: value for name, value in super().state_dict().items() if name != "_multiplier"}
+
+
 def build_schedule(
     optimizer: Optimizer,
     name: str,
@@ -278,7 +303,7 @@ def build_schedule(
 ) -> LRScheduler | ReduceLROnPlateau:
     """Makes a learning-rate schedule to be stepped after every optimizer step.
 
-    ``reduce_lr_on_plateau`` is stepped with the metric instead, once per validation.
+    ``reduce_lr_on_plateau`` is stepped with the metric instead, once per epoch.
 
     Args:
         optimizer: The optimizer; each group's current ``lr`` is its peak.
@@ -307,17 +332,5 @@ def build_schedule(
     peak = float(optimizer.defaults["lr"])
     if isinstance(options, PolynomialOptions) and peak <= options.lr_end:
         raise InvalidOption(f"lr_end={options.lr_end:g} must be smaller than the learning rate {peak:g}")
-    multiplier = partial(_call, spec.multiplier, warmup=warmup, total=total_steps or 0, options=options, peak=peak)
-    return LambdaLR(optimizer, multiplier)
-
-
-def _call(
-    multiplier: Callable[[int, int, int, Any, float], float],
-    step: int,
-    *,
-    warmup: int,
-    total: int,
-    options: ScheduleOptions,
-    peak: float,
-) -> float:
-    return multiplier(step, warmup, total, options, peak)
+    multiplier, total = spec.multiplier, total_steps or 0
+    return NamedSchedule(optimizer, lambda step: multiplier(step, warmup, total, options, peak))

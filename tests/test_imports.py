@@ -31,7 +31,7 @@ LAYERS = (
     ("factory",),
     ("report",),
     ("callbacks.attached",),
-    ("callbacks.schedule_free", "callbacks.old_checkpoints"),
+    ("callbacks.schedule_free", "callbacks.old_checkpoints", "callbacks.report", "callbacks.used"),
     ("integration",),
     ("mixin",),
     ("callbacks.optim", "callbacks"),

@@ -186,8 +186,83 @@ class TestMixin:
         assert rates["layer_3/decay"] == 0.5
         assert rates["layer_4/decay"] == 1.0
 
+    def test_hyperparameters_survive_helpers_and_overrides(self) -> None:
+        class Model(OptimMixin, L.LightningModule):
+            def __init__(self, width: int = 2, **optim: Any) -> None:
+                super().__init__(**optim)
+                self.keep()
+
+            def keep(self) -> None:
+                self.save_hyperparameters()
+
+            def save_hyperparameters(self, *args: Any, **kwargs: Any) -> None:
+                super().save_hyperparameters(*args, **kwargs)
+
+        assert Model(optim="sgd", lr=0.1).hparams == {"width": 2, "optim": "sgd", "lr": 0.1}
+
+        class Named(OptimMixin, L.LightningModule):
+            def __init__(self, width: int = 2, **optim: Any) -> None:
+                super().__init__(**optim)
+                self.save_hyperparameters("width", "optim")
+
+        assert Named(optim="sgd", lr=0.1).hparams == {"width": 2, "optim": "sgd"}
+
+    def test_an_optim_that_nobody_looks_at_is_refused(self) -> None:
+        class Own(LitTokens):
+            def configure_optimizers(self) -> Any:
+                return torch.optim.SGD(self.parameters(), lr=self.lr)
+
+        trainer(max_steps=1).fit(Own(lr=0.1), loader())
+        model = Own(optim="lion_8bit", lr=0.1)
+        with pytest.raises(IncompatibleTrainer, match=r"optim='lion_8bit' was given to Own.*self.build_optimizer\(\)"):
+            trainer(max_steps=1).fit(model, loader())
+        assert not model.losses
+
+    def test_a_checkpoint_is_loaded_by_the_class(self, tmp_path: Path) -> None:
+        with pytest.raises(TypeError, match="cannot be called on an instance"):
+            LitTokens().load_from_checkpoint(tmp_path / "any.ckpt")
+
+    def test_named_schedules_follow_groups_that_are_added(self) -> None:
+        class Unfreezes(L.Callback):
+            def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
+                if trainer.current_epoch == 1:
+                    pl_module.late.requires_grad_(True)
+                    trainer.optimizers[0].add_param_group({"params": [*pl_module.late.parameters()], "lr": 1.0})
+
+        class Late(LitTokens):
+            def __init__(self, **optim: Any) -> None:
+                super().__init__(**optim)
+                self.late = nn.Linear(2, 2).requires_grad_(False)
+
+        run = trainer(max_epochs=2, callbacks=[Unfreezes()])
+        run.fit(Late(lr=0.1, lr_scheduler="linear"), loader())
+        # 20 steps, of which the schedule has taken all; the group's own peak is 1.
+        assert learning_rates(run) == pytest.approx([0.0, 0.0, 0.0])
+
+    def test_the_arguments_are_spelled_alike_everywhere(self) -> None:
+        import inspect
+
+        from lightning_optim import OptimConfig
+        from lightning_optim.cli import _ARGUMENTS
+
+        def defaults(function: Any) -> dict[str, Any]:
+            parameters = inspect.signature(function).parameters.values()
+            return {p.name: p.default for p in parameters if p.default is not p.empty}
+
+        assert defaults(OptimMixin.__init__) == defaults(OptimCallback.__init__) == defaults(OptimConfig)
+        assert list(_ARGUMENTS) == list(defaults(OptimConfig))
+        common = defaults(build_optimizer)
+        assert {name: defaults(OptimConfig)[name] for name in common} == common
+
 
 class TestReport:
+    def test_every_optimizer_of_a_module_is_logged(self, tmp_path: Path) -> None:
+        logger = CSVLogger(tmp_path)
+        trainer(max_steps=2, logger=logger).fit(GAN(), loader())
+        saved = (Path(logger.log_dir) / "hparams.yaml").read_text()
+        assert saved.index("optimizer_0:") < saved.index("identifier: lion_8bit") < saved.index("optimizer_1:")
+        assert "identifier: adamw_torch" in saved
+
     def test_it_is_said_once_and_logged(self, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
         model = LitTokens(optim="adamw_8bit", lr=1e-2, lr_scheduler="linear", warmup_steps=2)
         logger = CSVLogger(tmp_path)
@@ -258,6 +333,15 @@ class TestCallback:
         callbacks = [OptimCallback("sgd"), OptimCallback("sgd")]
         with pytest.raises(IncompatibleTrainer, match="two OptimCallbacks in one Trainer; keep one"):
             trainer(callbacks=callbacks, max_steps=1).fit(ForeignTokens(), loader())
+
+    def test_the_learning_rate_finder_is_refused(self, tmp_path: Path) -> None:
+        run = trainer(
+            callbacks=[OptimCallback("sgd")], max_steps=1, default_root_dir=tmp_path, enable_checkpointing=True
+        )
+        model = ForeignTokens()
+        model.lr = 0.1
+        with pytest.raises(IncompatibleTrainer, match=r"update_attr=False.*OptimCallback\(lr=...\)"):
+            Tuner(run).lr_find(model, loader())
 
 
 class TestNothingStaysAttached:

@@ -507,3 +507,15 @@ def test_schedules_call_their_options_lr_scheduler_args(name: str) -> None:
         parse(SCHEDULES[name].options, "speed=1", name)
     with pytest.raises(InvalidOption, match="lr_scheduler_args=3"):
         parse(SCHEDULES[name].options, 3, name)  # type: ignore[arg-type]
+
+
+def test_numbers_of_numpy_and_any_sequence_are_welcome() -> None:
+    from collections import UserList
+
+    import numpy as np
+
+    config = OptimConfig("adamw_torch", lr=np.float32(0.5), optim_args={"betas": UserList([np.float64(0.5), 0.25])})
+    assert config.lr == 0.5
+    assert parse(REGISTRY["adamw_torch"].options, config.optim_args, "x").betas == (0.5, 0.25)
+    assert OptimConfig("adamw_torch", lr_scheduler="linear", warmup_steps=np.int64(3)).warmup_steps == 3
+    assert parse(REGISTRY["adamw_torch_8bit"].options, {"block_size": np.int32(128)}, "x").block_size == 128

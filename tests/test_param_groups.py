@@ -528,3 +528,11 @@ def test_sparse_embeddings_train_beside_dense_parameters(name: str) -> None:
     assert gradient.is_sparse
     assert not torch.equal(model.model.embedding.weight, before)
     assert model.losses[-1] < model.losses[0]
+
+
+def test_a_pattern_may_be_called_like_a_group() -> None:
+    model = nn.Linear(4, 4)
+    model.register_parameter("decay", nn.Parameter(torch.zeros(2)))
+    optimizer = build_optimizer(model, lr=0.1, param_groups={"decay": {"lr": 5.0, "weight_decay": 0.0}})
+    groups = {group["name"]: (group["lr"], len(group["params"])) for group in optimizer.param_groups}
+    assert groups == {"decay": (0.1, 1), "no_decay": (0.1, 1), "decay_2": (5.0, 1)}

@@ -233,11 +233,12 @@ def test_a_broken_plugin_is_named_every_time(
     registry = Registry(ROWS)
     for _ in range(2):
         with pytest.raises(RuntimeError) as caught:
-            registry["adamw_torch"]
+            registry["a_name_that_only_a_plugin_can_have"]
         message = str(caught.value)
         assert f"the plugin {target!r} (entry point 'bad' of 'lightning_optim.optimizers') cannot be loaded" in message
         assert reason in message
         assert "uninstall its package" in message
+    assert registry["adamw_torch"].name == "adamw_torch"
 
 
 def test_a_plugin_s_optimizer_is_built_in_a_fresh_process(tmp_path: Path) -> None:

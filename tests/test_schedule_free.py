@@ -297,6 +297,58 @@ def test_manual_optimization_of_two_optimizers() -> None:
     assert_same(weights(model), averaged(run.optimizers[0], model) | {})
 
 
+@pytest.mark.parametrize("mode", ["train", "eval"])
+def test_a_plain_state_dict_tells_the_mode_it_was_saved_in(mode: str) -> None:
+    """As upstream's: what was saved in train mode goes with weights at the training point."""
+    from lightning_optim import build_optimizer
+
+    models = [nn.Linear(8, 8) for _ in range(2)]
+    optimizers = [build_optimizer(model, "schedule_free_adamw", lr=0.1) for model in models]
+    optimizers[0].train()
+    for _ in range(3):
+        models[0](torch.randn(4, 8)).square().mean().backward()
+        optimizers[0].step()
+        optimizers[0].zero_grad()
+    getattr(optimizers[0], mode)()
+    models[1].load_state_dict(models[0].state_dict())
+    optimizers[1].load_state_dict(copy.deepcopy(optimizers[0].state_dict()))
+    for switch in ("train", "eval", "train"):
+        for optimizer in optimizers:
+            getattr(optimizer, switch)()
+        assert_same(weights(models[1]), weights(models[0]))
+    before = weights(models[0])
+    optimizers[0].load_state_dict(optimizers[0].state_dict())
+    optimizers[0].train()
+    assert_same(weights(models[0]), before)
+
+
+def test_the_learning_rate_finder_runs_without_the_callbacks(tmp_path: Path) -> None:
+    from lightning.pytorch.tuner import Tuner
+
+    model = lit("schedule_free_adamw")
+    before = weights(model)
+    run = trainer(max_epochs=2, default_root_dir=tmp_path, enable_checkpointing=True)
+    Tuner(run).lr_find(model, loader(), num_training=30, min_lr=1e-4, max_lr=1e-1)
+    assert_same(weights(model), before)
+    run.fit(model, loader())
+    fresh = lit("schedule_free_adamw")
+    fresh.load_state_dict(before)
+    fresh.lr = model.lr
+    trainer(max_epochs=2).fit(fresh, loader())
+    assert_same(weights(fresh), weights(model))
+
+
+def test_momentum_must_not_be_cycled() -> None:
+    class Cycles(LitTokens):
+        def configure_optimizers(self) -> Any:
+            optimizer = self.build_optimizer()
+            scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=0.1, total_steps=10)
+            return [optimizer], [{"scheduler": scheduler, "interval": "step"}]
+
+    with pytest.raises(IncompatibleTrainer, match=r"OneCycleLR cycles the momentum.*Give it cycle_momentum=False"):
+        trainer(max_steps=3).fit(Cycles(optim="schedule_free_adamw"), loader())
+
+
 class ConvNet(OptimMixin, L.LightningModule):
     """A classifier with BatchNorm, whose statistics belong to the weights they were collected with."""
 
@@ -338,6 +390,27 @@ def test_batchnorm_statistics_are_recalibrated_for_the_averaged_weights() -> Non
     assert_same(plain, recalibrated)
     assert error < 1e-4
     assert plain_error > 100 * error
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-true", "bf16-mixed"])
+def test_recalibration_sees_batches_as_training_does(precision: str) -> None:
+    class Named(ConvNet):
+        """Takes its data from a dict, shifted before the transfer to the device."""
+
+        def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+            return {name: [values[0] + 5, values[1]] for name, values in batch.items()}
+
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            return super().training_step(batch["points"], batch_idx)
+
+    class OfNamed(ScheduleFreeCallback):
+        def recalibration_forward(self, pl_module: Any, batch: Any) -> None:
+            super().recalibration_forward(pl_module, batch["points"])
+
+    model, data = Named(optim="schedule_free_sgd", lr=1.0), points()
+    trainer(max_epochs=2, precision=precision, callbacks=[OfNamed(bn_batches=4)]).fit(model, {"points": data})
+    mean = model.net[0].float()(data.dataset.tensors[0] + 5).mean(0)
+    torch.testing.assert_close(model.net[1].running_mean.float(), mean, rtol=2e-2, atol=2e-2)
 
 
 def test_recalibration_refuses_what_cannot_work() -> None:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.optim import SGD, Optimizer
-from torch.optim.lr_scheduler import LambdaLR, OneCycleLR, ReduceLROnPlateau
+from torch.optim.lr_scheduler import LRScheduler, OneCycleLR, ReduceLROnPlateau
 
 from lightning_optim import InvalidOption, UnknownSchedule, build_optimizer, build_schedule
 from lightning_optim.schedules import SCHEDULES, get_schedule, parse_warmup, resolve_warmup
@@ -105,8 +105,9 @@ def test_the_state_of_a_schedule_holds_plain_values_only() -> None:
     schedule = build_schedule(optimizer_with(0.1), "cosine", 10, 2)
     curve(schedule, 3)
     state = schedule.state_dict()
-    assert state["lr_lambdas"] == [{}]
     assert state["last_epoch"] == 3
+    plain = (int, float, bool, str, list, type(None))
+    assert all(isinstance(value, plain) for value in state.values()), state
 
 
 # --- warm-up ---------------------------------------------------------------------------------------------------------
@@ -212,7 +213,7 @@ def test_wrong_schedules_are_refused(name: str, arguments: dict[str, Any], parts
 
 def test_schedules_without_an_end_need_no_length() -> None:
     for name in ("constant", "constant_with_warmup", "inverse_sqrt"):
-        assert isinstance(build_schedule(optimizer_with(0.1), name), LambdaLR)
+        assert isinstance(build_schedule(optimizer_with(0.1), name), LRScheduler)
     stable = {"num_stable_steps": 3, "num_decay_steps": 2}
     rates = curve(build_schedule(optimizer_with(1.0), "warmup_stable_decay", warmup_steps=2, args=stable), 8)
     assert_equal(rates[:, 0], [0, 0.5, 1, 1, 1, 1, 0.5, 0])

@@ -7,6 +7,7 @@ from functools import partial
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import LearningRateFinder
 from lightning_utilities.core.rank_zero import rank_zero_info
 
 from lightning_optim import integration
@@ -84,6 +85,11 @@ class OptimCallback(Callback):
         callbacks = trainer.callbacks  # type: ignore[attr-defined]
         if sum(isinstance(callback, OptimCallback) for callback in callbacks) > 1:
             raise IncompatibleTrainer("two OptimCallbacks in one Trainer; keep one.")
+        if any(isinstance(callback, LearningRateFinder) and callback._update_attr for callback in callbacks):
+            raise IncompatibleTrainer(
+                "the learning-rate finder sets an attribute of the module, which OptimCallback does not read. Use "
+                "Tuner.lr_find(..., update_attr=False) and pass its suggestion as OptimCallback(lr=...)."
+            )
         self._installed_before = pl_module.__dict__.get("configure_optimizers")
         self.install(pl_module)
         self._active = True

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities import CombinedLoader
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -67,11 +68,22 @@ class ScheduleFreeCallback(Callback):
                 f"ScheduleFreeCallback(bn_batches={self.bn_batches}), but the model has no BatchNorm with running "
                 "statistics. Leave bn_batches out."
             )
-        hook = _AveragedStateDict(_averaging(trainer))
+        optimizers = _averaging(trainer)
+        for scheduler in (config.scheduler for config in trainer.lr_scheduler_configs):
+            if getattr(scheduler, "cycle_momentum", False) and scheduler.optimizer in optimizers:
+                raise IncompatibleTrainer(
+                    f"{type(scheduler).__name__} cycles the momentum of {type(scheduler.optimizer).__name__}, which is "
+                    "the weight of its average. Give it cycle_momentum=False."
+                )
+        for optimizer in optimizers:
+            optimizer.saves_averages = True
+        hook = _AveragedStateDict(optimizers)
         self._handle = pl_module.register_state_dict_post_hook(hook)  # type: ignore[no-untyped-call]
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self.bn_batches and getattr(trainer.train_dataloader, "persistent_workers", False):
+        if self.bn_batches and any(
+            getattr(loader, "persistent_workers", False) for loader in _second_reading(trainer).flattened
+        ):
             raise IncompatibleTrainer(
                 f"ScheduleFreeCallback(bn_batches={self.bn_batches}) reads the training data a second time, which "
                 "DataLoader(persistent_workers=True) cannot do within an epoch. Set persistent_workers=False."
@@ -103,6 +115,8 @@ class ScheduleFreeCallback(Callback):
             optimizer.eval()
 
     def _detach(self, trainer: Trainer) -> None:
+        for optimizer in _averaging(trainer):
+            optimizer.saves_averages = False
         if self._handle is not None:
             self._handle.remove()
             self._handle = None
@@ -113,12 +127,13 @@ class ScheduleFreeCallback(Callback):
         """Computes BatchNorm's running statistics anew, as plain averages over the batches."""
         if not self.bn_batches:
             return
-        loader: Any = trainer.train_dataloader
+        precision = trainer.precision_plugin
         # A second iterator draws a seed, and dropout draws numbers: neither may change the training.
-        precision = trainer.precision_plugin.forward_context()
-        with isolate_rng(), _statistics_of_this_model(pl_module), torch.no_grad(), precision:
-            for batch in itertools.islice(iter(loader), self.bn_batches):
-                self.recalibration_forward(pl_module, trainer.strategy.batch_to_device(batch))
+        with isolate_rng(), _statistics_of_this_model(pl_module), torch.no_grad(), precision.forward_context():
+            for batch, _, _ in itertools.islice(_second_reading(trainer), self.bn_batches):
+                # What Lightning does to a batch before training_step sees it.
+                batch = pl_module._on_before_batch_transfer(precision.convert_input(batch), dataloader_idx=0)
+                self.recalibration_forward(pl_module, trainer.strategy.batch_to_device(batch, dataloader_idx=0))
 
 
 class _AveragedStateDict:
@@ -143,6 +158,12 @@ class _AveragedStateDict:
 
 def _averaging(trainer: Trainer) -> list[KeepsTrainingPoint]:
     return [optimizer for optimizer in trainer.optimizers if isinstance(optimizer, KeepsTrainingPoint)]
+
+
+def _second_reading(trainer: Trainer) -> CombinedLoader:
+    """Returns the training data, to be read without disturbing the reading that goes on."""
+    data: Any = trainer.train_dataloader
+    return CombinedLoader(data.iterables if isinstance(data, CombinedLoader) else data, "max_size_cycle")
 
 
 def _batch_norms(module: nn.Module) -> Iterator[_BatchNorm]:

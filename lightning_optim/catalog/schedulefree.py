@@ -63,7 +63,6 @@ def _row(
         state=state,
         warmup=warmup,
         averages_weights=True,
-        sharded=True,
         note="validation, test, prediction and checkpoints use the averaged weights; while those are in the model and "
         "in checkpoints the training point is stored beside the state (one more copy of the parameters)",
     )

@@ -5,14 +5,15 @@ from the other in place (``x = lerp(y, z, 1 - 1/beta1)`` and back). That does no
 float32 model by 6e-8 and a bfloat16 one by 2e-3, and a checkpoint that holds ``x`` cannot resume exactly. Here
 ``eval()`` stores ``y`` before it writes ``x`` into the parameters, and ``train()`` puts the stored ``y`` back.
 
-The state dict always has the form of evaluation mode, ``train_mode=False`` with ``y`` in the state, whatever the mode:
-together with averaged weights it is a checkpoint that resumes bit for bit. One without ``y``, written by upstream, is
-read as upstream reads it.
+A state dict tells the mode that the optimizer is in, as upstream's does; in evaluation mode it holds ``y``, so that it
+resumes bit for bit together with the averaged weights. While a Trainer makes the model's state dict hold the averaged
+weights also in training (``saves_averages``), the optimizer's has the form of evaluation mode, too. One without ``y``,
+written by upstream, is read as upstream reads it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -23,7 +24,13 @@ _POINT = "y"
 
 
 class KeepsTrainingPoint(Optimizer):
-    """Mixin for an optimizer with schedule-free's ``train()`` and ``eval()``, its ``z`` and its ``train_mode``."""
+    """Mixin for an optimizer with schedule-free's ``train()`` and ``eval()``, its ``z`` and its ``train_mode``.
+
+    Attributes:
+        saves_averages: True while the model's state dict holds the averaged weights, whatever the mode.
+    """
+
+    saves_averages = False
 
     @property
     def training(self) -> bool:
@@ -54,13 +61,23 @@ class KeepsTrainingPoint(Optimizer):
             for parameter, state, group in self._moved(train_mode=True)
         }
 
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+        if closure is not None:
+            # The closure computes the gradients: they belong to the training point, even where nobody switched, as in
+            # Lightning's learning-rate finder, which runs without the callbacks.
+            self.train()
+        loss: float | None = super().step(closure)
+        return loss
+
     def state_dict(self) -> dict[str, Any]:
         state_dict = super().state_dict()
+        if not self.saves_averages:
+            return state_dict
         parameters = [parameter for group in self.param_groups for parameter in group["params"]]
         for index, state in state_dict["state"].items():
             if "z" in state and _POINT not in state:
-                # A new dict: state_dict() shares the inner ones with the optimizer.
-                state_dict["state"][index] = {**state, _POINT: parameters[index].detach()}
+                # A new dict and a copy: state_dict() shares its tensors with the optimizer, and this one is the weight.
+                state_dict["state"][index] = {**state, _POINT: parameters[index].detach().clone()}
         for group in state_dict["param_groups"]:
             group["train_mode"] = False
         return state_dict

@@ -1,0 +1,36 @@
+"""Makes sure that an optimizer that was asked for is the one that trains."""
+
+from __future__ import annotations
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+from lightning_optim.callbacks.attached import detach
+from lightning_optim.config import OptimConfig
+from lightning_optim.errors import IncompatibleTrainer
+
+
+class OptimIsUsed(Callback):
+    """Refuses, at the start of fit, a module whose ``configure_optimizers`` did not look at the ``optim`` it was given.
+
+    Args:
+        config: What the module was given.
+    """
+
+    def __init__(self, config: OptimConfig) -> None:
+        self._config = config
+        self.used = False
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        detach(trainer, self)
+        if self._config.optim != OptimConfig.optim and not self.used:
+            raise IncompatibleTrainer(
+                f"optim={self._config.optim!r} was given to {type(pl_module).__name__}, but its configure_optimizers "
+                "was replaced (by its own code or by --optimizer) and ignores it. Build the optimizer there with "
+                "self.build_optimizer(), or leave optim out."
+            )
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        detach(trainer, self)
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        detach(trainer, self)

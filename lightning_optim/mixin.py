@@ -120,7 +120,7 @@ class OptimMixin(_Base):
         collector = inspect.getargvalues(frame).keywords if frame else None
         collected = frame.f_locals[collector] if frame and collector else {}
         lost = {name: value for name, value in collected.items() if name == collector and (not args or name in args)}
-        others = tuple(arg for arg in args if arg not in lost)
+        others = tuple(arg for arg in args if not (isinstance(arg, str) and arg in lost))
         if others or not args:
             super().save_hyperparameters(*others, ignore=ignore, frame=frame, logger=logger)
         ignored = (ignore,) if isinstance(ignore, str) else ignore or ()
@@ -131,7 +131,9 @@ class OptimMixin(_Base):
         current = inspect.currentframe()
         # Past this method and save_hyperparameters.
         frame = first = current.f_back.f_back if current and current.f_back else None
-        while frame and not (frame.f_code.co_name == "__init__" and self in frame.f_locals.values()):
+        while frame and not (
+            frame.f_code.co_name == "__init__" and any(value is self for value in frame.f_locals.values())
+        ):
             frame = frame.f_back
         return frame or first
 

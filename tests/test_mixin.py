@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
+import numpy as np
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
@@ -206,6 +207,16 @@ class TestMixin:
                 self.save_hyperparameters("width", "optim")
 
         assert Named(optim="sgd", lr=0.1).hparams == {"width": 2, "optim": "sgd"}
+
+    def test_hyperparameters_of_any_kind_can_be_saved(self) -> None:
+        class Model(OptimMixin, L.LightningModule):
+            def __init__(self, weights: Any = None, **optim: Any) -> None:
+                super().__init__(**optim)
+                self.save_hyperparameters(ignore=["weights"])
+
+        model = Model(np.zeros(3), optim="sgd")
+        model.save_hyperparameters({"more": [1, 2]})
+        assert model.hparams == {"optim": "sgd", "more": [1, 2]}
 
     def test_an_optim_that_nobody_looks_at_is_refused(self) -> None:
         class Own(LitTokens):

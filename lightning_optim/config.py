@@ -67,8 +67,8 @@ class OptimConfig:
             spec = REGISTRY[self.optim]
         except MissingDependency:
             return
-        self._absorb_weight_decay(spec.name)
-        parse(spec.options, self.optim_args, spec.name)
+        self._absorb_weight_decay(self.optim)
+        parse(spec.options, self.optim_args, self.optim)
         rules.check_config(rules.Request(spec, self))
 
     def replace(self, **changes: Any) -> OptimConfig:

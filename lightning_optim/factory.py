@@ -55,7 +55,7 @@ def resolve(
     """
     spec = REGISTRY[config.optim]
     optimizer_class = spec.load()
-    options = parse(spec.options, config.optim_args, spec.name)
+    options = parse(spec.options, config.optim_args, config.optim)
     lr = spec.default_lr if config.lr is None else config.lr
     assert lr is not None, "the config rules see to it"
     weight_decay = spec.default_weight_decay if config.weight_decay is None else config.weight_decay

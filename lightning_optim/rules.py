@@ -32,6 +32,11 @@ class Request:
     spec: OptimizerSpec
     config: OptimConfig
 
+    @property
+    def name(self) -> str:
+        """The identifier as the user typed it, which may be an alias."""
+        return self.config.optim
+
 
 @dataclass(frozen=True)
 class TrainerFacts:
@@ -63,7 +68,13 @@ class Run:
 
     @property
     def spec(self) -> OptimizerSpec:
+        """The row."""
         return self.request.spec
+
+    @property
+    def name(self) -> str:
+        """The identifier as the user typed it."""
+        return self.request.name
 
 
 def _no_schedule_for_averages(request: Request) -> str | None:
@@ -71,7 +82,7 @@ def _no_schedule_for_averages(request: Request) -> str | None:
     if not request.spec.averages_weights or name in (None, "constant"):
         return None
     return (
-        f"lr_scheduler={name!r} beside optim={request.spec.name!r}, which averages its iterates instead of following a "
+        f"lr_scheduler={name!r} beside optim={request.name!r}, which averages its iterates instead of following a "
         "schedule. Leave lr_scheduler out"
         + ("; warmup_steps is handed to the optimizer itself." if request.spec.warmup == "optimizer" else ".")
     )
@@ -82,7 +93,9 @@ def _warmup_has_an_effect(request: Request) -> str | None:
     if not config.warmup_steps:
         return None
     if spec.warmup == "none":
-        return f"warmup_steps={config.warmup_steps} beside optim={spec.name!r}, which needs no warm-up. Leave it out."
+        return (
+            f"warmup_steps={config.warmup_steps} beside optim={request.name!r}, which needs no warm-up. Leave it out."
+        )
     if spec.warmup == "schedule" and config.lr_scheduler is None:
         return (
             f"warmup_steps={config.warmup_steps} without lr_scheduler would be ignored. Add "
@@ -117,22 +130,21 @@ def _layer_pattern_needs_layer_decay(request: Request) -> str | None:
 
 def _lr_is_known(request: Request) -> str | None:
     if request.config.lr is None and request.spec.default_lr is None:
-        return f"optim={request.spec.name!r} has no default learning rate. Give lr, for instance lr=1e-3."
+        return f"optim={request.name!r} has no default learning rate. Give lr, for instance lr=1e-3."
     return None
 
 
 def _weight_decay_exists(request: Request) -> str | None:
     if request.config.weight_decay and not request.spec.decays:
         return (
-            f"weight_decay={request.config.weight_decay} beside optim={request.spec.name!r}, which has none. "
-            "Leave it out."
+            f"weight_decay={request.config.weight_decay} beside optim={request.name!r}, which has none. Leave it out."
         )
     return None
 
 
 def _averages_need_a_learning_rate(request: Request) -> str | None:
     if request.spec.averages_weights and request.config.lr == 0:
-        return f"lr=0 beside optim={request.spec.name!r}: the average is weighted by the learning rate. Use lr > 0."
+        return f"lr=0 beside optim={request.name!r}: the average is weighted by the learning rate. Use lr > 0."
     return None
 
 
@@ -142,7 +154,7 @@ def _device(run: Run) -> str | None:
     if not unfit:
         return None
     return (
-        f"optim={run.spec.name!r} runs on {', '.join(sorted(run.spec.devices or ()))}, but parameters are on "
+        f"optim={run.name!r} runs on {', '.join(sorted(run.spec.devices or ()))}, but parameters are on "
         f"{', '.join(unfit)}. Use optim='adamw_torch', or Trainer(accelerator=...) with a device it runs on."
     )
 
@@ -152,7 +164,7 @@ def _compiler(run: Run) -> str | None:
     if not (run.spec.compiles and on_cpu) or shutil.which(cpp_compiler()):
         return None
     return (
-        f"optim={run.spec.name!r} compiles its step, which on a CPU needs a C++ compiler, and {cpp_compiler()!r} is "
+        f"optim={run.name!r} compiles its step, which on a CPU needs a C++ compiler, and {cpp_compiler()!r} is "
         "not on the PATH. Install it (apt-get install g++) or set CXX; optim='adamw_bnb_8bit' needs none."
     )
 
@@ -173,7 +185,7 @@ def _sparse_gradients(run: Run) -> str | None:
     name = sparse[0].name
     if not run.spec.sparse:
         return (
-            f"optim={run.spec.name!r} cannot step sparse gradients, and {name!r} belongs to an embedding with "
+            f"optim={run.name!r} cannot step sparse gradients, and {name!r} belongs to an embedding with "
             "sparse=True. Use optim='adagrad' or 'sgd', or create the embedding with sparse=False."
         )
     decayed = [group for group in run.groups if group.get("weight_decay")]
@@ -190,7 +202,7 @@ def _complex_parameters(run: Run) -> str | None:
     if not found or run.spec.complex:
         return None
     return (
-        f"optim={run.spec.name!r} cannot step complex parameters, and {found[0].name!r} is "
+        f"optim={run.name!r} cannot step complex parameters, and {found[0].name!r} is "
         f"{found[0].parameter.dtype}. Use optim='adamw_torch', or store real and imaginary parts (torch.view_as_real)."
     )
 
@@ -200,7 +212,7 @@ def _half_weights(run: Run) -> str | None:
     if not found or run.spec.half_weights:
         return None
     return (
-        f"optim={run.spec.name!r} computes in the parameters' dtype, and {found[0].name!r} is float16, in which its "
+        f"optim={run.name!r} computes in the parameters' dtype, and {found[0].name!r} is float16, in which its "
         "eps is zero: the first zero gradient would make it NaN. Use Trainer(precision='16-mixed') or 'bf16-true', or "
         "an optimizer with float32 arithmetic such as 'adamw_bnb_8bit'."
     )
@@ -212,7 +224,7 @@ def _sharded_parameters(run: Run) -> str | None:
     if not found or run.spec.sharded:
         return None
     return (
-        f"optim={run.spec.name!r} cannot step sharded parameters (DTensor), and {found[0].name!r} is one. Use "
+        f"optim={run.name!r} cannot step sharded parameters (DTensor), and {found[0].name!r} is one. Use "
         "optim='adamw_torch' or 'adamw_torch_8bit', or Trainer(strategy='ddp')."
     )
 
@@ -230,7 +242,7 @@ def _fused_scaler_and_clipping(run: Run) -> str | None:
     if not (run.trainer and run.spec.fixed.get("fused") and run.trainer.scales_loss and run.trainer.clips):
         return None
     return (
-        f"optim={run.spec.name!r} with precision={run.trainer.precision!r} and gradient_clip_val: a fused optimizer "
+        f"optim={run.name!r} with precision={run.trainer.precision!r} and gradient_clip_val: a fused optimizer "
         "unscales the gradients itself, after Lightning would clip them. Use optim='adamw_torch', or "
         "precision='bf16-mixed', or leave gradient_clip_val out."
     )
@@ -241,7 +253,7 @@ def _two_averages(run: Run) -> str | None:
     if not (run.spec.averages_weights and rivals):
         return None
     return (
-        f"the callback {min(rivals)} beside optim={run.spec.name!r}: both exchange the weights around validation and "
+        f"the callback {min(rivals)} beside optim={run.name!r}: both exchange the weights around validation and "
         "saving. Remove the callback (schedule-free weights are averages already), or use optim='adamw_torch'."
     )
 

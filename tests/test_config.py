@@ -77,7 +77,7 @@ def test_numbers_are_numbers_whatever_they_were_written_as() -> None:
         ({"param_groups": "head.*"}, InvalidOption, ["param_groups='head.*'", "{'embed.*': {'lr': 1e-4}}"]),
         ({"optim_args": "kahan_sum=True"}, InvalidOption, ["'adamw_torch' has no option 'kahan_sum'", "betas"]),
         ({"optim_args": 3}, InvalidOption, ["optim_args=3 (int)", "'adamw_torch'"]),
-        ({"optim": "adamw_8bit", "optim_args": {"eps": -1}}, InvalidOption, ["eps=-1", "'adamw_bnb_8bit'"]),
+        ({"optim": "adamw_8bit", "optim_args": {"eps": -1}}, InvalidOption, ["eps=-1", "'adamw_8bit'"]),
         ({"lr_scheduler": "cosinus"}, UnknownSchedule, ["'cosinus'", "'cosine'"]),
         ({"lr_scheduler": "cosine", "lr_scheduler_args": "power=2"}, InvalidOption, ["'cosine' has no option 'power'"]),
         ({"lr_scheduler": "cosine", "lr_scheduler_args": 3}, InvalidOption, ["lr_scheduler_args=3 (int)", "'cosine'"]),

@@ -226,10 +226,11 @@ class OptimMixin(_Base):
             "warmup_steps": warmup_steps or None,
         }
         given: dict[str, Any] = {name: value for name, value in options.items() if value is not None}
+        if optim in (None, self.optim_config.optim):
+            self._use_config()
         if optim is not None:
             config = OptimConfig(optim=optim, **given)
         else:
-            self._use_config()
             # Their schedule and its warm-up are the caller's business.
             without = {"lr_scheduler": None, "lr_scheduler_args": None, "warmup_steps": 0}
             config = self.optim_config.replace(**{**without, **given})

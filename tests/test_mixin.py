@@ -229,6 +229,14 @@ class TestMixin:
             trainer(max_steps=1).fit(model, loader())
         assert not model.losses
 
+        class Parts(LitTokens):
+            def configure_optimizers(self) -> Any:
+                return self.build_optimizer(self.model, self.optim_config.optim, lr=self.lr)
+
+        run = trainer(max_steps=1)
+        run.fit(Parts(optim="lion_8bit", lr=0.1), loader())
+        assert type(run.optimizers[0]).__name__ == "Lion"
+
     def test_a_checkpoint_is_loaded_by_the_class(self, tmp_path: Path) -> None:
         with pytest.raises(TypeError, match="cannot be called on an instance"):
             LitTokens().load_from_checkpoint(tmp_path / "any.ckpt")

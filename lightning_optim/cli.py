@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib
+import pkgutil
 from typing import Any
 
 from jsonargparse import ArgumentParser, Namespace
@@ -98,10 +98,14 @@ class OptimCLI(LightningCLI):
             callback.install(self.model)
         self.trainer.callbacks.insert(0, callback)  # type: ignore[attr-defined]
 
+    def _section(self) -> Namespace:
+        """Returns the configuration of the subcommand, or the whole where there are none."""
+        section: Namespace = self.config.get(str(self.config.get("subcommand")), self.config)
+        return section
+
     def _given(self) -> dict[str, Any]:
         """Returns the optimizer arguments that were given, as plain values."""
-        config = self.config.get(str(self.config.get("subcommand")), self.config)
-        values = {name: config.get(name) for name in _ARGUMENTS}
+        values = {name: self._section().get(name) for name in _ARGUMENTS}
         return {
             name: value.as_dict() if isinstance(value, Namespace) else value
             for name, value in values.items()
@@ -109,15 +113,16 @@ class OptimCLI(LightningCLI):
         }
 
     def _checked_config(self) -> OptimConfig | None:
-        given = self._given()
-        config = self.config.get(str(self.config.get("subcommand")), self.config)
+        given, config = self._given(), self._section()
         if "optim" not in given:
             if given:
                 first = next(iter(given))
-                raise InvalidOption(
-                    f"--{first} needs --optim, for instance --optim adamw_torch"
-                    + (f" (the model's own argument is --model.{first})" if self._model_takes_optim(config) else "")
+                own = (
+                    f" (the model's own argument is --model.{first})"
+                    if "optim" in self._model_arguments(config)
+                    else ""
                 )
+                raise InvalidOption(f"--{first} needs --optim, for instance --optim adamw_torch{hint}")
             return None
         for rival in ("optimizer", _TORCH_SCHEDULER):
             if config.get(rival) is not None:
@@ -142,17 +147,9 @@ class OptimCLI(LightningCLI):
     def _mixin_defaults(self, config: Namespace) -> dict[str, Any]:
         """Returns the defaults of the model's own optimizer arguments; none if it is no OptimMixin."""
         path = (config.get("model") or {}).get("class_path")
-        model_class: Any = _imported(path) if path else self._model_class
+        model_class: Any = pkgutil.resolve_name(path) if path else self._model_class
         if not (isinstance(model_class, type) and issubclass(model_class, OptimMixin)):
             return {}
         parser = ArgumentParser()
         parser.add_class_arguments(model_class, fail_untyped=False)
         return {name: value for name, value in parser.get_defaults().items() if name in _ARGUMENTS}
-
-    def _model_takes_optim(self, config: Namespace) -> bool:
-        return "optim" in self._model_arguments(config)
-
-
-def _imported(path: str) -> Any:
-    module, _, name = path.rpartition(".")
-    return getattr(importlib.import_module(module), name)

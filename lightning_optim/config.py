@@ -67,7 +67,7 @@ class OptimConfig:
             spec = REGISTRY[self.optim]
         except MissingDependency:
             return
-        self._absorb_weight_decay(self.optim)
+        self._absorb_weight_decay()
         parse(spec.options, self.optim_args, self.optim)
         rules.check_config(rules.Request(spec, self))
 
@@ -75,9 +75,9 @@ class OptimConfig:
         """Returns a checked copy with some attributes changed."""
         return dataclasses.replace(self, **changes)
 
-    def _absorb_weight_decay(self, owner: str) -> None:
+    def _absorb_weight_decay(self) -> None:
         """Moves ``weight_decay`` out of ``optim_args``, where Hugging Face's classics take it."""
-        args = as_mapping(self.optim_args, owner)
+        args = as_mapping(self.optim_args, self.optim)
         if "weight_decay" not in args:
             return
         given = as_number("weight_decay", args.pop("weight_decay"), NON_NEGATIVE, optional=False)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from torch.optim import Optimizer
+from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from lightning_optim import report
 from lightning_optim.callbacks.report import ReportCallback
@@ -52,11 +53,11 @@ def configure(module: LightningModule, config: OptimConfig) -> OptimizerLRSchedu
     # An optimizer that warms up by itself got its warm-up already.
     warmup = length.warmup if resolved.spec.warmup == "schedule" else 0
     scheduler = build_schedule(resolved.optimizer, name, length.total, warmup, config.lr_scheduler_args)
-    options = parse(get_schedule(name).options, config.lr_scheduler_args, name)
-    if isinstance(options, PlateauOptions):
+    if isinstance(scheduler, ReduceLROnPlateau):
+        monitor = parse(PlateauOptions, config.lr_scheduler_args, name).monitor
         # Without a validation there is no new value of the metric.
         every = (trainer.check_val_every_n_epoch if trainer else None) or 1
-        plateau = {"scheduler": scheduler, "monitor": options.monitor, "interval": "epoch", "frequency": every}
+        plateau = {"scheduler": scheduler, "monitor": monitor, "interval": "epoch", "frequency": every}
         return {"optimizer": resolved.optimizer, "lr_scheduler": plateau}  # type: ignore[return-value]
     return {"optimizer": resolved.optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 

@@ -103,8 +103,7 @@ class Registry(Mapping[str, OptimizerSpec]):
                 continue
             try:
                 loaded = entry_point.load()
-                specs = (loaded,) if isinstance(loaded, OptimizerSpec) else tuple(loaded)
-                for spec in specs:
+                for spec in (loaded,) if isinstance(loaded, OptimizerSpec) else tuple(loaded):
                     self.register(spec)
                 self._plugins.append(entry_point)
             except Exception as error:
@@ -185,15 +184,15 @@ def _options_from_signature(class_name: str, parameters: Mapping[str, inspect.Pa
     for name, parameter in list(parameters.items())[1:]:
         if name in _NOT_OPTIONS or parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
             continue
+        if isinstance(parameter.default, dict) or hasattr(Options, name):
+            raise UnknownOptimizer(
+                f"the argument {name!r} of {class_name} cannot be an option of a dotted path; describe the optimizer "
+                "with a row and lightning_optim.register()"
+            )
         help = f"argument of {class_name}"
         if parameter.default is parameter.empty:
             fields.insert(0, (name, Any, required(help, scope="constructor")))
         else:
-            if isinstance(parameter.default, dict) or hasattr(Options, name):
-                raise UnknownOptimizer(
-                    f"the argument {name!r} of {class_name} cannot be an option of a dotted path; describe the "
-                    "optimizer with a row and lightning_optim.register()"
-                )
             # A dataclass takes no mutable defaults, and betas=[0.9, 0.99] means a tuple.
             default = tuple(parameter.default) if isinstance(parameter.default, (list, set)) else parameter.default
             fields.append((name, _type_of(default), option(default, help, scope="constructor")))

@@ -18,7 +18,7 @@ def describe(resolved: ResolvedOptimizer, identifier: str, schedule: str) -> str
     groups = resolved.optimizer.param_groups
     width = max(len(group["name"]) for group in groups)
     for group in groups:
-        elements = sum(parameter.numel() for parameter in group["params"])
+        elements = _elements(group)
         own = ", ".join(f"{key}={value}" for key, value in _differences(group, resolved).items())
         lines.append(f"  {group['name']:<{width}}  {len(group['params']):>4} tensors  {elements:>12,} elements  {own}")
     lines.append(f"  state: {_bytes_text(resolved)}; schedule: {schedule}; layerwise: no")
@@ -40,12 +40,16 @@ def hyperparameters(resolved: ResolvedOptimizer, identifier: str, schedule: str)
         "groups": {
             group["name"]: {
                 "tensors": len(group["params"]),
-                "elements": sum(parameter.numel() for parameter in group["params"]),
+                "elements": _elements(group),
                 **_differences(group, resolved),
             }
             for group in resolved.optimizer.param_groups
         },
     }
+
+
+def _elements(group: Mapping[str, Any]) -> int:
+    return sum(parameter.numel() for parameter in group["params"])
 
 
 def _settings(resolved: ResolvedOptimizer) -> dict[str, Any]:
@@ -73,7 +77,7 @@ def _plain(value: Any) -> Any:
 def _bytes_text(resolved: ResolvedOptimizer) -> str:
     if resolved.state_bytes is None:
         return "unknown"
-    elements = sum(p.numel() for group in resolved.optimizer.param_groups for p in group["params"])
+    elements = sum(map(_elements, resolved.optimizer.param_groups))
     size, unit = float(resolved.state_bytes), "bytes"
     for larger in ("KiB", "MiB", "GiB", "TiB"):
         if size < 1024:

@@ -1,6 +1,6 @@
 """Learning-rate schedules by Hugging Face's names, equal to ``transformers.get_scheduler`` step by step.
 
-Each schedule is a row: its options and a function of the step. The multipliers are plain functions, so a checkpoint
+Each schedule is a row: its options and a function of the step. The function is no part of its state, so a checkpoint
 stores a schedule's position but not its length: resuming a run with a larger ``max_steps`` stretches the schedule to
 the new length, as Hugging Face's Trainer does.
 """
@@ -10,7 +10,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from functools import partial
+from typing import Any, ClassVar, Literal, Protocol
 
 from torch import Tensor
 from torch.optim import Optimizer
@@ -162,6 +163,13 @@ def _warmup_stable_decay(step: int, warmup: int, total: int, options: WarmupStab
     return lowest
 
 
+class Multiplier(Protocol):
+    """A factor on the peak learning rate, by step."""
+
+    def __call__(self, step: int, warmup: int, total: int, options: Any, peak: float) -> float:
+        """Returns the factor."""
+
+
 @dataclass(frozen=True)
 class ScheduleSpec:
     """A row of the schedules.
@@ -179,7 +187,7 @@ class ScheduleSpec:
     name: str
     summary: str
     options: type[ScheduleOptions]
-    multiplier: Callable[[int, int, int, Any, float], float] | None
+    multiplier: Multiplier | None
     warms_up: bool = True
     needs_total: bool = True
 
@@ -332,5 +340,5 @@ def build_schedule(
     peak = float(optimizer.defaults["lr"])
     if isinstance(options, PolynomialOptions) and peak <= options.lr_end:
         raise InvalidOption(f"lr_end={options.lr_end:g} must be smaller than the learning rate {peak:g}")
-    multiplier, total = spec.multiplier, total_steps or 0
-    return NamedSchedule(optimizer, lambda step: multiplier(step, warmup, total, options, peak))
+    multiplier = partial(spec.multiplier, warmup=warmup, total=total_steps or 0, options=options, peak=peak)
+    return NamedSchedule(optimizer, multiplier)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib
+import pkgutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
@@ -157,6 +157,5 @@ class OptimizerSpec:
             MissingDependency: If a package is absent, too old or known to be wrong.
         """
         availability.ensure(self.name, self.requirements)
-        module, _, attribute = self.target.partition(":")
-        loaded: type[Optimizer] = getattr(importlib.import_module(module), attribute)
+        loaded: type[Optimizer] = pkgutil.resolve_name(self.target)
         return loaded

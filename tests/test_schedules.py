@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import pickle
 from typing import Any
 
 import pytest
@@ -108,6 +109,14 @@ def test_the_state_of_a_schedule_holds_plain_values_only() -> None:
     assert state["last_epoch"] == 3
     plain = (int, float, bool, str, list, type(None))
     assert all(isinstance(value, plain) for value in state.values()), state
+
+
+def test_schedules_can_be_pickled() -> None:
+    for name, arguments in ARGUMENTS.items():
+        schedule = build_schedule(optimizer_with(0.1), name, 10, 0, arguments[-1])
+        curve(schedule, 3)
+        again = pickle.loads(pickle.dumps(schedule))
+        assert_equal(curve(again, 4), curve(schedule, 4))
 
 
 # --- warm-up ---------------------------------------------------------------------------------------------------------

@@ -21,7 +21,6 @@ from torchao.optim.subclass_4bit import OptimState4bit
 from torchao.optim.subclass_8bit import OptimState8bit
 
 _PACKED = "torchao_quantized"
-_CLASSES = {4: OptimState4bit, 8: OptimState8bit}
 
 
 def pack(state: Any) -> Any:

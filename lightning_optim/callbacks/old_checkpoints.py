@@ -68,18 +68,21 @@ class _ReadsTorchao(_WrappingCheckpointIO):
     The XLA strategies accept no other class of Lightning's around their own.
     """
 
-    def __init__(self, original: CheckpointIO) -> None:
-        super().__init__(original)
-        self._original = original
-
     def teardown(self) -> None:
-        self._original.teardown()
+        # The base class does not hand this on, and an asynchronous original waits for its files here.
+        assert self.checkpoint_io is not None
+        self.checkpoint_io.teardown()
 
-    def load_checkpoint(self, path: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
+    def load_checkpoint(
+        self, path: Any, map_location: Any | None = None, weights_only: bool | None = None
+    ) -> dict[str, Any]:
+        # None is not handed on: the original's own default may be another.
+        given = {"map_location": map_location, "weights_only": weights_only}
+        given = {name: value for name, value in given.items() if value is not None}
         try:
-            return super().load_checkpoint(path, *args, **kwargs)
+            return super().load_checkpoint(path, **given)
         except Exception as error:
             if not is_old_style(error):
                 raise
         import_torchao()
-        return super().load_checkpoint(path, **{**kwargs, "map_location": "cpu"})
+        return super().load_checkpoint(path, **{**given, "map_location": "cpu"})

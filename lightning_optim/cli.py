@@ -117,11 +117,8 @@ class OptimCLI(LightningCLI):
         if "optim" not in given:
             if given:
                 first = next(iter(given))
-                own = (
-                    f" (the model's own argument is --model.{first})"
-                    if "optim" in self._model_arguments(config)
-                    else ""
-                )
+                takes_optim = "optim" in self._model_arguments(config)
+                hint = f" (the model's own argument is --model.{first})" if takes_optim else ""
                 raise InvalidOption(f"--{first} needs --optim, for instance --optim adamw_torch{hint}")
             return None
         for rival in ("optimizer", _TORCH_SCHEDULER):

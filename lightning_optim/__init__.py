@@ -25,11 +25,16 @@ from lightning_optim.errors import (
     UnknownSchedule,
 )
 from lightning_optim.factory import build_optimizer
+from lightning_optim.layerwise.clipping import Clipping
+from lightning_optim.layerwise.engine import Layerwise
+from lightning_optim.layerwise.replicas import Replicas
 from lightning_optim.mixin import OptimMixin
 from lightning_optim.options import Options, option
 from lightning_optim.registry import REGISTRY, register
 from lightning_optim.schedules import build_schedule
 from lightning_optim.spec import Buffer, OptimizerSpec, Quantization, StateLayout
+from lightning_optim.strategies import LayerwiseDDPStrategy, LayerwiseFSDP2Strategy, LayerwiseStrategy
+from lightning_optim.strategies import register as _register_strategies
 
 if TYPE_CHECKING:
     from lightning_optim.cli import OptimCLI as OptimCLI
@@ -39,10 +44,15 @@ __version__ = "0.1.0"
 __all__ = [
     "REGISTRY",
     "Buffer",
+    "Clipping",
     "DuplicateOptimizer",
     "IncompatibleTrainer",
     "InvalidOption",
     "InvalidParamGroups",
+    "Layerwise",
+    "LayerwiseDDPStrategy",
+    "LayerwiseFSDP2Strategy",
+    "LayerwiseStrategy",
     "MissingDependency",
     "OptimCallback",
     "OptimConfig",
@@ -50,6 +60,7 @@ __all__ = [
     "OptimizerSpec",
     "Options",
     "Quantization",
+    "Replicas",
     "Requirement",
     "ScheduleFreeCallback",
     "StateLayout",
@@ -60,6 +71,8 @@ __all__ = [
     "option",
     "register",
 ]
+
+_register_strategies()
 
 
 def __getattr__(name: str) -> Any:

@@ -1,4 +1,4 @@
-"""The pipeline, top to bottom: identifier -> row -> package -> options -> param groups -> rules -> optimizer."""
+"""The pipeline, top to bottom: identifier -> row -> package -> options -> groups -> rules -> optimizer -> layerwise."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 from lightning_optim import rules
 from lightning_optim.config import OptimConfig
 from lightning_optim.errors import IncompatibleTrainer
+from lightning_optim.layerwise.engine import Layerwise
 from lightning_optim.memory import state_bytes
 from lightning_optim.options import Options, parse
 from lightning_optim.param_groups import GroupPolicy, Target, make_groups, named_parameters
@@ -71,6 +72,9 @@ def resolve(
     if spec.warmup == "optimizer":
         arguments["warmup_steps"] = warmup_steps
     optimizer = optimizer_class(groups, **arguments)
+    if spec.layerwise:
+        names = {parameter.parameter: parameter.name for parameter in parameters}
+        Layerwise(optimizer, options.select("layerwise")["bucket_mb"], names=names)
     return ResolvedOptimizer(optimizer, spec, options, lr, weight_decay, state_bytes(spec, options, groups))
 
 
@@ -102,7 +106,8 @@ def build_optimizer(
             ``schedule_free_sgd``); refused for others, whose warm-up is :func:`build_schedule`'s.
 
     Returns:
-        An ordinary ``torch.optim.Optimizer``.
+        An ordinary ``torch.optim.Optimizer``. If the name ends in ``_layerwise``, :class:`Layerwise` is attached to it:
+        ``Layerwise.of(optimizer)``.
 
     Raises:
         UnknownOptimizer: If there is no such optimizer.

@@ -11,8 +11,10 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from lightning_optim import report
+from lightning_optim.callbacks.layerwise import LayerwiseCallback, steps_in_backward
 from lightning_optim.callbacks.report import ReportCallback
 from lightning_optim.callbacks.schedule_free import ScheduleFreeCallback
+from lightning_optim.catalog.layerwise import LayerwiseOptions
 from lightning_optim.config import OptimConfig
 from lightning_optim.factory import ResolvedOptimizer, resolve
 from lightning_optim.options import parse
@@ -76,6 +78,9 @@ def _resolve(trainer: Trainer | None, target: Target, config: OptimConfig, lengt
     resolved = resolve(target, config, warmup_steps=length.warmup, trainer=facts)
     if trainer is not None and resolved.spec.averages_weights:
         ScheduleFreeCallback.attach(trainer)
+    if trainer is not None and (resolved.spec.layerwise or steps_in_backward(trainer)):
+        options = LayerwiseOptions(**resolved.options.select("layerwise"))
+        LayerwiseCallback.attach(trainer, resolved.optimizer, options, f"optim={config.optim!r}")
     return resolved
 
 
@@ -85,6 +90,7 @@ def _facts(trainer: Trainer) -> TrainerFacts:
         scales_loss=getattr(trainer.precision_plugin, "scaler", None) is not None,
         clips=bool(trainer.gradient_clip_val),
         accumulation_changes=trainer.max_steps == -1 and _accumulation_changes(trainer),
+        steps_in_backward=steps_in_backward(trainer),
         callbacks=frozenset(base.__name__ for callback in trainer.callbacks for base in type(callback).__mro__),  # type: ignore[attr-defined]
     )
 

@@ -23,7 +23,7 @@ _TRUE = ("true", "1", "yes", "y", "on", "t")
 _FALSE = ("false", "0", "no", "n", "off", "f")
 _OPENING, _CLOSING, _QUOTES = "([{", ")]}", "'\""
 
-Scope = Literal["group", "constructor", "policy"]
+Scope = Literal["group", "constructor", "policy", "layerwise"]
 OptionsT = TypeVar("OptionsT", bound="Options")
 
 
@@ -84,7 +84,7 @@ def option(default: Any, help: str, range: Range | None = None, scope: Scope = "
         range: Allowed values of a number, or of each number of a tuple.
         scope: ``"group"``: an argument of the constructor that may also differ between param groups;
             ``"constructor"``: one value for the whole optimizer; ``"policy"``: used by us when parameters are grouped,
-            never passed on.
+            never passed on; ``"layerwise"``: how the optimizer is stepped during backward, never passed on.
     """
     return dataclasses.field(default=default, metadata={"help": help, "range": range, "scope": scope})
 

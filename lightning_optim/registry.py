@@ -14,6 +14,7 @@ from typing import Any
 from torch.optim import Optimizer
 
 from lightning_optim.catalog import ROWS
+from lightning_optim.catalog.layerwise import SUFFIX, layerwise_row
 from lightning_optim.errors import DuplicateOptimizer, MissingDependency, UnknownOptimizer, close_names, listing
 from lightning_optim.options import Options, option, required
 from lightning_optim.spec import OptimizerSpec
@@ -26,6 +27,9 @@ _NOT_OPTIONS = ("lr", "weight_decay")
 
 class Registry(Mapping[str, OptimizerSpec]):
     """The identifiers and their rows; aliases count as identifiers.
+
+    Every identifier also has a ``_layerwise`` form, whose row is derived when it is asked for. Iteration gives the
+    identifiers without it.
 
     Plugins are looked up in the entry-point group ``lightning_optim.optimizers`` on first use; each entry point is an
     :class:`OptimizerSpec` or an iterable of them.
@@ -58,6 +62,7 @@ class Registry(Mapping[str, OptimizerSpec]):
         Raises:
             UnknownOptimizer: If nothing has that name, with the names that come close.
             MissingDependency: If ``name`` is a dotted path into a package that is not installed.
+            IncompatibleTrainer: If ``name`` ends in ``_layerwise`` and the optimizer cannot be stepped so.
         """
         if not isinstance(name, str):
             raise UnknownOptimizer(
@@ -68,10 +73,14 @@ class Registry(Mapping[str, OptimizerSpec]):
             self._load_plugins()
         if name in self._specs:
             return self._specs[name]
+        base = name.removesuffix(SUFFIX)
+        suffix = name[len(base) :]
+        if suffix and (base in self._specs or "." in base):
+            return layerwise_row(self[base])
         if "." in name:
             return spec_from_path(name)
-        near = close_names(name, self._specs)
-        hint = f"Close names: {listing(near)}." if near else f"Names: {listing(self._specs)}."
+        near = [other + suffix for other in close_names(base, self._specs)]
+        hint = f"Close names: {listing(near)}." if near else f"Names: {listing(other + suffix for other in self._specs)}."
         raise UnknownOptimizer(
             f"there is no optimizer {name!r} in this version of lightning_optim. {hint} "
             "`lightning-optim list` shows all; a dotted path such as 'torch.optim.NAdam' names any other class."
@@ -79,12 +88,11 @@ class Registry(Mapping[str, OptimizerSpec]):
 
     def get(self, name: str, default: Any = None) -> Any:
         """Returns the row of a name of the table, or ``default``; dotted paths are not tried."""
-        self._load_plugins()
-        return self._specs.get(name, default)
+        return self[name] if name in self else default  # noqa: SIM401
 
     def __contains__(self, name: object) -> bool:
         self._load_plugins()
-        return name in self._specs
+        return isinstance(name, str) and name.removesuffix(SUFFIX) in self._specs
 
     def __iter__(self) -> Iterator[str]:
         self._load_plugins()

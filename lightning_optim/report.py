@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from lightning_optim.factory import ResolvedOptimizer
+from lightning_optim.layerwise.engine import Layerwise
 
 
 def describe(resolved: ResolvedOptimizer, identifier: str, schedule: str) -> str:
@@ -21,7 +22,7 @@ def describe(resolved: ResolvedOptimizer, identifier: str, schedule: str) -> str
         elements = _elements(group)
         own = ", ".join(f"{key}={value}" for key, value in _differences(group, resolved).items())
         lines.append(f"  {group['name']:<{width}}  {len(group['params']):>4} tensors  {elements:>12,} elements  {own}")
-    lines.append(f"  state: {_bytes_text(resolved)}; schedule: {schedule}; layerwise: no")
+    lines.append(f"  state: {_bytes_text(resolved)}; schedule: {schedule}; layerwise: {_layerwise_text(resolved)}")
     if spec.note:
         lines.append(f"  note: {spec.note}")
     return "\n".join(lines)
@@ -36,7 +37,7 @@ def hyperparameters(resolved: ResolvedOptimizer, identifier: str, schedule: str)
         **resolved.spec.fixed,
         "schedule": schedule,
         "state_bytes": resolved.state_bytes,
-        "layerwise": False,
+        "layerwise": Layerwise.of(resolved.optimizer) is not None,
         "groups": {
             group["name"]: {
                 "tensors": len(group["params"]),
@@ -46,6 +47,13 @@ def hyperparameters(resolved: ResolvedOptimizer, identifier: str, schedule: str)
             for group in resolved.optimizer.param_groups
         },
     }
+
+
+def _layerwise_text(resolved: ResolvedOptimizer) -> str:
+    layerwise = Layerwise.of(resolved.optimizer)
+    if layerwise is None:
+        return "no"
+    return f"buckets of {_size_text(layerwise.bucket_bytes)}" if layerwise.bucket_bytes else "one parameter at a time"
 
 
 def _elements(group: Mapping[str, Any]) -> int:
@@ -78,9 +86,13 @@ def _bytes_text(resolved: ResolvedOptimizer) -> str:
     if resolved.state_bytes is None:
         return "unknown"
     elements = sum(map(_elements, resolved.optimizer.param_groups))
-    size, unit = float(resolved.state_bytes), "bytes"
+    return f"{_size_text(resolved.state_bytes)} ({resolved.state_bytes / elements:.3g} bytes per element)"
+
+
+def _size_text(count: float) -> str:
+    size, unit = float(count), "bytes"
     for larger in ("KiB", "MiB", "GiB", "TiB"):
         if size < 1024:
             break
         size, unit = size / 1024, larger
-    return f"{size:.4g} {unit} ({resolved.state_bytes / elements:.3g} bytes per element)"
+    return f"{size:.4g} {unit}"

@@ -108,6 +108,8 @@ class OptimizerSpec:
         half_weights: True if it can step float16 parameters without loss scaling, because it computes in float32 or
             has no epsilon that float16 rounds to zero.
         compiles: True if it calls torch.compile in its step, which on CPU needs a C++ compiler.
+        layerwise: True if it is stepped during backward, bucket by bucket (``_layerwise`` at the end of its name).
+        coupled: Why one parameter cannot be stepped without the others, or empty if it can.
         note: A limitation worth a line in ``info`` and the docs.
     """
 
@@ -133,6 +135,8 @@ class OptimizerSpec:
     sharded: bool = False
     half_weights: bool = False
     compiles: bool = False
+    layerwise: bool = False
+    coupled: str = ""
     note: str = ""
 
     @property

@@ -222,7 +222,7 @@ def test_api_page_documents_every_public_name() -> None:
 
 def test_refusals_page_has_a_row_per_rule() -> None:
     rows = re.findall(r"^\| (?!What|-)", (ROOT / "docs" / "refusals.md").read_text(encoding="utf-8"), re.MULTILINE)
-    assert len(rows) == len(rules.CONFIG_RULES) + len(rules.RUN_RULES)
+    assert len(rows) == len(rules.CONFIG_RULES) + len(rules.RUN_RULES) + len(rules.LAYERWISE_RULES)
 
 
 def test_migration_page_names_what_hugging_face_has() -> None:

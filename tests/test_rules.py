@@ -46,57 +46,57 @@ class Case:
 
 CONFIG_CASES = (
     Case(
-        rules._no_schedule_for_averages,
+        rules.request._no_schedule_for_averages,
         {"optim": "schedule_free_adamw", "lr_scheduler": "cosine"},
         ("lr_scheduler='cosine'", "optim='schedule_free_adamw'", "Leave lr_scheduler out; warmup_steps is handed"),
     ),
     Case(
-        rules._no_schedule_for_averages,
+        rules.request._no_schedule_for_averages,
         {"optim": "schedule_free_radam", "lr_scheduler": "reduce_lr_on_plateau"},
         ("lr_scheduler='reduce_lr_on_plateau'", "optim='schedule_free_radam'", "Leave lr_scheduler out."),
     ),
     Case(
-        rules._warmup_has_an_effect,
+        rules.request._warmup_has_an_effect,
         {"optim": "schedule_free_radam", "warmup_steps": 10},
         ("warmup_steps=10", "optim='schedule_free_radam'", "needs no warm-up", "Leave it out"),
     ),
     Case(
-        rules._warmup_has_an_effect,
+        rules.request._warmup_has_an_effect,
         {"optim": "lion_8bit", "warmup_steps": 0.1},
         ("warmup_steps=0.1 without lr_scheduler", "lr_scheduler='constant_with_warmup', 'linear' or 'cosine'"),
     ),
     Case(
-        rules._plateau_and_constant_do_not_warm_up,
+        rules.request._plateau_and_constant_do_not_warm_up,
         {"lr_scheduler": "constant", "warmup_steps": 10},
         ("warmup_steps=10", "lr_scheduler='constant'", "lr_scheduler='constant_with_warmup'"),
     ),
     Case(
-        rules._plateau_and_constant_do_not_warm_up,
+        rules.request._plateau_and_constant_do_not_warm_up,
         {"lr_scheduler": "reduce_lr_on_plateau", "warmup_steps": 10},
         ("warmup_steps=10", "lr_scheduler='reduce_lr_on_plateau'", "lr_scheduler='constant_with_warmup'"),
     ),
     Case(
-        rules._schedule_args_need_a_schedule,
+        rules.request._schedule_args_need_a_schedule,
         {"lr_scheduler_args": "num_cycles=2"},
         ("lr_scheduler_args without lr_scheduler", "Add lr_scheduler", "'cosine'"),
     ),
     Case(
-        rules._layer_pattern_needs_layer_decay,
+        rules.request._layer_pattern_needs_layer_decay,
         {"layer_pattern": r"blocks\.(\d+)"},
         ("layer_pattern without layer_decay", "Add layer_decay", "0.75"),
     ),
     Case(
-        rules._lr_is_known,
+        rules.request._lr_is_known,
         {"optim": f"{__name__}.NoDefaultRate"},
         (f"optim='{__name__}.NoDefaultRate'", "no default learning rate", "lr=1e-3"),
     ),
     Case(
-        rules._weight_decay_exists,
+        rules.request._weight_decay_exists,
         {"optim": "torch.optim.Rprop", "weight_decay": 0.1},
         ("weight_decay=0.1", "optim='torch.optim.Rprop'", "Leave it out"),
     ),
     Case(
-        rules._averages_need_a_learning_rate,
+        rules.request._averages_need_a_learning_rate,
         {"optim": "schedule_free_sgd", "lr": 0},
         ("lr=0", "optim='schedule_free_sgd'", "Use lr > 0"),
     ),
@@ -160,7 +160,7 @@ def make_complex(lit: LitTokens) -> None:
 FIT_CASES = (
     *[
         Run(
-            rules._compiler,
+            rules.run._compiler,
             {"optim": f"adamw_torch_{bits}bit"},
             (
                 f"optim='adamw_torch_{bits}bit'",
@@ -173,20 +173,20 @@ FIT_CASES = (
         for bits in (4, 8)
     ],
     Run(
-        rules._sparse_gradients,
+        rules.run._sparse_gradients,
         {"optim": "adamw_torch"},
         ("optim='adamw_torch' cannot step sparse", "'model.embedding.weight'", "'adagrad' or 'sgd'", "sparse=False"),
         model=make_sparse,
     ),
     Run(
-        rules._sparse_gradients,
+        rules.run._sparse_gradients,
         {"optim": "sgd", "weight_decay": 0.1},
         ("weight_decay", "param_groups={'model.embedding.weight': {'weight_decay': 0.0}}"),
         model=make_sparse,
     ),
     *[
         Run(
-            rules._complex_parameters,
+            rules.run._complex_parameters,
             {"optim": name},
             (f"optim='{name}' cannot step complex", "'model.phase' is torch.complex64", "optim='adamw_torch'"),
             model=make_complex,
@@ -195,7 +195,7 @@ FIT_CASES = (
     ],
     *[
         Run(
-            rules._half_weights,
+            rules.run._half_weights,
             {"optim": name},
             (f"optim='{name}'", "'model.embedding.weight' is float16", "'16-mixed'", "'bf16-true'", "'adamw_bnb_8bit'"),
             trainer=lambda: {"precision": "16-true"},
@@ -204,7 +204,7 @@ FIT_CASES = (
     ],
     *[
         Run(
-            rules._fused_scaler_and_clipping,
+            rules.run._fused_scaler_and_clipping,
             {"optim": "adamw_torch_fused"},
             ("optim='adamw_torch_fused'", "precision='16-mixed'", "gradient_clip_val", "'bf16-mixed'", "'adamw_torch'"),
             trainer=lambda clip=clip: {"plugins": fp16_mixed(), **clip},
@@ -215,14 +215,14 @@ FIT_CASES = (
         )
     ],
     Run(
-        rules._length_is_counted_wrongly,
+        rules.run._length_is_counted_wrongly,
         {"optim": "sgd", "lr_scheduler": "linear"},
         ("lr_scheduler='linear' beside GradientAccumulationScheduler", "Set Trainer(max_steps=...)"),
         trainer=lambda: {"callbacks": GradientAccumulationScheduler({0: 1, 1: 4}), "max_steps": -1, "max_epochs": 3},
     ),
     *[
         Run(
-            rules._two_averages,
+            rules.run._two_averages,
             {"optim": "schedule_free_adamw"},
             (f"the callback {name} beside optim='schedule_free_adamw'", "Remove the callback", "optim='adamw_torch'"),
             trainer=lambda callback=callback: {"callbacks": callback()},
@@ -240,7 +240,7 @@ FIT_CASES = (
 def test_fits_are_refused_before_the_first_batch(
     case: Run, fired: list[Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    if case.rule is rules._compiler:
+    if case.rule is rules.run._compiler:
         monkeypatch.setenv("PATH", str(tmp_path))
         monkeypatch.delenv("CXX", raising=False)
     model = LitTokens(**case.optim)
@@ -303,7 +303,7 @@ class Built(Case):
 BUILD_CASES = (
     *[
         Built(
-            rules._device,
+            rules.run._device,
             {"optim": name},
             (f"optim='{name}' runs on {devices}", "parameters are on meta", "optim='adamw_torch'", "accelerator="),
             model=lambda: TokenModel().to("meta"),
@@ -316,7 +316,7 @@ BUILD_CASES = (
     ],
     *[
         Built(
-            rules._sharded_parameters,
+            rules.run._sharded_parameters,
             {"optim": name},
             (f"optim='{name}' cannot step sharded", "'embedding.weight'", "'adamw_torch_8bit'", "strategy='ddp'"),
             model=sharded,
@@ -325,7 +325,7 @@ BUILD_CASES = (
     ],
     *[
         Built(
-            rules._flattened_parameters,
+            rules.run._flattened_parameters,
             {"optim": "adamw_torch"},
             ("Trainer(strategy='fsdp')", "biases and norms", "ModelParallelStrategy"),
             model=lambda use_orig_params=use_orig_params: flattened(use_orig_params),

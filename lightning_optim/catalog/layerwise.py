@@ -1,0 +1,60 @@
+"""The ``_layerwise`` form of a row, derived and never written twice."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from dataclasses import dataclass, make_dataclass
+from typing import Literal
+
+from lightning_optim.errors import IncompatibleTrainer
+from lightning_optim.options import NON_NEGATIVE, Options, option
+from lightning_optim.spec import OptimizerSpec
+
+SUFFIX = "_layerwise"
+
+
+@dataclass(frozen=True)
+class LayerwiseOptions(Options):
+    """How gradients are collected, stepped and clipped during backward; ``None`` means not given."""
+
+    bucket_mb: float | None = option(
+        None,
+        "MiB of gradients alive at once besides the one that arrives, 0 for one parameter at a time; "
+        "None takes a sixteenth of all, at most 32",
+        NON_NEGATIVE,
+        scope="layerwise",
+    )
+    norm_clipping: Literal["exact", "previous", "per_parameter"] | None = option(
+        None,
+        "with gradient_clip_val: 'exact' measures in a backward of its own, 'previous' takes the norm of the step "
+        "before, 'per_parameter' clips each gradient by itself; None is 'exact'",
+        scope="layerwise",
+    )
+    log_grad_norm: bool | None = option(None, "log the norm before clipping as 'grad_norm'", scope="layerwise")
+
+
+def layerwise_row(row: OptimizerSpec) -> OptimizerSpec:
+    """Returns the row that steps ``row``'s optimizer during backward.
+
+    Raises:
+        IncompatibleTrainer: If the optimizer cannot step one parameter without the others.
+    """
+    if row.coupled:
+        raise IncompatibleTrainer(f"optim={row.name + SUFFIX!r}: {row.coupled}. Use optim={row.name!r}.")
+    return dataclasses.replace(
+        row,
+        name=row.name + SUFFIX,
+        aliases=tuple(alias + SUFFIX for alias in row.aliases),
+        summary=f"{row.summary}, stepped during backward",
+        options=_with_layerwise_options(row.options),  # type: ignore[arg-type]
+        layerwise=True,
+    )
+
+
+@functools.cache
+def _with_layerwise_options(options: type[Options]) -> type[Options]:
+    """Returns ``options`` with the fields of :class:`LayerwiseOptions` behind its own; the same type every time."""
+    name = options.__name__.removesuffix("Options") + "LayerwiseOptions"
+    namespace = {"__doc__": options.__doc__}
+    return make_dataclass(name, (), bases=(LayerwiseOptions, options), namespace=namespace, frozen=True)

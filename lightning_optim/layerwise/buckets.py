@@ -1,0 +1,153 @@
+"""Which gradients are handed on together: as they arrive, or as all processes agreed."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+Bucket = list[Tensor]
+
+#: Averages a flat buffer over all processes in place; returns the function that waits for it.
+Average = Callable[[Tensor], Callable[[], object]]
+
+
+class Buckets(Protocol):
+    """Collects the parameters whose gradient has arrived and gives them back in buckets."""
+
+    def add(self, parameter: Tensor) -> Iterator[Bucket]:
+        """Takes one whose gradient has arrived; yields the buckets that can be stepped now."""
+
+    def flush(self, leftover: Iterable[Tensor]) -> Iterator[Bucket]:
+        """Ends a backward; ``leftover`` hold gradients of earlier micro-batches and got none in this one."""
+
+
+def nbytes(tensor: Tensor) -> int:
+    """Returns the bytes of a tensor in this process; of a DTensor those of its shard."""
+    local = tensor.to_local() if hasattr(tensor, "to_local") else tensor
+    return int(local.numel() * local.element_size())
+
+
+class ArrivalBuckets:
+    """Buckets of at most ``limit`` bytes in the order in which gradients arrive; a larger gradient is one by itself."""
+
+    def __init__(self, limit: int) -> None:
+        self._limit = limit
+        self._pending: Bucket = []
+        self._bytes = 0
+
+    def add(self, parameter: Tensor) -> Iterator[Bucket]:
+        size = nbytes(parameter)
+        if self._pending and self._bytes + size > self._limit:
+            yield self._take()
+        self._pending.append(parameter)
+        self._bytes += size
+        if self._bytes >= self._limit:
+            yield self._take()
+
+    def flush(self, leftover: Iterable[Tensor]) -> Iterator[Bucket]:
+        for parameter in leftover:
+            yield from self.add(parameter)
+        if self._pending:
+            yield self._take()
+
+    def _take(self) -> Bucket:
+        bucket, self._pending, self._bytes = self._pending, [], 0
+        return bucket
+
+
+class AgreedBuckets:
+    """Buckets that are the same in every process, averaged over the processes before they are given back.
+
+    While one bucket is on its way the next one fills, so each may have half of the limit. A gradient is copied into its
+    bucket's flat buffer when it arrives and becomes a view of it: the buffer is all that is alive of a bucket.
+
+    Args:
+        order: The parameters in the order that the processes agreed upon.
+        limit: Bytes of gradients alive at any moment, besides the one that arrives.
+        average: Averages a flat buffer over the processes.
+    """
+
+    def __init__(self, order: Sequence[Tensor], limit: int, average: Average) -> None:
+        self._average = average
+        self._plan = list(_partition(order, limit // 2))
+        self._place = {
+            parameter: (number, offset)
+            for number, bucket in enumerate(self._plan)
+            for parameter, offset in zip(bucket, _offsets(bucket), strict=True)
+        }
+        self._awaited = set(order)
+        self._incomplete = [len(bucket) for bucket in self._plan]
+        #: After :meth:`flush`, the parameters that got no gradient in this process.
+        self.unused: list[Tensor] = []
+        self._buffers: dict[int, Tensor] = {}
+        self._launched = 0
+        self._flying: deque[tuple[Bucket, Callable[[], object]]] = deque()
+
+    def add(self, parameter: Tensor) -> Iterator[Bucket]:
+        self._receive(parameter)
+        yield from self._launch()
+
+    def flush(self, leftover: Iterable[Tensor]) -> Iterator[Bucket]:
+        for parameter in leftover:
+            yield from self.add(parameter)
+        self.unused = [parameter for bucket in self._plan for parameter in bucket if parameter in self._awaited]
+        for parameter in self.unused:
+            # The other processes must not hang on this one.
+            parameter.grad = torch.zeros_like(parameter)
+            yield from self.add(parameter)
+        while self._flying:
+            yield self._land()
+
+    def _receive(self, parameter: Tensor) -> None:
+        number, offset = self._place[parameter]
+        gradient = parameter.grad
+        assert gradient is not None
+        buffer = self._buffers.get(number)
+        if buffer is None:
+            elements = sum(member.numel() for member in self._plan[number])
+            buffer = self._buffers[number] = gradient.new_empty(elements)
+        view = buffer[offset : offset + gradient.numel()].view(gradient.shape)
+        view.copy_(gradient)
+        parameter.grad = view
+        self._awaited.discard(parameter)
+        self._incomplete[number] -= 1
+
+    def _launch(self) -> Iterator[Bucket]:
+        """Starts averaging every bucket that is complete, in the agreed order; yields those that have arrived."""
+        while self._launched < len(self._plan) and not self._incomplete[self._launched]:
+            wait = self._average(self._buffers.pop(self._launched))
+            self._flying.append((self._plan[self._launched], wait))
+            self._launched += 1
+            while len(self._flying) > 1:
+                yield self._land()
+
+    def _land(self) -> Bucket:
+        bucket, wait = self._flying.popleft()
+        wait()
+        return bucket
+
+
+def _partition(order: Sequence[Tensor], limit: int) -> Iterator[Bucket]:
+    """Cuts into buckets of at most ``limit`` bytes, each of one dtype on one device."""
+    bucket: Bucket = []
+    size = 0
+    for parameter in order:
+        alike = not bucket or (bucket[0].dtype, bucket[0].device) == (parameter.dtype, parameter.device)
+        if bucket and (not alike or size + nbytes(parameter) > limit):
+            yield bucket
+            bucket, size = [], 0
+        bucket.append(parameter)
+        size += nbytes(parameter)
+    if bucket:
+        yield bucket
+
+
+def _offsets(bucket: Bucket) -> Iterator[int]:
+    offset = 0
+    for parameter in bucket:
+        yield offset
+        offset += parameter.numel()

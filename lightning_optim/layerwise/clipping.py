@@ -1,0 +1,79 @@
+"""Clipping for gradients that are never all alive."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+from lightning_optim.errors import InvalidOption, listing
+
+Kind = Literal["value", "norm", "previous", "per_parameter"]
+
+
+@dataclass(frozen=True)
+class Clipping:
+    """How gradients are clipped before a step.
+
+    Attributes:
+        kind: ``"value"`` clamps every element; ``"norm"`` scales all gradients so that their total 2-norm is at most
+            ``limit``, which takes a backward that only measures before the one that steps; ``"previous"`` scales them
+            by the total norm of the step before (the first step measures); ``"per_parameter"`` scales each parameter's
+            gradient by its own norm.
+        limit: The largest value or norm.
+
+    Raises:
+        InvalidOption: If the kind is unknown or the limit is not positive.
+    """
+
+    kind: Kind
+    limit: float
+
+    def __post_init__(self) -> None:
+        if self.kind not in get_args(Kind):
+            raise InvalidOption(f"Clipping({self.kind!r}, ...): the kinds are {listing(get_args(Kind))}")
+        if not self.limit > 0:
+            raise InvalidOption(f"Clipping({self.kind!r}, {self.limit!r}): the limit is a number above 0")
+
+    def apply(self, bucket: Sequence[Tensor], norms: Sequence[Tensor], total: Tensor | None) -> None:
+        """Clips the gradients of a bucket in place.
+
+        Args:
+            bucket: Parameters with gradients.
+            norms: The 2-norm of each gradient, 0-dim; used by ``"per_parameter"``.
+            total: The total norm to scale by, 0-dim; used by ``"norm"`` and ``"previous"``.
+        """
+        if self.kind == "value":
+            torch.nn.utils.clip_grad_value_(bucket, self.limit)
+        elif self.kind == "per_parameter":
+            for parameter, norm in zip(bucket, norms, strict=True):
+                torch.nn.utils.clip_grads_with_norm_([parameter], self.limit, whole(norm))
+        else:
+            assert total is not None
+            torch.nn.utils.clip_grads_with_norm_(bucket, self.limit, total)
+
+
+def norms_of(bucket: Iterable[Tensor]) -> list[Tensor]:
+    """Returns the 2-norm of each parameter's gradient as 0-dim tensors; of sharded gradients as 0-dim DTensors."""
+    gradients = [parameter.grad for parameter in bucket if parameter.grad is not None]
+    if all(type(gradient) is Tensor for gradient in gradients):
+        # What torch.nn.utils.get_total_norm calls.
+        return list(torch._foreach_norm(gradients)) if gradients else []
+    return [torch.linalg.vector_norm(gradient) for gradient in gradients]
+
+
+def total_norm(norms: Sequence[Tensor]) -> Tensor:
+    """Returns the norm of all gradients together from their single norms, 0-dim."""
+    if not norms:
+        return torch.zeros(())
+    device = norms[0].device
+    return whole(torch.linalg.vector_norm(torch.stack([norm.to(device) for norm in norms])))
+
+
+def whole(norm: Tensor) -> Tensor:
+    """Returns the norm over all shards, a plain tensor."""
+    full: Tensor = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+    return full

@@ -1,0 +1,455 @@
+"""``Layerwise``: makes an optimizer step each bucket of parameters during backward and free its gradients at once."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from types import MethodType
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.amp import GradScaler
+from torch.optim import LBFGS, Optimizer
+from torch.utils.hooks import RemovableHandle
+
+from lightning_optim.errors import IncompatibleTrainer, InvalidOption
+from lightning_optim.layerwise.buckets import AgreedBuckets, ArrivalBuckets, Buckets, nbytes
+from lightning_optim.layerwise.clipping import Clipping, norms_of, total_norm
+from lightning_optim.layerwise.passes import Measurement, Observation, Pass, Step
+from lightning_optim.layerwise.replicas import Replicas
+from lightning_optim.layerwise.split_step import SplitStep
+from lightning_optim.optimizers.averaging import KeepsTrainingPoint
+
+MIB = 2**20
+# Without bucket_mb: this part of all gradients, so that small models save memory too, and never more than this.
+_SHARE, _LARGEST = 16, 32 * MIB
+
+
+class Layerwise:
+    """Steps an optimizer during backward, bucket by bucket, and frees each bucket's gradients at once.
+
+    The optimizer stays what it is: its param groups, its state and its state dict are its own, and checkpoints move
+    freely between stepping layer by layer and stepping plainly. Only its ``step`` changes while this is attached:
+    ``step(closure)`` runs the closure and then steps the gradients that are alive, if there are any (bucket by bucket,
+    freeing them). So a loop that knows nothing of this engine still trains right; it saves memory where a backward
+    runs through :meth:`backward` or inside :meth:`stepping`::
+
+        optimizer = build_optimizer(model, "adamw_8bit")
+        layerwise = Layerwise(optimizer)
+        for batch in batches:
+            layerwise.backward(model(batch).mean(), clipping=Clipping("norm", 1.0))
+        layerwise.detach()
+
+    Args:
+        optimizer: Any optimizer that steps each parameter on its own.
+        bucket_mb: MiB of gradients that may be alive besides the one that arrives; 0 steps one parameter at a time,
+            ``None`` takes a sixteenth of all gradients, at most 32 MiB.
+        replicas: The processes to average gradients over, for copies of one model trained without
+            ``DistributedDataParallel``; ``None`` for one process, and where gradients are reduced already (FSDP2).
+        names: The parameters' names, for error texts.
+
+    Raises:
+        InvalidOption: If ``bucket_mb`` is negative.
+        IncompatibleTrainer: If the optimizer steps its parameters together, or is layerwise already.
+    """
+
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        bucket_mb: float | None = None,
+        *,
+        replicas: Replicas | None = None,
+        names: Mapping[Tensor, str] | None = None,
+    ) -> None:
+        if bucket_mb is not None and not 0 <= bucket_mb < float("inf"):
+            raise InvalidOption(f"bucket_mb={bucket_mb!r} is no size: give MiB, 0 for one parameter at a time, or None")
+        if isinstance(optimizer, LBFGS):
+            raise IncompatibleTrainer(
+                "LBFGS evaluates the model several times for one step over all parameters and cannot be stepped layer "
+                "by layer. Use it plainly, or another optimizer."
+            )
+        if Layerwise.of(optimizer) is not None:
+            raise IncompatibleTrainer(f"this {type(optimizer).__name__} is layerwise already: Layerwise.of(optimizer)")
+        self.optimizer = optimizer
+        self.bucket_mb = bucket_mb
+        self.replicas = replicas
+        self.names = dict(names or {})
+        #: Total 2-norm of the last step's gradients before clipping, unscaled and averaged, a 0-dim tensor; ``None`` as
+        #: long as neither the clipping nor ``wants_norm`` needed it.
+        self.gradient_norm: Tensor | None = None
+        #: Whether to take the norm at every step, also where clipping does not need it.
+        self.wants_norm = False
+        #: Whether micro-batches have accumulated; to be set where ``parameter.grad`` does not show it, as with FSDP2
+        #: and ``set_requires_gradient_sync(False)``.
+        self.accumulated = False
+        #: What scales the losses, for :meth:`stepping`; a training framework that scales them itself sets it.
+        self.scaler: GradScaler | None = None
+        #: True while ``optimizer.step`` runs its closure: the backward that runs now is the one to step in.
+        self.in_closure = False
+        #: True if a backward stepped since the last ``optimizer.step``, which then has nothing to do.
+        self.stepped = False
+
+        self._hooks: dict[Tensor, RemovableHandle] = {}
+        self._pass: Pass | None = None
+        # Kept until the next step ends: a GradScaler tells the inner optimizers apart by their id().
+        self._passes: list[Pass] = []
+        self._measured: Tensor | None = None
+        self._averaged = False
+        self._order: list[Tensor] | None = None
+        self._arrivals: dict[Tensor, None] = {}
+        self._lock = threading.Lock()  # a model on two devices has two backward threads
+
+        self._instead_of: dict[str, Any] = {}
+        self._replace("step", MethodType(_step, optimizer))
+        self._replace("_layerwise", self)
+        if getattr(optimizer, "_step_supports_amp_scaling", False):
+            # A fused optimizer would unscale gradients in its step, when they are gone.
+            self._replace("_step_supports_amp_scaling", False)
+        self._hook_parameters()
+
+    @staticmethod
+    def of(optimizer: Optimizer) -> Layerwise | None:
+        """Returns what steps this optimizer during backward, or ``None`` if it steps plainly."""
+        # Lightning's and Fabric's wrappers hand attributes of the optimizer out.
+        attached: Layerwise | None = getattr(optimizer, "_layerwise", None)
+        return attached
+
+    def detach(self) -> None:
+        """Removes all hooks and gives the optimizer its own ``step`` back; safe to call twice."""
+        self.abort()
+        for handle in self._hooks.values():
+            handle.remove()
+        self._hooks.clear()
+        self._passes.clear()
+        attributes = vars(self.optimizer)
+        for name, value in self._instead_of.items():
+            if value is None:
+                del attributes[name]
+            else:
+                attributes[name] = value
+        self._instead_of.clear()
+
+    # What a training loop calls.
+
+    def backward(
+        self,
+        loss: Tensor,
+        *,
+        clipping: Clipping | None = None,
+        scaler: GradScaler | None = None,
+        backward: Callable[..., Any] = Tensor.backward,
+    ) -> None:
+        """Runs backward and steps: what ``loss.backward()``, clipping, ``optimizer.step()`` and ``zero_grad()`` do.
+
+        For accumulation call ``loss.backward()`` on the earlier micro-batches and this on the last one.
+
+        Args:
+            loss: The loss, not scaled.
+            clipping: How to clip.
+            scaler: Loss scaling for float16; call ``scaler.update()`` afterwards.
+            backward: What runs backward; it is called with the loss, and with ``retain_graph=True`` if another backward
+                follows. ``fabric.backward`` for Fabric.
+
+        Raises:
+            IncompatibleTrainer: If a parameter gets a gradient twice, or none where processes average it.
+        """
+        if scaler is not None:
+            loss = scaler.scale(loss)
+        if self.must_wait(clipping, scaler):
+            backward(loss)
+            self._step_after_backward(clipping, scaler)
+            return
+        self.prepare(lambda: backward(loss, retain_graph=True), clipping, scaler)
+        self.begin(clipping, scaler)
+        with self._aborting():
+            backward(loss)
+        self.end()
+
+    @contextmanager
+    def stepping(self, *, clipping: Clipping | None = None, scaler: GradScaler | None = None) -> Iterator[None]:
+        """Steps during the backward that runs inside; for manual optimization and loops of your own.
+
+        Args:
+            clipping: How to clip, by value or per parameter; :meth:`backward` knows the other kinds.
+            scaler: The scaler that scaled the loss; call its ``update()`` afterwards. Lightning does both.
+
+        Raises:
+            IncompatibleTrainer: If ``clipping`` needs a backward that measures, or processes have not yet agreed on an
+                order.
+        """
+        if self.replicas is not None and not self._agreed():
+            raise IncompatibleTrainer(
+                "the processes do not know yet in which order gradients arrive: run the first step through "
+                "Layerwise.backward(loss) in place of a backward inside Layerwise.stepping()."
+            )
+        self.begin(clipping, scaler or self.scaler)
+        with self._aborting():
+            yield
+        self.end()
+
+    # What a driver calls: before, at the start and at the end of the backward that steps.
+
+    def must_wait(self, clipping: Clipping | None, scaler: GradScaler | None) -> bool:
+        """Whether to leave the step until backward is over.
+
+        So it is where micro-batches accumulated and the decision is about all gradients, by their total norm or because
+        one of them overflowed. Nothing is lost: they are all alive already.
+        """
+        whole = scaler is not None or (clipping is not None and self._must_measure(clipping))
+        return whole and (self.accumulated or self.has_gradients())
+
+    def prepare(
+        self, backward: Callable[[], Any], clipping: Clipping | None = None, scaler: GradScaler | None = None
+    ) -> None:
+        """Runs the backward passes that must come before the one that steps; most steps need none.
+
+        Args:
+            backward: Runs backward and retains the graph.
+            clipping: How the step will be clipped.
+            scaler: The scaler that scaled the loss.
+
+        Raises:
+            IncompatibleTrainer: If a parameter gets no gradient in a process and others average it.
+        """
+        self._hook_parameters()
+        if self.replicas is not None and not self._agreed():
+            # Micro-batches that accumulated have told the order already.
+            if not self._arrivals:
+                self._run(Observation(ArrivalBuckets(0), self._name, self._arrivals), backward)
+            self._agree(self.replicas)
+        if clipping is not None and self._must_measure(clipping):
+            measurement = Measurement(self._buckets(), self._name, self.optimizer, scaler)
+            self._passes.append(measurement)
+            self._run(measurement, backward)
+            self._measured = measurement.norm()
+        elif clipping is not None and clipping.kind == "previous":
+            self._measured = self.gradient_norm
+
+    def begin(self, clipping: Clipping | None = None, scaler: GradScaler | None = None) -> None:
+        """Makes the backward that comes step."""
+        self._hook_parameters()
+        if clipping is not None and clipping.kind in ("norm", "previous") and self._measured is None:
+            raise IncompatibleTrainer(
+                f"Clipping({clipping.kind!r}, ...) needs the norm before the gradients are stepped: call "
+                "Layerwise.backward(loss, clipping=...) in place of a backward inside Layerwise.stepping()."
+            )
+        step = Step(self._buckets(), self._name, self.optimizer, clipping, scaler, self._measured, self.wants_norm)
+        self._passes.append(step)
+        self._pass = step
+
+    def end(self) -> None:
+        """Steps what the backward left over and ends the step.
+
+        Raises:
+            IncompatibleTrainer: If a parameter got no gradient while other processes average it.
+        """
+        step = self._pass
+        assert isinstance(step, Step), "end() without begin()"
+        with self._aborting():
+            self._finish(step)
+            step.commit()
+        self._pass, self._measured = None, None
+        self._passes = [step]
+        self._arrivals.clear()
+        self.stepped = True
+        norm = step.norm()
+        if norm is not None:
+            self.gradient_norm = norm
+
+    @property
+    def is_stepping(self) -> bool:
+        """True from :meth:`begin` to :meth:`end`."""
+        return isinstance(self._pass, Step)
+
+    def abort(self) -> None:
+        """Gives up the backward that runs: drops the gradients it left; what was stepped stays stepped."""
+        if self._pass is not None:
+            self._pass, self._measured = None, None
+            self.optimizer.zero_grad(set_to_none=True)
+
+    def average_alive(self) -> None:
+        """Averages gradients that a backward without steps left alive over the processes, unless that was done.
+
+        Raises:
+            IncompatibleTrainer: If a parameter got none.
+        """
+        if self.replicas is None or self._averaged:
+            return
+        buckets = AgreedBuckets(self._trainable(), self.bucket_bytes, self.replicas.average)
+        for _ in buckets.flush(self._alive()):
+            pass
+        self._averaged = True
+        self._refuse_unused(buckets)
+
+    def measure_alive(self) -> None:
+        """Takes the norm of gradients that wait for their step as :attr:`gradient_norm`."""
+        self.gradient_norm = total_norm(norms_of(self._alive()))
+
+    def clip_alive(self, clipping: Clipping) -> None:
+        """Clips gradients that wait for their step; whatever the kind, their total norm is that of this step."""
+        alive = self._alive()
+        norms = norms_of(alive)
+        clipping.apply(alive, norms, total_norm(norms))
+
+    def has_gradients(self) -> bool:
+        """Whether gradients are alive that were not stepped."""
+        return bool(self._alive())
+
+    # Inside.
+
+    def _replace(self, name: str, value: Any) -> None:
+        attributes = vars(self.optimizer)
+        self._instead_of[name] = attributes.get(name)
+        attributes[name] = value
+
+    @contextmanager
+    def _aborting(self) -> Iterator[None]:
+        try:
+            yield
+        except BaseException:
+            self.abort()
+            raise
+
+    def _outer_step(self, closure: Callable[[], Any] | None) -> Any:
+        """What ``optimizer.step`` does: the closure, then the gradients that are alive."""
+        # A scheduler that wrapped the optimizer's own step looks for these.
+        vars(self.optimizer)["_opt_called"] = True
+        loss = None
+        if closure is not None:
+            if isinstance(self.optimizer, KeepsTrainingPoint):
+                self.optimizer.train()
+            self.in_closure = True
+            try:
+                with torch.enable_grad(), self._aborting():
+                    loss = closure()
+            finally:
+                self.in_closure = False
+        alive = self._alive()
+        # Without gradients, too: an optimizer may count its steps in its groups.
+        if alive or not self.stepped:
+            self.average_alive()
+            split = SplitStep(self.optimizer)
+            for bucket in list(ArrivalBuckets(self.bucket_bytes).flush(alive)) or [[]]:
+                split.inner(bucket).step()
+                for parameter in bucket:
+                    parameter.grad = None
+            split.commit()
+        self.stepped = self.accumulated = self._averaged = False
+        return loss
+
+    def _step_after_backward(self, clipping: Clipping | None, scaler: GradScaler | None) -> None:
+        self.average_alive()
+        if scaler is not None:
+            scaler.unscale_(self.optimizer)
+        self.measure_alive()
+        if clipping is not None:
+            self.clip_alive(clipping)
+        if scaler is not None:
+            scaler.step(self.optimizer)
+        else:
+            self.optimizer.step()
+        # After an overflow the scaler has left them.
+        self.accumulated = self._averaged = False
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def _must_measure(self, clipping: Clipping) -> bool:
+        """Whether the total norm has to be known, and is not, before the first gradient can be clipped."""
+        if clipping.kind == "previous":
+            return self.gradient_norm is None or not bool(torch.isfinite(self.gradient_norm))
+        return clipping.kind == "norm"
+
+    def _run(self, run: Pass, backward: Callable[[], Any]) -> None:
+        """Runs a backward that does not step."""
+        self._pass = run
+        with self._aborting():
+            backward()
+            self._finish(run)
+        self._pass = None
+
+    def _finish(self, run: Pass) -> None:
+        with self._lock:
+            run.finish(self._alive())
+        if isinstance(run.buckets, AgreedBuckets):
+            self._refuse_unused(run.buckets)
+
+    def _hook_parameters(self) -> None:
+        """Hooks every trainable parameter, also those that were added or unfrozen since."""
+        for parameter in self._trainable():
+            if parameter not in self._hooks:
+                register: Any = parameter.register_post_accumulate_grad_hook
+                self._hooks[parameter] = register(self._on_gradient)
+
+    def _on_gradient(self, parameter: Tensor) -> None:
+        if self._pass is None:
+            self._averaged = False
+            if self.replicas is not None:
+                self._arrivals[parameter] = None
+            return
+        with self._lock:
+            self._pass.arrive(parameter)
+
+    def _buckets(self) -> Buckets:
+        if self.replicas is None:
+            return ArrivalBuckets(self.bucket_bytes)
+        assert self._order is not None, "prepare() comes first"
+        return AgreedBuckets(self._order, self.bucket_bytes, self.replicas.average)
+
+    @property
+    def bucket_bytes(self) -> int:
+        """Bytes of gradients that may be alive besides the one that arrives."""
+        if self.bucket_mb is not None:
+            return int(self.bucket_mb * MIB)
+        return min(sum(map(nbytes, self._trainable())) // _SHARE, _LARGEST)
+
+    def _parameters(self) -> Iterator[Tensor]:
+        return (parameter for group in self.optimizer.param_groups for parameter in group["params"])
+
+    def _trainable(self) -> list[Tensor]:
+        return [parameter for parameter in self._parameters() if parameter.requires_grad]
+
+    def _alive(self) -> list[Tensor]:
+        return [parameter for parameter in self._parameters() if parameter.grad is not None]
+
+    def _agreed(self) -> bool:
+        return self._order is not None and set(self._order) == set(self._trainable())
+
+    def _agree(self, replicas: Replicas) -> None:
+        """Takes the order in which gradients arrived in the first process for all of them."""
+        parameters = list(self._parameters())
+        number = {parameter: index for index, parameter in enumerate(parameters)}
+        orders = replicas.exchange([number[parameter] for parameter in self._arrivals])
+        self._arrivals.clear()
+        needed = {number[parameter] for parameter in self._trainable()}
+        for rank, order in enumerate(orders):
+            if needed - set(order):
+                self._refuse([parameters[index] for index in sorted(needed - set(order))], f"in process {rank}")
+        self._order = [parameters[index] for index in orders[0]]
+
+    def _refuse_unused(self, buckets: AgreedBuckets) -> None:
+        if buckets.unused:
+            self._refuse(buckets.unused, "in this process")
+
+    def _refuse(self, unused: list[Tensor], where: str) -> None:
+        names = ", ".join(map(self._name, unused[:5])) + (f" and {len(unused) - 5} more" if len(unused) > 5 else "")
+        raise IncompatibleTrainer(
+            f"{names} got no gradient {where}, and stepping during backward averages the gradients of every parameter "
+            "over the processes. Freeze what is not used (requires_grad_(False)), or use "
+            "Trainer(strategy='ddp_find_unused_parameters_true') and the optimizer without _layerwise."
+        )
+
+    def _name(self, parameter: Tensor) -> str:
+        return repr(self.names.get(parameter, f"a parameter of shape {tuple(parameter.shape)}"))
+
+
+@Optimizer.profile_hook_step
+def _step(optimizer: Optimizer, closure: Callable[[], Any] | None = None) -> Any:
+    """The ``step`` of an optimizer that is stepped during backward."""
+    layerwise = Layerwise.of(optimizer)
+    assert layerwise is not None
+    return layerwise._outer_step(closure)
+
+
+# torch's schedulers warn about a step that they did not wrap and that replaced one that they did.
+_step._wrapped_by_lr_sched = True  # type: ignore[attr-defined]

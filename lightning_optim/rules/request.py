@@ -1,0 +1,109 @@
+"""Rules that need only the request and hold when it is written down."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from lightning_optim.schedules import get_schedule
+from lightning_optim.spec import OptimizerSpec
+
+if TYPE_CHECKING:
+    from lightning_optim.config import OptimConfig
+
+
+@dataclass(frozen=True)
+class Request:
+    """An identifier's row and what the user asked of it."""
+
+    spec: OptimizerSpec
+    config: OptimConfig
+
+    @property
+    def name(self) -> str:
+        """The identifier as the user typed it, which may be an alias."""
+        return self.config.optim
+
+
+def _no_schedule_for_averages(request: Request) -> str | None:
+    name = request.config.lr_scheduler
+    if not request.spec.averages_weights or name in (None, "constant"):
+        return None
+    return (
+        f"lr_scheduler={name!r} beside optim={request.name!r}, which averages its iterates instead of following a "
+        "schedule. Leave lr_scheduler out"
+        + ("; warmup_steps is handed to the optimizer itself." if request.spec.warmup == "optimizer" else ".")
+    )
+
+
+def _warmup_has_an_effect(request: Request) -> str | None:
+    config, spec = request.config, request.spec
+    if not config.warmup_steps:
+        return None
+    if spec.warmup == "none":
+        return (
+            f"warmup_steps={config.warmup_steps} beside optim={request.name!r}, which needs no warm-up. Leave it out."
+        )
+    if spec.warmup == "schedule" and config.lr_scheduler is None:
+        return (
+            f"warmup_steps={config.warmup_steps} without lr_scheduler would be ignored. Add "
+            "lr_scheduler='constant_with_warmup', 'linear' or 'cosine'."
+        )
+    return None
+
+
+def _plateau_and_constant_do_not_warm_up(request: Request) -> str | None:
+    config = request.config
+    if request.spec.warmup != "schedule" or not config.warmup_steps or config.lr_scheduler is None:
+        return None
+    if get_schedule(config.lr_scheduler).warms_up:
+        return None
+    return (
+        f"warmup_steps={config.warmup_steps} beside lr_scheduler={config.lr_scheduler!r}, which has no warm-up. "
+        "Use lr_scheduler='constant_with_warmup'."
+    )
+
+
+def _schedule_args_need_a_schedule(request: Request) -> str | None:
+    if request.config.lr_scheduler_args and request.config.lr_scheduler is None:
+        return "lr_scheduler_args without lr_scheduler would be ignored. Add lr_scheduler, for instance 'cosine'."
+    return None
+
+
+def _layer_pattern_needs_layer_decay(request: Request) -> str | None:
+    if request.config.layer_pattern is not None and request.config.layer_decay is None:
+        return "layer_pattern without layer_decay would be ignored. Add layer_decay, for instance 0.75."
+    return None
+
+
+def _lr_is_known(request: Request) -> str | None:
+    if request.config.lr is None and request.spec.default_lr is None:
+        return f"optim={request.name!r} has no default learning rate. Give lr, for instance lr=1e-3."
+    return None
+
+
+def _weight_decay_exists(request: Request) -> str | None:
+    if request.config.weight_decay and not request.spec.decays:
+        return (
+            f"weight_decay={request.config.weight_decay} beside optim={request.name!r}, which has none. Leave it out."
+        )
+    return None
+
+
+def _averages_need_a_learning_rate(request: Request) -> str | None:
+    if request.spec.averages_weights and request.config.lr == 0:
+        return f"lr=0 beside optim={request.name!r}: the average is weighted by the learning rate. Use lr > 0."
+    return None
+
+
+CONFIG_RULES: tuple[Callable[[Request], str | None], ...] = (
+    _no_schedule_for_averages,
+    _warmup_has_an_effect,
+    _plateau_and_constant_do_not_warm_up,
+    _schedule_args_need_a_schedule,
+    _layer_pattern_needs_layer_decay,
+    _lr_is_known,
+    _weight_decay_exists,
+    _averages_need_a_learning_rate,
+)

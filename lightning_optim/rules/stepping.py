@@ -1,0 +1,125 @@
+"""Rules for what is stepped during backward; they hold before the first batch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Stepping:
+    """An optimizer that is to be stepped during backward, and what surrounds it.
+
+    Attributes:
+        name: What the user typed to get it: ``"optim='adamw_torch_layerwise'"`` or ``"strategy='layerwise'"``.
+        strategy: The registered name of the Trainer's strategy, or its class's name.
+        automatic: Whether Lightning's automatic optimization is at work.
+        clips_norm: Whether ``gradient_clip_val`` is set and clips by norm.
+        norm_clipping: How to clip by norm, if that was given.
+        gradient_readers: Hooks that look at gradients between backward and step, ``"Class.hook"``.
+        own_clipping: Whether the module overrides ``configure_gradient_clipping``.
+        retains_graph: Whether ``LightningModule.backward`` can be called with ``retain_graph=True``.
+        sparse: Name of a parameter whose gradient is sparse, or empty.
+    """
+
+    name: str
+    strategy: str
+    automatic: bool = True
+    clips_norm: bool = False
+    norm_clipping: str | None = None
+    gradient_readers: tuple[str, ...] = ()
+    own_clipping: bool = False
+    retains_graph: bool = True
+    sparse: str = ""
+
+
+# The strategies that step every optimizer during backward, and which of them to use in place of others.
+STEPPING_STRATEGIES = frozenset({"layerwise", "layerwise_ddp", "layerwise_fsdp2"})
+_INSTEAD = {
+    "ddp": "layerwise_ddp",
+    "fsdp": "layerwise_fsdp2",
+    "deepspeed": "layerwise_fsdp2",
+    "ModelParallelStrategy": "layerwise_fsdp2",
+}
+
+
+def _strategy_leaves_gradients_to_hooks(stepping: Stepping) -> str | None:
+    if stepping.strategy == "single_device" or stepping.strategy in STEPPING_STRATEGIES:
+        return None
+    instead = _INSTEAD.get(stepping.strategy)
+    flag = f"strategy={instead!r}" if instead else "strategy='layerwise' (one device) or 'layerwise_ddp' (several)"
+    return (
+        f"{stepping.name} under the strategy {stepping.strategy!r}, which reduces or shards gradients after the hooks "
+        f"that step them have run: processes would drift apart. Use Trainer({flag}), or the optimizer without "
+        "_layerwise."
+    )
+
+
+def _clipping_of_ones_own(stepping: Stepping) -> str | None:
+    if not stepping.own_clipping:
+        return None
+    return (
+        f"{stepping.name} beside a configure_gradient_clipping of the module's own: Lightning calls it after backward, "
+        "when the gradients are stepped and gone. Remove it and use Trainer(gradient_clip_val=...), or the optimizer "
+        "without _layerwise."
+    )
+
+
+def _gradients_are_gone(stepping: Stepping) -> str | None:
+    if not stepping.gradient_readers:
+        return None
+    return (
+        f"{stepping.name} beside {', '.join(stepping.gradient_readers)}, which reads gradients when they are stepped "
+        "and gone. Log the norm with optim_args={'log_grad_norm': True}, look at single gradients with "
+        "parameter.register_hook, or use the optimizer without _layerwise."
+    )
+
+
+def _manual_needs_one_process(stepping: Stepping) -> str | None:
+    if stepping.automatic or stepping.strategy != "layerwise_ddp":
+        return None
+    return (
+        f"{stepping.name} under strategy='layerwise_ddp' with manual optimization: which backward is the one to "
+        "average and to step is not known. Use Trainer(strategy='ddp') and the optimizer without _layerwise, or "
+        "automatic optimization."
+    )
+
+
+def _measuring_needs_the_graph(stepping: Stepping) -> str | None:
+    exact = stepping.clips_norm and stepping.norm_clipping != "per_parameter"
+    if stepping.retains_graph or not stepping.automatic or not (exact or stepping.strategy == "layerwise_ddp"):
+        return None
+    return (
+        f"{stepping.name}: its first backward only measures, and the module's own backward() does not take "
+        "retain_graph. Write `def backward(self, loss, *args, **kwargs): loss.backward(*args, **kwargs)`."
+    )
+
+
+def _norm_clipping_needs_clipping(stepping: Stepping) -> str | None:
+    if stepping.norm_clipping is None or stepping.clips_norm:
+        return None
+    return (
+        f"norm_clipping={stepping.norm_clipping!r} without Trainer(gradient_clip_val=..., "
+        "gradient_clip_algorithm='norm') would be ignored. Set it, or leave norm_clipping out."
+    )
+
+
+def _sparse_gradients_are_not_averaged(stepping: Stepping) -> str | None:
+    if not stepping.sparse or stepping.strategy != "layerwise_ddp":
+        return None
+    return (
+        f"{stepping.name} under strategy='layerwise_ddp', which averages dense gradients, and {stepping.sparse!r} "
+        "belongs to an embedding with sparse=True. Create it with sparse=False, or use Trainer(strategy='ddp') and the "
+        "optimizer without _layerwise."
+    )
+
+
+LAYERWISE_RULES: tuple[Callable[[Stepping], str | None], ...] = (
+    _strategy_leaves_gradients_to_hooks,
+    _clipping_of_ones_own,
+    _gradients_are_gone,
+    _manual_needs_one_process,
+    _measuring_needs_the_graph,
+    _norm_clipping_needs_clipping,
+    _sparse_gradients_are_not_averaged,
+)

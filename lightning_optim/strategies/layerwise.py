@@ -1,0 +1,98 @@
+"""``strategy="layerwise"``: every optimizer is stepped during backward, on one device."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from lightning.pytorch import Trainer
+from lightning.pytorch.strategies import SingleDeviceStrategy, Strategy
+
+from lightning_optim.callbacks.layerwise import LayerwiseCallback
+from lightning_optim.catalog.layerwise import LayerwiseOptions
+from lightning_optim.errors import IncompatibleTrainer
+from lightning_optim.layerwise.engine import Layerwise
+from lightning_optim.options import parse
+
+if TYPE_CHECKING:
+    _Base = Strategy
+else:
+    _Base = object
+
+
+class StepsInBackward(_Base):
+    """Mixin for strategies that make every optimizer of the module layerwise, whoever built it."""
+
+    #: The flag, and the name by which the rules know it.
+    layerwise_name: str
+    layerwise_options: LayerwiseOptions
+
+    def setup_optimizers(self, trainer: Trainer) -> None:
+        super().setup_optimizers(trainer)
+        for optimizer in self.optimizers:
+            name = f"strategy={self.layerwise_name!r}"
+            self.prepare(LayerwiseCallback.attach(trainer, optimizer, LayerwiseOptions(), name))
+
+    def prepare(self, layerwise: Layerwise) -> None:
+        """Tells the engine how the processes of this strategy work together."""
+
+
+def layerwise_options(strategy: str, **given: Any) -> LayerwiseOptions:
+    """Checks the options of a strategy.
+
+    Raises:
+        InvalidOption: If one is of the wrong type or out of range.
+    """
+    return parse(LayerwiseOptions, {name: value for name, value in given.items() if value is not None}, strategy)
+
+
+class LayerwiseStrategy(StepsInBackward, SingleDeviceStrategy):
+    """Steps every optimizer during backward, on one device: CPU, CUDA or MPS.
+
+    An identifier that ends in ``_layerwise`` does not need it; an optimizer of the module's own becomes layerwise by
+    it. :class:`~lightning_optim.LayerwiseDDPStrategy` is for several devices.
+
+    Args:
+        bucket_mb: MiB of gradients alive at once besides the one that arrives, 0 for one parameter at a time; ``None``
+            takes a sixteenth of all gradients, at most 32 MiB.
+        norm_clipping: How ``gradient_clip_val`` clips by norm: ``"exact"`` (the default) runs a backward that only
+            measures before the one that steps, ``"previous"`` takes the norm of the step before, ``"per_parameter"``
+            clips each parameter's gradient by itself.
+        log_grad_norm: Whether to log the norm before clipping as ``grad_norm``.
+        **kwargs: Those of ``SingleDeviceStrategy``; without ``device`` it is the accelerator's.
+
+    Raises:
+        InvalidOption: If an option is of the wrong type or out of range.
+        IncompatibleTrainer: When the Trainer is made, if it has several devices; when fit starts, if the module cannot
+            be trained so.
+    """
+
+    strategy_name = layerwise_name = "layerwise"
+
+    def __init__(
+        self,
+        bucket_mb: float | None = None,
+        norm_clipping: str | None = None,
+        log_grad_norm: bool | None = None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(**kwargs)
+        self.layerwise_options = layerwise_options(
+            self.layerwise_name, bucket_mb=bucket_mb, norm_clipping=norm_clipping, log_grad_norm=log_grad_norm
+        )
+        self._parallel_devices = [self._root_device] if "device" in kwargs else None
+
+    @property
+    def parallel_devices(self) -> list[torch.device] | None:
+        """The device in a list; the Trainer fills it with what its accelerator and its ``devices`` say."""
+        return self._parallel_devices
+
+    @parallel_devices.setter
+    def parallel_devices(self, devices: list[torch.device]) -> None:
+        if len(devices) > 1:
+            raise IncompatibleTrainer(
+                f"strategy='layerwise' steps on one device, and the Trainer has {len(devices)}. Use "
+                "Trainer(strategy='layerwise_ddp'), or devices=1."
+            )
+        self._parallel_devices = devices
+        self._root_device = torch.device(devices[0])

@@ -1,0 +1,58 @@
+"""``strategy="layerwise_fsdp2"``: sharded parameters (FSDP2), stepped during backward."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from lightning.pytorch.strategies import ModelParallelStrategy
+
+from lightning_optim.strategies.layerwise import StepsInBackward, layerwise_options
+
+
+class LayerwiseFSDP2Strategy(StepsInBackward, ModelParallelStrategy):
+    """Steps every optimizer during backward, on parameters that ``fully_shard`` (FSDP2) divided among the processes.
+
+    As with Lightning's ``ModelParallelStrategy``, the module calls ``fully_shard`` in ``configure_model``. Gradients
+    are reduced by FSDP2 before they are stepped; micro-batches that accumulate are not reduced.
+
+    Args:
+        bucket_mb: As in :class:`~lightning_optim.LayerwiseStrategy`, counted in shards.
+        norm_clipping: As there.
+        log_grad_norm: As there.
+        **kwargs: Those of ``ModelParallelStrategy``.
+
+    Raises:
+        InvalidOption: If an option is of the wrong type or out of range.
+        IncompatibleTrainer: When fit starts, if the module cannot be trained so.
+    """
+
+    strategy_name = layerwise_name = "layerwise_fsdp2"
+
+    def __init__(
+        self,
+        bucket_mb: float | None = None,
+        norm_clipping: str | None = None,
+        log_grad_norm: bool | None = None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(**kwargs)
+        self.layerwise_options = layerwise_options(
+            self.layerwise_name, bucket_mb=bucket_mb, norm_clipping=norm_clipping, log_grad_norm=log_grad_norm
+        )
+
+    @contextmanager
+    def block_backward_sync(self) -> Iterator[None]:
+        """Keeps gradients of micro-batches that accumulate in this process."""
+        from torch.distributed.fsdp import FSDPModule
+
+        assert self.model is not None
+        sharded = [module for module in self.model.modules() if isinstance(module, FSDPModule)]
+        for module in sharded:
+            module.set_requires_gradient_sync(False, recurse=False)
+        try:
+            yield
+        finally:
+            for module in sharded:
+                module.set_requires_gradient_sync(True, recurse=False)

@@ -7,8 +7,12 @@ import pkgutil
 from typing import Any
 
 from jsonargparse import ArgumentParser, Namespace
+from lightning.pytorch import Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, LRSchedulerTypeTuple
+from lightning.pytorch.strategies import DDPStrategy
+from lightning.pytorch.trainer.connectors.accelerator_connector import _AcceleratorConnector
 from lightning.pytorch.utilities.model_helpers import is_overridden
+from lightning_utilities.core.rank_zero import rank_zero_info
 
 from lightning_optim import availability
 from lightning_optim.callbacks.optim import OptimCallback
@@ -46,13 +50,23 @@ _ARGUMENTS: dict[str, tuple[Any, str]] = {
 }
 
 
+def _layerwise_strategy(config: dict[str, Any]) -> str | None:
+    """Returns the strategy that steps during backward where the Trainer would choose one that does not, or ``None``."""
+    choosing = ("accelerator", "devices", "num_nodes")
+    chosen = _AcceleratorConnector(**{name: config[name] for name in choosing if name in config}).strategy
+    if not isinstance(chosen, DDPStrategy):
+        return None
+    return "layerwise_ddp" if chosen._start_method == "popen" else "layerwise_ddp_notebook"
+
+
 class OptimCLI(LightningCLI):
     """A ``LightningCLI`` with ``--optim``, ``--lr``, ``--weight_decay``, ``--optim_args.NAME``, ``--lr_scheduler`` ...
 
     They work for any LightningModule: one with :class:`~lightning_optim.OptimMixin` gets them as its own, any other
     gets an :class:`~lightning_optim.OptimCallback`. They are checked before anything is built; a mistake prints what is
     allowed and exits with status 2. Without ``--optim`` everything is as in ``LightningCLI``, except that
-    ``--optimizer CLASS`` takes its scheduler from ``--torch_lr_scheduler``.
+    ``--optimizer CLASS`` takes its scheduler from ``--torch_lr_scheduler``. An identifier that ends in ``_layerwise``
+    gets the strategy that it needs on several devices, unless one was given.
 
     Example::
 
@@ -97,6 +111,22 @@ class OptimCLI(LightningCLI):
             # Lightning refuses such a module before it runs callbacks.
             callback.install(self.model)
         self.trainer.callbacks.insert(0, callback)  # type: ignore[attr-defined]
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        config = {**self._get(self.config_init, "trainer", default={}), **kwargs}
+        name = self._optimizer_name()
+        if name and REGISTRY[name].layerwise and config.get("strategy", "auto") == "auto":
+            strategy = _layerwise_strategy(config)
+            if strategy is not None:
+                kwargs["strategy"] = strategy
+                rank_zero_info(f"OptimCLI chose --trainer.strategy {strategy} for optim={name!r}.")
+        return super().instantiate_trainer(**kwargs)
+
+    def _optimizer_name(self) -> str | None:
+        """Returns the identifier that will train, whoever named it; ``None`` if the model decides by itself."""
+        if self.optim_config is not None:
+            return self.optim_config.optim
+        return self.model.optim_config.optim if isinstance(self.model, OptimMixin) else None
 
     def _section(self) -> Namespace:
         """Returns the configuration of the subcommand, or the whole where there are none."""

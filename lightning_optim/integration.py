@@ -80,7 +80,8 @@ def _resolve(trainer: Trainer | None, target: Target, config: OptimConfig, lengt
         ScheduleFreeCallback.attach(trainer)
     if trainer is not None and (resolved.spec.layerwise or steps_in_backward(trainer)):
         options = LayerwiseOptions(**resolved.options.select("layerwise"))
-        LayerwiseCallback.attach(trainer, resolved.optimizer, options, f"optim={config.optim!r}")
+        name = f"optim={config.optim!r}" if resolved.spec.layerwise else None
+        LayerwiseCallback.attach(trainer, resolved.optimizer, options, name)
     return resolved
 
 

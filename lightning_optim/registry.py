@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import make_dataclass
 from typing import Any
 
-from torch.optim import Optimizer
+from torch.optim import LBFGS, Optimizer
 
 from lightning_optim.catalog import ROWS
 from lightning_optim.catalog.layerwise import SUFFIX, layerwise_row
@@ -20,6 +20,8 @@ from lightning_optim.options import Options, option, required
 from lightning_optim.spec import OptimizerSpec
 
 ENTRY_POINT_GROUP = "lightning_optim.optimizers"
+
+_COUPLED = "LBFGS evaluates the model several times for one step over all parameters"
 
 # Arguments of a class given by dotted path that are not options: they have a parameter of their own.
 _NOT_OPTIONS = ("lr", "weight_decay")
@@ -80,7 +82,9 @@ class Registry(Mapping[str, OptimizerSpec]):
         if "." in name:
             return spec_from_path(name)
         near = [other + suffix for other in close_names(base, self._specs)]
-        hint = f"Close names: {listing(near)}." if near else f"Names: {listing(other + suffix for other in self._specs)}."
+        hint = (
+            f"Close names: {listing(near)}." if near else f"Names: {listing(other + suffix for other in self._specs)}."
+        )
         raise UnknownOptimizer(
             f"there is no optimizer {name!r} in this version of lightning_optim. {hint} "
             "`lightning-optim list` shows all; a dotted path such as 'torch.optim.NAdam' names any other class."
@@ -163,6 +167,7 @@ def spec_from_path(path: str) -> OptimizerSpec:
         default_weight_decay=defaults["weight_decay"] or 0.0,
         decays="weight_decay" in parameters,
         state=None,
+        coupled=_COUPLED if issubclass(loaded, LBFGS) else "",
         # Nothing is known about these; torch's own checks at the first step are all there is.
         sparse=True,
         complex=True,

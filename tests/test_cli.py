@@ -13,8 +13,9 @@ import pytest
 import torch
 import yaml
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy, Strategy
 
-from lightning_optim import OptimCLI
+from lightning_optim import LayerwiseDDPStrategy, LayerwiseStrategy, OptimCLI
 from tests.models import ForeignTokens, LitTokens, loader
 
 
@@ -281,3 +282,46 @@ def test_as_a_program(tmp_path: Path) -> None:
     done = subprocess.run([*command, "lion_8bits"], env=environment, capture_output=True, text=True, timeout=120)
     assert done.returncode == 2
     assert "Close names: 'lion_8bit'" in done.stderr
+
+
+@pytest.mark.parametrize("argument", ["--optim", "--model.optim"])
+@pytest.mark.parametrize(
+    ("flags", "strategy"),
+    [
+        (("--trainer.devices", "1"), SingleDeviceStrategy),
+        (("--trainer.devices", "2"), LayerwiseDDPStrategy),
+        (("--trainer.devices", "2", "--trainer.strategy", "ddp"), DDPStrategy),
+        (("--trainer.devices", "1", "--trainer.strategy", "layerwise"), LayerwiseStrategy),
+    ],
+)
+def test_a_layerwise_identifier_gets_the_strategy_that_it_needs(
+    argument: str, flags: tuple[str, ...], strategy: type[Strategy]
+) -> None:
+    arguments = [argument, "sgd_layerwise", "--trainer.accelerator", "cpu", *flags]
+    cli = OptimCLI(LitTokens, Data, args=arguments, run=False)
+    assert type(cli.trainer.strategy) is strategy
+    plain = OptimCLI(LitTokens, Data, args=[argument, "sgd", "--trainer.accelerator", "cpu", *flags], run=False)
+    assert type(plain.trainer.strategy) is (DDPStrategy if strategy is LayerwiseDDPStrategy else strategy)
+
+
+def test_two_processes_by_the_identifier_alone(tmp_path: Path) -> None:
+    script = tmp_path / "train.py"
+    script.write_text(
+        "from lightning_optim import OptimCLI\n"
+        "from tests.models import ForeignTokens\n"
+        "from tests.test_cli import Data\n"
+        "OptimCLI(ForeignTokens, Data)\n"
+    )
+    flags = ("--trainer.accelerator", "cpu", "--trainer.devices", "2", "--trainer.max_steps", "2")
+    done = subprocess.run(
+        [sys.executable, str(script), "fit", "--optim", "sgd_layerwise", *flags],
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])},
+        capture_output=True,
+        text=True,
+        timeout=200,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "OptimCLI chose --trainer.strategy layerwise_ddp for optim='sgd_layerwise'" in done.stderr
+    assert "MEMBER: 2/2" in done.stderr
+    assert "layerwise: buckets of" in done.stderr

@@ -47,14 +47,16 @@ class LayerwiseCallback(Callback):
         self._norms: list[Tensor | None] = []
 
     @classmethod
-    def attach(cls, trainer: Trainer, optimizer: Optimizer, options: LayerwiseOptions, name: str) -> Layerwise:
+    def attach(
+        cls, trainer: Trainer, optimizer: Optimizer, options: LayerwiseOptions, name: str | None = None
+    ) -> Layerwise:
         """Has ``optimizer`` stepped during backward by the fit that is being set up.
 
         Args:
             trainer: The Trainer, whose strategy may have options of its own.
             optimizer: Layerwise already, or to be made so.
             options: What the optimizer was given.
-            name: What the user typed to get it, for error texts.
+            name: What the user typed to get it, for error texts; ``None`` if it was the strategy.
 
         Returns:
             What steps it.
@@ -74,7 +76,8 @@ class LayerwiseCallback(Callback):
             return layerwise
         try:
             merged = _merge(options, getattr(trainer.strategy, "layerwise_options", LayerwiseOptions()))
-            rules.check_layerwise(_facts(trainer, merged, name))
+            strategy = _strategy_name(trainer.strategy)
+            rules.check_layerwise(_facts(trainer, merged, name or f"strategy={strategy!r}", strategy))
         except IncompatibleTrainer:
             if layerwise is not None:
                 layerwise.detach()
@@ -231,12 +234,12 @@ def _strategy_name(strategy: Strategy) -> str:
     return next((name for family, name in families if isinstance(strategy, family)), type(strategy).__name__)
 
 
-def _facts(trainer: Trainer, options: LayerwiseOptions, name: str) -> rules.Stepping:
+def _facts(trainer: Trainer, options: LayerwiseOptions, name: str, strategy: str) -> rules.Stepping:
     module = trainer.lightning_module
     clipping = _clipping(trainer, options)
     return rules.Stepping(
         name=name,
-        strategy=_strategy_name(trainer.strategy),
+        strategy=strategy,
         automatic=module.automatic_optimization,
         clips_norm=clipping is not None and clipping.kind != "value",
         norm_clipping=options.norm_clipping,

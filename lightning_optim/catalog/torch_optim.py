@@ -102,7 +102,7 @@ ROWS = (
         fixed=MappingProxyType({"fused": True}),
         devices=frozenset({"cpu", "cuda", "mps", "xpu"}),
         sharded=True,
-        note="with precision='16-mixed' Lightning refuses gradient clipping for fused optimizers",
+        note="with precision='16-mixed' and gradient clipping only the form adamw_torch_fused_layerwise works",
     ),
     OptimizerSpec(
         name="sgd",

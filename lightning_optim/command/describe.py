@@ -10,6 +10,7 @@ from dataclasses import MISSING, dataclass
 from typing import Any
 
 from lightning_optim import memory
+from lightning_optim.catalog.layerwise import SUFFIX
 from lightning_optim.errors import InvalidOption
 from lightning_optim.options import OptionInfo, Options, describe, parse
 from lightning_optim.param_groups import override_keys
@@ -105,7 +106,14 @@ def grouping(spec: OptimizerSpec) -> Grouping:
     """Describes how ``spec`` groups and steps parameters."""
     keys = override_keys(spec)
     return Grouping(
-        policy=(*_decay(spec), *_embeddings(spec), *_overrides(keys), *_warmup(spec), *_modes(spec)),
+        policy=(
+            *_decay(spec),
+            *_embeddings(spec),
+            *_overrides(keys),
+            *_warmup(spec),
+            *_modes(spec),
+            *_layerwise(spec),
+        ),
         param_groups_keys=keys,
         embeddings_in_32_bits=spec.bits is not None,
         warmup=spec.warmup,
@@ -162,6 +170,18 @@ def _modes(spec: OptimizerSpec) -> Iterator[str]:
             "weights. Under a Trainer that is taken care of; in a loop of your own call optimizer.train() and "
             "optimizer.eval()."
         )
+
+
+def _layerwise(spec: OptimizerSpec) -> Iterator[str]:
+    if spec.layerwise:
+        yield (
+            "Buckets of parameters are stepped during backward, and their gradients are freed at once. On several "
+            "devices it needs Trainer(strategy='layerwise_ddp') or 'layerwise_fsdp2'."
+        )
+    elif spec.coupled:
+        yield f"It cannot be stepped during backward: {spec.coupled}."
+    else:
+        yield f"optim='{spec.name}{SUFFIX}' steps it during backward and frees each gradient at once."
 
 
 def state(spec: OptimizerSpec) -> State | None:

@@ -8,19 +8,20 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from lightning_optim.catalog.layerwise import SUFFIX
 from lightning_optim.command import describe, here, output
 from lightning_optim.command.describe import Example, Grouping, State
 from lightning_optim.command.here import Package
 from lightning_optim.command.output import CommandError
-from lightning_optim.errors import MissingDependency, UnknownOptimizer
+from lightning_optim.errors import IncompatibleTrainer, MissingDependency, UnknownOptimizer
 from lightning_optim.options import OptionInfo
 from lightning_optim.options import describe as describe_options
 from lightning_optim.registry import REGISTRY
 
-_SCOPES = {"group": "per group", "constructor": "optimizer", "policy": "grouping"}
+_SCOPES = {"group": "per group", "constructor": "optimizer", "policy": "grouping", "layerwise": "layerwise"}
 _SCOPES_HELP = (
     "scope: 'per group' may differ between param_groups, 'optimizer' is one value for all parameters, 'grouping' is "
-    "read by lightning_optim when it divides the parameters."
+    "read by lightning_optim when it divides the parameters, 'layerwise' when it steps them during backward."
 )
 
 
@@ -35,7 +36,7 @@ class OptionEntry:
         default: Its default, ``None`` if it is required.
         range: Allowed values, or ``None`` if the type says it all.
         help: One line.
-        scope: ``"group"``, ``"constructor"`` or ``"policy"``.
+        scope: ``"group"``, ``"constructor"``, ``"policy"`` or ``"layerwise"``.
         per_group: Whether it may differ between param groups.
     """
 
@@ -140,10 +141,10 @@ def collect(name: str) -> Info:
         CommandError: If there is no such optimizer, or a dotted path leads into a package that is not installed.
     """
     # Before the lookup below, which would load the plugins: a broken one is an error of its own.
-    declared = name in here.identifiers()
+    declared = name.removesuffix(SUFFIX) in here.identifiers()
     try:
         spec = REGISTRY[name]
-    except (UnknownOptimizer, MissingDependency) as error:
+    except (UnknownOptimizer, MissingDependency, IncompatibleTrainer) as error:
         raise CommandError(str(error)) from error
     problems = here.problems(spec)
     return Info(

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
 
+from lightning_optim.catalog.layerwise import SUFFIX, layerwise_row
 from lightning_optim.command import here, output
 from lightning_optim.command.output import CommandError
 from lightning_optim.errors import close_names, listing
@@ -86,6 +87,8 @@ def collect(patterns: Sequence[str]) -> Listing:
         CommandError: If a pattern matches nothing.
     """
     specs = here.identifiers()
+    if any("layerwise" in pattern for pattern in patterns):
+        specs |= {name + SUFFIX: layerwise_row(spec) for name, spec in specs.items() if not spec.coupled}
     for pattern in patterns:
         if not any(fnmatchcase(name, pattern) for name in specs):
             near = _close(pattern, specs)
@@ -122,7 +125,8 @@ def render(report: Listing) -> str:
     for number, reason in enumerate(reasons, start=1):
         lines += [*output.wrap(f"({number}) {reason}", hanging="    "), ""]
     available = sum(entry.available for entry in report.optimizers)
-    lines.append(
-        f"{available} of {len(report.optimizers)} can run here. `lightning-optim info NAME` describes one of them."
+    lines += output.wrap(
+        f"{available} of {len(report.optimizers)} can run here. `lightning-optim info NAME` describes one of them; "
+        f"NAME{SUFFIX} steps it during backward and frees each gradient at once."
     )
     return "\n".join(lines)

@@ -32,6 +32,13 @@ class Stepping:
     retains_graph: bool = True
     sparse: str = ""
 
+    @property
+    def plainly(self) -> str:
+        """What to type to have the optimizer stepped after backward."""
+        if self.name.startswith("optim="):
+            return self.name.replace("_layerwise'", "'")
+        return f"a Trainer without {self.name}"
+
 
 # The strategies that step every optimizer during backward, and which of them to use in place of others.
 STEPPING_STRATEGIES = frozenset({"layerwise", "layerwise_ddp", "layerwise_fsdp2"})
@@ -50,8 +57,7 @@ def _strategy_leaves_gradients_to_hooks(stepping: Stepping) -> str | None:
     flag = f"strategy={instead!r}" if instead else "strategy='layerwise' (one device) or 'layerwise_ddp' (several)"
     return (
         f"{stepping.name} under the strategy {stepping.strategy!r}, which reduces or shards gradients after the hooks "
-        f"that step them have run: processes would drift apart. Use Trainer({flag}), or the optimizer without "
-        "_layerwise."
+        f"that step them have run: processes would drift apart. Use Trainer({flag}), or {stepping.plainly}."
     )
 
 
@@ -60,8 +66,8 @@ def _clipping_of_ones_own(stepping: Stepping) -> str | None:
         return None
     return (
         f"{stepping.name} beside a configure_gradient_clipping of the module's own: Lightning calls it after backward, "
-        "when the gradients are stepped and gone. Remove it and use Trainer(gradient_clip_val=...), or the optimizer "
-        "without _layerwise."
+        f"when the gradients are stepped and gone. Remove it and set Trainer(gradient_clip_val=...), or use "
+        f"{stepping.plainly}."
     )
 
 
@@ -70,8 +76,8 @@ def _gradients_are_gone(stepping: Stepping) -> str | None:
         return None
     return (
         f"{stepping.name} beside {', '.join(stepping.gradient_readers)}, which reads gradients when they are stepped "
-        "and gone. Log the norm with optim_args={'log_grad_norm': True}, look at single gradients with "
-        "parameter.register_hook, or use the optimizer without _layerwise."
+        "and gone. Log their norm with log_grad_norm=True (in optim_args or in the strategy), look at single gradients "
+        f"with parameter.register_hook, or use {stepping.plainly}."
     )
 
 
@@ -80,8 +86,8 @@ def _manual_needs_one_process(stepping: Stepping) -> str | None:
         return None
     return (
         f"{stepping.name} under strategy='layerwise_ddp' with manual optimization: which backward is the one to "
-        "average and to step is not known. Use Trainer(strategy='ddp') and the optimizer without _layerwise, or "
-        "automatic optimization."
+        f"average and to step is not known. Use automatic optimization, or Trainer(strategy='ddp') and "
+        f"{stepping.plainly}."
     )
 
 
@@ -109,8 +115,8 @@ def _sparse_gradients_are_not_averaged(stepping: Stepping) -> str | None:
         return None
     return (
         f"{stepping.name} under strategy='layerwise_ddp', which averages dense gradients, and {stepping.sparse!r} "
-        "belongs to an embedding with sparse=True. Create it with sparse=False, or use Trainer(strategy='ddp') and the "
-        "optimizer without _layerwise."
+        f"belongs to an embedding with sparse=True. Create it with sparse=False, or use Trainer(strategy='ddp') and "
+        f"{stepping.plainly}."
     )
 
 

@@ -30,8 +30,7 @@ class StepsInBackward(_Base):
     def setup_optimizers(self, trainer: Trainer) -> None:
         super().setup_optimizers(trainer)
         for optimizer in self.optimizers:
-            name = f"strategy={self.layerwise_name!r}"
-            self.prepare(LayerwiseCallback.attach(trainer, optimizer, LayerwiseOptions(), name))
+            self.prepare(LayerwiseCallback.attach(trainer, optimizer, LayerwiseOptions()))
 
     def prepare(self, layerwise: Layerwise) -> None:
         """Tells the engine how the processes of this strategy work together."""

@@ -15,6 +15,7 @@ from lightning.pytorch.utilities import GradClipAlgorithmType
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor, nn
+from torch._functorch import config as functorch_config
 from torch.amp import GradScaler
 from torch.optim import Optimizer
 
@@ -44,6 +45,8 @@ class LayerwiseCallback(Callback):
         self._options: dict[Layerwise, LayerwiseOptions] = {}
         self._scaler: GradScaler | None = None
         self._may_step = True
+        # Compiled graphs that may overwrite their buffers in backward cannot be retained for another one.
+        self._donates: bool | None = None
         self._norms: list[Tensor | None] = []
 
     @classmethod
@@ -93,6 +96,11 @@ class LayerwiseCallback(Callback):
         return layerwise
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        clippings = [_clipping(trainer, options) for options in self._options.values()]
+        retains_graph = any(clipping and clipping.kind in ("norm", "previous") for clipping in clippings)
+        if retains_graph or any(layerwise.replicas for layerwise in self._options):
+            self._donates = functorch_config.donated_buffer
+            functorch_config.donated_buffer = False
         precision = trainer.precision_plugin
         own_clipping = precision.clip_gradients
         precision.clip_gradients = partial(self._clip_alive, trainer, own_clipping)  # type: ignore[method-assign]
@@ -188,6 +196,9 @@ class LayerwiseCallback(Callback):
             layerwise.detach()
         precision = trainer.precision_plugin
         vars(precision).pop("clip_gradients", None)
+        if self._donates is not None:
+            functorch_config.donated_buffer = self._donates
+            self._donates = None
         if self._scaler is not None:
             precision.scaler = self._scaler  # type: ignore[attr-defined]
         detach(trainer, self)

@@ -33,7 +33,9 @@ class SplitStep:
         self._group_of = {
             parameter: index for index, group in enumerate(optimizer.param_groups) for parameter in group["params"]
         }
-        self._advanced: dict[int, dict[str, Any]] = {}
+        # Of each group and of the attributes, what the first inner optimizer that stepped made of them.
+        self._groups: dict[int, dict[str, Any]] = {}
+        self._attributes: dict[str, Any] = {}
         #: The inner optimizers made so far; kept because a GradScaler tells optimizers apart by their id().
         self.inners: list[Optimizer] = []
 
@@ -55,20 +57,29 @@ class SplitStep:
         inner: Optimizer = object.__new__(type(outer))
         inner.__dict__.update({name: value for name, value in vars(outer).items() if name not in _NOT_SHARED})
         inner.__dict__.update({name: OrderedDict() for name in _HOOKS})
-        inner.param_groups = []
-        for index, group in enumerate(outer.param_groups):
-            if index in members or not self.inners:
-                own = {key: value.clone() if isinstance(value, Tensor) else value for key, value in group.items()}
-                own["params"] = members.get(index, [])
-                inner.param_groups.append(own)
-                self._advanced.setdefault(index, own)
+        groups = {
+            index: {
+                **{key: value.clone() if isinstance(value, Tensor) else value for key, value in group.items()},
+                "params": members.get(index, []),
+            }
+            for index, group in enumerate(outer.param_groups)
+            if index in members or not self.inners
+        }
+        inner.param_groups = list(groups.values())
+
+        def note(*_: Any) -> None:
+            self._groups = {**groups, **self._groups}
+            self._attributes = self._attributes or vars(inner)
+
+        # A step that a GradScaler skips advances nothing.
+        inner.register_step_post_hook(note)
         self.inners.append(inner)
         return inner
 
     @torch.no_grad()
     def commit(self) -> None:
         """Writes what the step advanced into the outer optimizer."""
-        for index, own in self._advanced.items():
+        for index, own in self._groups.items():
             group = self._optimizer.param_groups[index]
             for key, value in own.items():
                 if key == "params":
@@ -78,6 +89,5 @@ class SplitStep:
                     group[key].copy_(value)
                 else:
                     group[key] = value
-        if self.inners:
-            outer = vars(self._optimizer)
-            outer.update({name: value for name, value in vars(self.inners[0]).items() if name not in _NOT_SHARED})
+        advanced = {name: value for name, value in self._attributes.items() if name not in _NOT_SHARED}
+        vars(self._optimizer).update(advanced)

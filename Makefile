@@ -14,7 +14,7 @@ $(VENV)/.installed: pyproject.toml setup.cfg constraints.txt
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[test,docs,examples]"
 	touch $@
 
-# Trains the GPT of examples/ with adamw_torch and adamw_8bit on text that ships with Python.
+# Trains the GPT of examples/ with adamw_torch, adamw_torch_layerwise and adamw_8bit on text that ships with Python.
 demo: venv
 	$(BIN)/python examples/demo.py
 

@@ -85,6 +85,8 @@ def _row(spec: OptimizerSpec) -> Iterator[str]:
     yield f"- State of a {SIDE}x{SIDE} float32 parameter: {_state(spec)} bytes per element"
     yield f"- Warm-up: {_warmup(spec)}"
     yield f"- Gradients and parameters: {_abilities(spec)}"
+    if spec.coupled:
+        yield f"- Layerwise: no; {spec.coupled}"
     if spec.note:
         yield f"- Note: {spec.note}"
     yield f"- Source: {_linked(spec.source)}"

@@ -2,13 +2,14 @@
 
 Another identifier in ``OPTIMIZERS`` is another row of the table and another curve of the figure::
 
-    python examples/demo.py --steps 300 --output demo_output
+    python examples/demo.py --steps 250 --output demo_output
 """
 
 from __future__ import annotations
 
 import argparse
 import importlib.metadata
+import itertools
 import logging
 import os
 import platform
@@ -23,24 +24,37 @@ import torch
 from gpt import GPT, PythonTopics
 from lightning import Callback, Trainer, seed_everything
 from matplotlib.figure import Figure
+from torch.utils.hooks import RemovableHandle
 
 from lightning_optim import REGISTRY
 from lightning_optim.memory import measured_bytes, state_bytes
 
-OPTIMIZERS = ("adamw_torch", "adamw_8bit")
+OPTIMIZERS = ("adamw_torch", "adamw_torch_layerwise", "adamw_8bit")
 SETTINGS = {"lr": 4e-3, "weight_decay": 0.1, "lr_scheduler": "cosine", "warmup_steps": 0.05}
 SEED = 0
 AVERAGED = 20
+WATCHED = 5
 
 
 class Recorder(Callback):
-    """Keeps the losses and the seconds of every training step."""
+    """Keeps the losses and the seconds of every training step, and how many bytes of gradients the first ones hold."""
 
     def __init__(self) -> None:
         self.train_losses: list[float] = []
         self.val_losses: dict[int, float] = {}  # by step
         self.seconds: list[float] = []
         self.start = 0.0
+        self.gradient_bytes = 0
+        self.hooks: list[RemovableHandle] = []
+
+    def setup(self, trainer: Trainer, model: GPT, stage: str) -> None:
+        def count(_: torch.Tensor) -> None:
+            alive = sum(parameter.grad.nbytes for parameter in model.parameters() if parameter.grad is not None)
+            self.gradient_bytes = max(self.gradient_bytes, alive)
+
+        if stage == "fit":
+            # Before the optimizer is built, so that a gradient is counted before a layerwise optimizer steps it.
+            self.hooks = [parameter.register_post_accumulate_grad_hook(count) for parameter in model.parameters()]
 
     def on_train_batch_start(self, *_: Any) -> None:
         self.start = time.perf_counter()
@@ -48,6 +62,9 @@ class Recorder(Callback):
     def on_train_batch_end(self, trainer: Trainer, model: GPT, outputs: dict[str, torch.Tensor], *_: Any) -> None:
         self.seconds.append(time.perf_counter() - self.start)
         self.train_losses.append(outputs["loss"].item())
+        if len(self.seconds) == WATCHED:  # counting takes time
+            for hook in self.hooks:
+                hook.remove()
 
     def on_validation_end(self, trainer: Trainer, model: GPT) -> None:
         self.val_losses[trainer.global_step] = trainer.callback_metrics["val_loss"].item()
@@ -98,15 +115,16 @@ def train(optimizer: str, steps: int, output: Path) -> Result:
 
 
 def print_table(results: list[Result]) -> None:
-    """Prints one row per optimizer, what the columns mean, and where this ran."""
-    row = "{:<14}{:>12}{:>10}{:>12}{:>14}{:>14}{:>8}"
-    print("\n" + row.format("optimizer", "train loss", "val loss", "perplexity", "state bytes", "counted", "s/step"))
+    """Prints one row per optimizer, what the columns mean, which runs are equal, and where this ran."""
+    row = "{:<21}{:>11}{:>9}{:>11}{:>12}{:>10}{:>11}{:>7}"
+    names = ("optimizer", "train loss", "val loss", "perplexity", "state bytes", "counted", "gradients", "s/step")
+    print("\n" + row.format(*names))
     for result in results:
         train_loss = statistics.fmean(result.record.train_losses[-AVERAGED:])
         losses = (f"{train_loss:.4f}", f"{result.val_loss:.4f}", f"{result.val_perplexity:.3f}")
         counted = "unknown" if result.state_counted is None else f"{result.state_counted:,}"
-        seconds = f"{statistics.median(result.record.seconds):.3f}"
-        print(row.format(result.optimizer, *losses, f"{result.state_measured:,}", counted, seconds))
+        gradients, seconds = f"{result.record.gradient_bytes:,}", f"{statistics.median(result.record.seconds):.3f}"
+        print(row.format(result.optimizer, *losses, f"{result.state_measured:,}", counted, gradients, seconds))
     print(
         f"""
 train loss   mean of the last {AVERAGED} steps, nats per byte
@@ -114,9 +132,13 @@ perplexity   exp(val loss): of validation, per byte
 state bytes  measured in the optimizer's state_dict(); 8-bit optimizers keep 32 bits for embeddings and for
              parameters with fewer than 4096 elements
 counted      what lightning_optim.memory computes from the shapes alone, without lookup tables that tensors share
-s/step       median
+gradients    most bytes of gradients alive at once, counted whenever one arrives, in the first {WATCHED} steps
+s/step       median; clipping by norm costs a layerwise optimizer a second backward
 """
     )
+    for one, other in itertools.combinations(results, 2):
+        if (one.record.train_losses, one.record.val_losses) == (other.record.train_losses, other.record.val_losses):
+            print(f"Bit for bit the same losses in every step: {one.optimizer} and {other.optimizer}.\n")
     packages = ("torch", "lightning", "bitsandbytes", "lightning-optim")
     versions = ", ".join(f"{package} {importlib.metadata.version(package)}" for package in packages)
     hardware = f"{torch.get_num_threads()} thread on {os.cpu_count()} CPU cores ({platform.machine()})"
@@ -124,9 +146,9 @@ s/step       median
 
 
 def plot(results: list[Result], path: Path) -> None:
-    """Draws the losses by step beside the bytes of the states."""
-    figure = Figure(figsize=(10, 4.5), layout="constrained")
-    losses, memory = figure.subplots(1, 2, width_ratios=(3, 1))
+    """Draws the losses by step beside the bytes of states and gradients."""
+    figure = Figure(figsize=(11, 4.5), layout="constrained")
+    losses, memory = figure.subplots(1, 2, width_ratios=(2, 1))
     for number, result in enumerate(results):
         color = f"C{number}"
         thickness = 2 * (len(results) - number)  # what lies below stays visible where curves agree
@@ -134,13 +156,16 @@ def plot(results: list[Result], path: Path) -> None:
         steps, val_losses = zip(*result.record.val_losses.items(), strict=True)
         style = {"color": color, "linewidth": thickness, "marker": "o", "markersize": 4 + thickness}
         losses.plot(steps, val_losses, label=result.optimizer, **style)
-        bar = memory.bar(result.optimizer, result.state_measured / 2**20, color=color, width=0.6)
-        memory.bar_label(bar, fmt="%.2f", padding=2)
+        sizes = {"state": result.state_measured / 2**20, "gradients": result.record.gradient_bytes / 2**20}
+        for offset, (kind, size), alpha in zip((-0.2, 0.2), sizes.items(), (1.0, 0.4), strict=True):
+            bar = memory.bar(number + offset, size, width=0.36, color=color, alpha=alpha)
+            memory.bar_label(bar, labels=[f"{size:.2f}\n{kind}"], padding=2, fontsize="x-small")
     losses.set(title="Loss: validation (dots) and training", xlabel="step", ylabel="nats per byte")
     losses.legend(frameon=False)
     losses.grid(alpha=0.3)
-    memory.set(title="Optimizer state", ylabel="MiB")
-    memory.margins(y=0.1)
+    memory.set(title="Optimizer state and live gradients", ylabel="MiB")
+    memory.set_xticks(range(len(results)), ["_\n".join(result.optimizer.rsplit("_", 1)) for result in results])
+    memory.margins(y=0.15)
     for axes in (losses, memory):
         axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=150)
@@ -161,7 +186,7 @@ def show_checkpoint(path: Path) -> None:
 def main() -> None:
     """Runs the demo."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--steps", type=int, default=300, help="training steps per optimizer (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=250, help="training steps per optimizer (default: %(default)s)")
     parser.add_argument("--output", type=Path, default=Path("demo_output"), help="folder (default: %(default)s)")
     arguments = parser.parse_args()
     torch.set_num_threads(1)  # several wait for each other on a busy machine, and sums depend on their number

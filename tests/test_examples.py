@@ -43,16 +43,21 @@ def test_demo(tmp_path: Path) -> None:
     output = run("demo.py", "--steps", "6", "--output", tmp_path)
 
     rows = {}
-    for name in ("adamw_torch", "adamw_8bit"):
-        values = re.search(rf"^{name} +([\d.,]+) +([\d.,]+) +([\d.,]+) +([\d.,]+) +([\d.,]+) +([\d.,]+)$", output, re.M)
+    for name in ("adamw_torch", "adamw_torch_layerwise", "adamw_8bit"):
+        values = re.search(rf"^{name}" + 7 * r" +([\d.,]+)" + "$", output, re.M)
         assert values, output
         rows[name] = [float(value.replace(",", "")) for value in values.groups()]
-    for train_loss, val_loss, perplexity, measured, counted, seconds in rows.values():
+    for train_loss, val_loss, perplexity, measured, counted, gradients, seconds in rows.values():
         assert 2 < val_loss < train_loss < math.log(256) + 1
         assert perplexity == pytest.approx(math.exp(val_loss), rel=1e-3)
         assert counted <= measured <= counted + 2 * 256 * 4  # two lookup tables
+        assert gradients > 0
         assert seconds > 0
-    plain, quantized = rows.values()
+    plain, layerwise, quantized = rows.values()
+    assert layerwise[:5] == plain[:5]
+    assert "Bit for bit the same losses in every step: adamw_torch and adamw_torch_layerwise." in output
+    assert plain[5] == quantized[5] == pytest.approx(plain[4] / 2, rel=1e-3), "two states per gradient"
+    assert layerwise[5] < plain[5] / 5
     assert quantized[1] == pytest.approx(plain[1], abs=0.01), "the same seed and batches lead to almost the same loss"
     assert quantized[3] < 0.31 * plain[3]
 
@@ -61,7 +66,7 @@ def test_demo(tmp_path: Path) -> None:
         assert f"{path} ({path.stat().st_size / 2**20:.2f} MiB, read with torch.load(weights_only=True))" in output
         assert torch.load(path, weights_only=True)["hyper_parameters"]["optim"] == name
     samples = re.findall(r"writes:\n((?:    \| .*\n)+)", output)
-    assert [sample.startswith("    | The ") and len(sample) > 200 for sample in samples] == [True, True]
+    assert [sample.startswith("    | The ") and len(sample) > 200 for sample in samples] == [True, True, True]
 
     picture = tmp_path / "losses.png"
     assert picture.read_bytes().startswith(b"\x89PNG")

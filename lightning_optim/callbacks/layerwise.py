@@ -183,10 +183,16 @@ class LayerwiseCallback(Callback):
         """Takes the place of the precision plugin's clipping, for what was not clipped and stepped in backward."""
         layerwise = Layerwise.of(optimizer)
         clipping = _clipping(trainer, self._options[layerwise]) if layerwise in self._options else None
-        if layerwise is None or clipping is None:
+        if layerwise is None or (clipping is None and layerwise.has_gradients()):
             own_clipping(optimizer, *args, **kwargs)
-        elif layerwise.has_gradients():
+        elif clipping is not None and layerwise.has_gradients():
             layerwise.clip_alive(clipping)
+        elif not trainer.lightning_module.automatic_optimization:
+            raise IncompatibleTrainer(
+                "self.clip_gradients() finds no gradients: they were stepped during backward. Clip them there, with "
+                "Layerwise.of(optimizer).stepping(clipping=Clipping('value', 0.5)) or Clipping('per_parameter', 1.0), "
+                "or run that backward outside of stepping()."
+            )
 
     def _restore(self, checkpoint: dict[str, Any]) -> None:
         self._norms = list(checkpoint.get(_KEY, ()))

@@ -115,7 +115,7 @@ class Step(Pass):
         self._scaler = scaler
         self._total = total
         self._exact = clipping is not None and clipping.kind == "norm"
-        self._skips = scaler is not None and self._exact and total is not None and not bool(torch.isfinite(total))
+        self._skips = scaler is not None and total is not None and not bool(torch.isfinite(total))
         self._takes_norms = not self._exact and (
             wants_norm or (clipping is not None and clipping.kind in ("previous", "per_parameter"))
         )
@@ -145,7 +145,7 @@ class Step(Pass):
 
     def norm(self) -> Tensor | None:
         """Returns the total norm before clipping, 0-dim, or ``None`` if nobody needed it."""
-        if self._exact:
+        if self._exact or self._skips:
             return self._total
         return total_norm(_in_order(self._norms, self._split.parameters)) if self._takes_norms else None
 

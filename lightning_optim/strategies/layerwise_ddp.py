@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from lightning.pytorch.overrides.distributed import _sync_module_states
 from lightning.pytorch.strategies import DDPStrategy
@@ -89,8 +90,17 @@ class LayerwiseDDPStrategy(StepsInBackward, DDPStrategy):
         if not self._broadcast_buffers:
             return
         assert self.model is not None
+        alike: dict[torch.dtype, list[Tensor]] = {}
         for buffer in self.model.buffers():
-            dist.broadcast(buffer, src=0)
+            alike.setdefault(buffer.dtype, []).append(buffer)
+        with torch.no_grad():
+            for buffers in alike.values():
+                # One message per dtype: BatchNorm's buffers are many and small.
+                flat = torch.cat([buffer.flatten() for buffer in buffers])
+                dist.broadcast(flat, src=0)
+                parts = torch.split_with_sizes(flat, [buffer.numel() for buffer in buffers])
+                for buffer, part in zip(buffers, parts, strict=True):
+                    buffer.copy_(part.view_as(buffer))
 
     @classmethod
     def register_strategies(cls, strategy_registry: Any) -> None:

@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: venv demo test lint docs clean
+.PHONY: venv demo test lint docs benchmarks clean
 
 venv: $(VENV)/.installed
 
@@ -31,6 +31,11 @@ lint: venv
 docs: venv
 	$(BIN)/python docs/generate.py
 	$(BIN)/sphinx-build --fail-on-warning --keep-going --quiet -b html docs docs/_build
+
+# Prints ratios of one interleaved run, with the hardware and the versions.
+benchmarks: venv
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[benchmarks]"
+	$(BIN)/python benchmarks/layerwise.py
 
 clean:
 	rm -rf $(VENV) docs/_build docs/generated demo_output

@@ -7,6 +7,9 @@ import warnings
 import pytest
 import torch
 
+# Small models are faster so, and sums do not depend on the machine.
+torch.set_num_threads(1)
+
 
 @pytest.fixture(autouse=True)
 def _seeded() -> None:

@@ -11,17 +11,23 @@ from tests.models import LitTokens, loader, trainer
 
 
 def main(directory: Path) -> None:
-    """Trains on from every ``NAME@PRECISION.ckpt`` to step 20 and stores the outcome as ``NAME@PRECISION.out``."""
+    """Trains on from every ``NAME@PRECISION.ckpt`` to step 20, in the plain and in the layerwise form.
+
+    The outcomes are stored as ``NAME@PRECISION@RESUMED.out``, where RESUMED is the name that it was resumed with.
+    """
+    # As in the tests: several threads round sums differently.
+    torch.set_num_threads(1)
     for path in sorted(directory.glob("*.ckpt")):
         precision = path.stem.rpartition("@")[2]
         hyperparameters = torch.load(path, weights_only=True, map_location="cpu")["hyper_parameters"]
-        model = LitTokens(**hyperparameters)
-        run = trainer(max_steps=20, precision=precision)
-        run.fit(model, loader(), loader(batches=2, seed=1), ckpt_path=path, weights_only=True)
-        assert run.global_step == 20
-        torch.save(
-            {"weights": model.state_dict(), "optimizer": run.optimizers[0].state_dict()}, path.with_suffix(".out")
-        )
+        base = hyperparameters["optim"].removesuffix("_layerwise")
+        for name in (base, f"{base}_layerwise"):
+            model = LitTokens(**{**hyperparameters, "optim": name})
+            run = trainer(max_steps=20, precision=precision)
+            run.fit(model, loader(), loader(batches=2, seed=1), ckpt_path=path, weights_only=True)
+            assert run.global_step == 20
+            outcome = {"weights": model.state_dict(), "optimizer": run.optimizers[0].state_dict()}
+            torch.save(outcome, path.with_name(f"{path.stem}@{name}.out"))
 
 
 if __name__ == "__main__":

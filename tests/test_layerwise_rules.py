@@ -122,7 +122,10 @@ CASES = (
     ),
     Case(
         stepping._sparse_gradients_are_not_averaged,
-        ("'model.embedding.weight' belongs to an embedding with sparse=True", "strategy='layerwise_ddp'"),
+        (
+            "'model.embedding.weight' belongs to an embedding with sparse=True",
+            "Trainer(strategy='ddp') and optim='sgd'",
+        ),
         Sparse,
         on_one_process(),
     ),

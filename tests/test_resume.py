@@ -1,4 +1,7 @@
-"""Exact resume (contract C3): 10 steps, a checkpoint, a fresh process and 10 steps equal 20 steps, bit for bit."""
+"""Exact resume (contract C3): 10 steps, a checkpoint, a fresh process and 10 steps equal 20 steps, bit for bit.
+
+That holds for the layerwise form of every row, too, and for moves between it and the plain form.
+"""
 
 from __future__ import annotations
 
@@ -17,12 +20,20 @@ from tests.models import LitTokens, loader, trainer
 
 # When the checkpoint is written: within training, or after the validation at the epoch's end.
 RUNS = (("step", "32-true"), ("step", "bf16-true"), ("validation", "32-true"))
+# Which form writes the checkpoint, and which one reads it.
+FORMS = ("", "_layerwise")
+MOVES = {
+    "plain": ("", ""),
+    "layerwise": ("_layerwise", "_layerwise"),
+    "plain to layerwise": ("", "_layerwise"),
+    "layerwise to plain": ("_layerwise", ""),
+}
 Outcome = dict[str, Any]
 
 
 def train(name: str, precision: str, moment: str, directory: Path) -> Outcome:
     """Trains 20 steps without interruption, leaving a checkpoint of step 10."""
-    case = BY_NAME[name]
+    case = BY_NAME[name.removesuffix("_layerwise")]
     torch.manual_seed(0)
     model = LitTokens(optim=name, lr=case.lr, optim_args=case.options, weight_decay=0.1, lr_scheduler=case.schedule)
     when = {"every_n_train_steps": 10} if moment == "step" else {"every_n_epochs": 1, "save_on_train_epoch_end": False}
@@ -36,11 +47,12 @@ def train(name: str, precision: str, moment: str, directory: Path) -> Outcome:
 
 @pytest.fixture(scope="module", params=RUNS, ids="@".join)
 def outcomes(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """Uninterrupted and resumed outcome by name; one fresh process resumes them all."""
+    """Outcomes by file name: uninterrupted ``NAME``, resumed ``NAME@FORM``; one fresh process resumes them all."""
     moment, precision = request.param
     directory = tmp_path_factory.mktemp(moment)
-    uninterrupted = {name: train(name, precision, moment, directory) for name in NAMES}
-    for name in NAMES:
+    names = [name + form for name in NAMES for form in FORMS]
+    uninterrupted = {name: train(name, precision, moment, directory) for name in names}
+    for name in names:
         checkpoint = torch.load(directory / f"{name}@{precision}.ckpt", weights_only=True)
         assert_plain(checkpoint["optimizer_states"], f"optimizer state of {name}")
     subprocess.run(
@@ -49,16 +61,15 @@ def outcomes(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
         cwd=Path(__file__).parents[1],
         timeout=600,
     )
-    return {
-        name: (outcome, torch.load(directory / f"{name}@{precision}.out", weights_only=True))
-        for name, outcome in uninterrupted.items()
-    }
+    resumed = {path.stem: torch.load(path, weights_only=True) for path in directory.glob("*.out")}
+    return {**uninterrupted, **{stem.replace(f"@{precision}", ""): outcome for stem, outcome in resumed.items()}}
 
 
+@pytest.mark.parametrize("move", MOVES)
 @pytest.mark.parametrize("name", NAMES)
-def test_a_fresh_process_continues_exactly(name: str, outcomes: dict[str, Any]) -> None:
-    uninterrupted, resumed = outcomes[name]
-    assert_equal(uninterrupted, resumed, name)
+def test_a_fresh_process_continues_exactly(name: str, move: str, outcomes: dict[str, Any]) -> None:
+    writer, reader = MOVES[move]
+    assert_equal(outcomes[name], outcomes[f"{name}{writer}@{name}{reader}"], move)
 
 
 def assert_plain(value: Any, where: str) -> None:

@@ -21,7 +21,7 @@ class LayerwiseOptions(Options):
     bucket_mb: float | None = option(
         None,
         "MiB of gradients alive at once besides the one that arrives, 0 for one parameter at a time; "
-        "None takes a sixteenth of all, at most 32",
+        "None takes an eighth of all, at most 32",
         NON_NEGATIVE,
         scope="layerwise",
     )

@@ -8,6 +8,7 @@ from typing import Protocol
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 Bucket = list[Tensor]
 
@@ -18,8 +19,8 @@ Average = Callable[[Tensor], Callable[[], object]]
 class Buckets(Protocol):
     """Collects the parameters whose gradient has arrived and gives them back in buckets."""
 
-    def add(self, parameter: Tensor) -> Iterator[Bucket]:
-        """Takes one whose gradient has arrived; yields the buckets that can be stepped now."""
+    def add(self, parameter: Tensor) -> Iterable[Bucket]:
+        """Takes one whose gradient has arrived; returns the buckets that can be stepped now."""
 
     def flush(self, leftover: Iterable[Tensor]) -> Iterator[Bucket]:
         """Ends a backward; ``leftover`` hold gradients of earlier micro-batches and got none in this one."""
@@ -27,26 +28,27 @@ class Buckets(Protocol):
 
 def nbytes(tensor: Tensor) -> int:
     """Returns the bytes of a tensor in this process; of a DTensor those of its shard."""
-    local = tensor.to_local() if hasattr(tensor, "to_local") else tensor
-    return int(local.numel() * local.element_size())
+    # Called for every gradient: hasattr on a Parameter is slow, and a sharded one is a DTensor by type.
+    if type(tensor) is not Parameter and hasattr(tensor, "to_local"):
+        tensor = tensor.to_local()
+    return tensor.numel() * tensor.element_size()
 
 
 class ArrivalBuckets:
-    """Buckets of at most ``limit`` bytes in the order in which gradients arrive; a larger gradient is one by itself."""
+    """Buckets in the order in which gradients arrive, each full as soon as it holds ``limit`` bytes.
+
+    So less than the limit is alive when the next gradient arrives.
+    """
 
     def __init__(self, limit: int) -> None:
         self._limit = limit
         self._pending: Bucket = []
         self._bytes = 0
 
-    def add(self, parameter: Tensor) -> Iterator[Bucket]:
-        size = nbytes(parameter)
-        if self._pending and self._bytes + size > self._limit:
-            yield self._take()
+    def add(self, parameter: Tensor) -> Iterable[Bucket]:
         self._pending.append(parameter)
-        self._bytes += size
-        if self._bytes >= self._limit:
-            yield self._take()
+        self._bytes += nbytes(parameter)
+        return (self._take(),) if self._bytes >= self._limit else ()
 
     def flush(self, leftover: Iterable[Tensor]) -> Iterator[Bucket]:
         for parameter in leftover:
@@ -62,8 +64,9 @@ class ArrivalBuckets:
 class AgreedBuckets:
     """Buckets that are the same in every process, averaged over the processes before they are given back.
 
-    While one bucket is on its way the next one fills, so each may have half of the limit. A gradient is copied into its
-    bucket's flat buffer when it arrives and becomes a view of it: the buffer is all that is alive of a bucket.
+    While one bucket is on its way the next one fills, so each may have half of the limit; one with a larger gradient
+    has to come back before another is begun. A gradient is copied into its bucket's flat buffer when it arrives and
+    becomes a view of it: the buffer is all that is alive of a bucket.
 
     Args:
         order: The parameters in the order that the processes agreed upon.
@@ -73,6 +76,7 @@ class AgreedBuckets:
 
     def __init__(self, order: Sequence[Tensor], limit: int, average: Average) -> None:
         self._average = average
+        self._limit = limit
         self._plan = list(_partition(order, limit // 2))
         self._place = {
             parameter: (number, offset)
@@ -88,6 +92,11 @@ class AgreedBuckets:
         self._flying: deque[tuple[Bucket, Callable[[], object]]] = deque()
 
     def add(self, parameter: Tensor) -> Iterator[Bucket]:
+        number, _ = self._place[parameter]
+        if number not in self._buffers:
+            size = sum(map(nbytes, self._plan[number]))
+            while self._flying and self._alive_bytes() + size > self._limit:
+                yield self._land()
         self._receive(parameter)
         yield from self._launch()
 
@@ -110,7 +119,9 @@ class AgreedBuckets:
         if buffer is None:
             elements = sum(member.numel() for member in self._plan[number])
             buffer = self._buffers[number] = gradient.new_empty(elements)
-        view = buffer[offset : offset + gradient.numel()].view(gradient.shape)
+        # A gradient's strides are its parameter's: fused kernels read both in the order of memory.
+        strides = gradient.stride() if gradient.is_contiguous() else torch.empty_like(gradient, device="meta").stride()
+        view = buffer.as_strided(gradient.shape, strides, offset)
         view.copy_(gradient)
         parameter.grad = view
         self._awaited.discard(parameter)
@@ -124,6 +135,11 @@ class AgreedBuckets:
             self._launched += 1
             while len(self._flying) > 1:
                 yield self._land()
+
+    def _alive_bytes(self) -> int:
+        """Returns the bytes of all buckets that are on their way or filling."""
+        flying = sum(nbytes(parameter) for bucket, _ in self._flying for parameter in bucket)
+        return flying + sum(map(nbytes, self._buffers.values()))
 
     def _land(self) -> Bucket:
         bucket, wait = self._flying.popleft()

@@ -24,7 +24,7 @@ from lightning_optim.optimizers.averaging import KeepsTrainingPoint
 
 MIB = 2**20
 # Without bucket_mb: this part of all gradients, so that small models save memory too, and never more than this.
-_SHARE, _LARGEST = 16, 32 * MIB
+_SHARE, _LARGEST = 8, 32 * MIB
 
 
 class Layerwise:
@@ -45,7 +45,7 @@ class Layerwise:
     Args:
         optimizer: Any optimizer that steps each parameter on its own.
         bucket_mb: MiB of gradients that may be alive besides the one that arrives; 0 steps one parameter at a time,
-            ``None`` takes a sixteenth of all gradients, at most 32 MiB.
+            ``None`` takes an eighth of all gradients, at most 32 MiB.
         replicas: The processes to average gradients over, for copies of one model trained without
             ``DistributedDataParallel``; ``None`` for one process, and where gradients are reduced already (FSDP2).
         names: The parameters' names, for error texts.
@@ -92,6 +92,7 @@ class Layerwise:
         self.stepped = False
 
         self._hooks: dict[Tensor, RemovableHandle] = {}
+        self._gradient_bytes = 0  # of the parameters that are hooked
         self._pass: Pass | None = None
         # Kept until the next step ends: a GradScaler tells the inner optimizers apart by their id().
         self._passes: list[Pass] = []
@@ -166,6 +167,8 @@ class Layerwise:
         with self._aborting():
             backward(loss)
         self.end()
+        # Nothing is left to step: for the hooks that others registered on it.
+        self.optimizer.step()
 
     @contextmanager
     def stepping(self, *, clipping: Clipping | None = None, scaler: GradScaler | None = None) -> Iterator[None]:
@@ -215,10 +218,12 @@ class Layerwise:
         """
         self._hook_parameters()
         if self.replicas is not None and not self._agreed():
-            # Micro-batches that accumulated have told the order already.
-            if not self._arrivals:
+            # Micro-batches that accumulated have told the order already, and their gradients must not be freed. A
+            # parameter may still get its gradient in the last one.
+            complete = not self._arrivals
+            if complete:
                 self._run(Observation(ArrivalBuckets(0), self._name, self._arrivals), backward)
-            self._agree(self.replicas)
+            self._agree(self.replicas, complete)
         if clipping is not None and self._must_measure(clipping):
             measurement = Measurement(self._buckets(), self._name, self.optimizer, scaler)
             self._passes.append(measurement)
@@ -331,7 +336,7 @@ class Layerwise:
         if alive or not self.stepped:
             self.average_alive()
             split = SplitStep(self.optimizer)
-            for bucket in list(ArrivalBuckets(self.bucket_bytes).flush(alive)) or [[]]:
+            for bucket in ArrivalBuckets(self.bucket_bytes).flush(alive):
                 split.inner(bucket).step()
                 for parameter in bucket:
                     parameter.grad = None
@@ -380,6 +385,7 @@ class Layerwise:
             if parameter not in self._hooks:
                 register: Any = parameter.register_post_accumulate_grad_hook
                 self._hooks[parameter] = register(self._on_gradient)
+                self._gradient_bytes += nbytes(parameter)
 
     def _on_gradient(self, parameter: Tensor) -> None:
         if self._pass is None:
@@ -401,7 +407,7 @@ class Layerwise:
         """Bytes of gradients that may be alive besides the one that arrives."""
         if self.bucket_mb is not None:
             return int(self.bucket_mb * MIB)
-        return min(sum(map(nbytes, self._trainable())) // _SHARE, _LARGEST)
+        return min(self._gradient_bytes // _SHARE, _LARGEST)
 
     def _parameters(self) -> Iterator[Tensor]:
         return (parameter for group in self.optimizer.param_groups for parameter in group["params"])
@@ -415,17 +421,22 @@ class Layerwise:
     def _agreed(self) -> bool:
         return self._order is not None and set(self._order) == set(self._trainable())
 
-    def _agree(self, replicas: Replicas) -> None:
-        """Takes the order in which gradients arrived in the first process for all of them."""
+    def _agree(self, replicas: Replicas, complete: bool) -> None:
+        """Takes the order in which gradients arrived in the first process for all of them.
+
+        Args:
+            replicas: The processes.
+            complete: Whether every parameter must have got a gradient.
+        """
         parameters = list(self._parameters())
         number = {parameter: index for index, parameter in enumerate(parameters)}
         orders = replicas.exchange([number[parameter] for parameter in self._arrivals])
         self._arrivals.clear()
         needed = {number[parameter] for parameter in self._trainable()}
-        for rank, order in enumerate(orders):
+        for rank, order in enumerate(orders if complete else ()):
             if needed - set(order):
                 self._refuse([parameters[index] for index in sorted(needed - set(order))], f"in process {rank}")
-        self._order = [parameters[index] for index in orders[0]]
+        self._order = [parameters[index] for index in [*orders[0], *sorted(needed - set(orders[0]))]]
 
     def _refuse_unused(self, buckets: AgreedBuckets) -> None:
         if buckets.unused:

@@ -25,23 +25,24 @@ class Pass:
 
     def __init__(self, buckets: Buckets, name: Callable[[Tensor], str]) -> None:
         self.buckets = buckets
-        self.seen: set[Tensor] = set()
+        # By id: Tensor.__hash__ is a Python function, and this is asked for every gradient.
+        self._seen: set[int] = set()
         self._name = name
 
     def arrive(self, parameter: Tensor) -> None:
         """Takes a parameter whose gradient has been accumulated."""
-        if parameter in self.seen:
+        if id(parameter) in self._seen:
             raise IncompatibleTrainer(
                 f"{self._name(parameter)} got a gradient twice in one backward, so that stepping it at the first one "
                 "was too early. Reentrant activation checkpointing does that to tied parameters: use "
                 "checkpoint(..., use_reentrant=False), or the optimizer without _layerwise."
             )
-        self.seen.add(parameter)
+        self._seen.add(id(parameter))
         self._take(self.buckets.add(parameter))
 
     def finish(self, alive: Iterable[Tensor]) -> None:
         """Takes what is left at the end of backward; ``alive`` are the parameters that have gradients."""
-        self._take(self.buckets.flush([parameter for parameter in alive if parameter not in self.seen]))
+        self._take(self.buckets.flush([parameter for parameter in alive if id(parameter) not in self._seen]))
 
     def _take(self, buckets: Iterable[Bucket]) -> None:
         for bucket in buckets:
@@ -138,9 +139,6 @@ class Step(Pass):
 
     def commit(self) -> None:
         """Writes what the step advanced into the outer optimizer."""
-        if not self._split.inners:
-            # No gradient at all: a step still advances the counters of every group.
-            self._split.inner([]).step()
         self._split.commit()
 
     def norm(self) -> Tensor | None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,8 +20,8 @@ class SplitStep:
     """A step of an optimizer that is taken bucket by bucket.
 
     Every bucket is stepped by an inner optimizer: an object of the same class with the same attributes and the same
-    state, whose groups hold the bucket's parameters alone. All inner optimizers start from what the outer groups say
-    when they are made, and what a step writes into its groups and attributes (schedule-free's counters, StableAdamW's
+    state, whose groups hold the bucket's parameters alone. All inner optimizers start from what the outer groups said
+    before the step, and what a step writes into its groups and attributes (schedule-free's counters, StableAdamW's
     step) reaches the outer optimizer once, in :meth:`commit`. So each parameter sees what it would see if all were
     stepped together.
 
@@ -33,9 +34,15 @@ class SplitStep:
         self._group_of = {
             parameter: index for index, group in enumerate(optimizer.param_groups) for parameter in group["params"]
         }
-        # Of each group and of the attributes, what the first inner optimizer that stepped made of them.
-        self._groups: dict[int, dict[str, Any]] = {}
+        self._shared = {name: value for name, value in vars(optimizer).items() if name not in _NOT_SHARED}
+        self._tensors = [
+            [key for key, value in group.items() if isinstance(value, Tensor)] for group in optimizer.param_groups
+        ]
+        # What the inner optimizers that stepped made of each group, and the first of them of the attributes.
+        self._advanced: dict[int, list[dict[str, Any]]] = {}
         self._attributes: dict[str, Any] = {}
+        # Groups that have had a gradient.
+        self._reached: set[int] = set()
         #: The inner optimizers made so far; kept because a GradScaler tells optimizers apart by their id().
         self.inners: list[Optimizer] = []
 
@@ -45,49 +52,54 @@ class SplitStep:
         return self._group_of.keys()
 
     def inner(self, parameters: Sequence[Tensor]) -> Optimizer:
-        """Returns the optimizer of one bucket, which has not been stepped.
-
-        The first one has all groups, even those without a parameter: a step advances the counters of every group.
-        """
+        """Returns the optimizer of one bucket, which has not been stepped."""
         members: dict[int, list[Tensor]] = {}
         for parameter in parameters:
             members.setdefault(self._group_of[parameter], []).append(parameter)
-        outer = self._optimizer
-        # Not copy.copy: Optimizer.__getstate__ leaves out the attributes that bitsandbytes needs.
-        inner: Optimizer = object.__new__(type(outer))
-        inner.__dict__.update({name: value for name, value in vars(outer).items() if name not in _NOT_SHARED})
-        inner.__dict__.update({name: OrderedDict() for name in _HOOKS})
-        groups = {
-            index: {
-                **{key: value.clone() if isinstance(value, Tensor) else value for key, value in group.items()},
-                "params": members.get(index, []),
-            }
-            for index, group in enumerate(outer.param_groups)
-            if index in members or not self.inners
-        }
-        inner.param_groups = list(groups.values())
-
-        def note(*_: Any) -> None:
-            self._groups = {**groups, **self._groups}
-            self._attributes = self._attributes or vars(inner)
-
-        # A step that a GradScaler skips advances nothing.
-        inner.register_step_post_hook(note)
-        self.inners.append(inner)
-        return inner
+        self._reached.update(members)
+        return self._make(members)
 
     @torch.no_grad()
     def commit(self) -> None:
         """Writes what the step advanced into the outer optimizer."""
-        for index, own in self._groups.items():
-            group = self._optimizer.param_groups[index]
-            for key, value in own.items():
-                if key == "params":
-                    continue
-                if isinstance(value, Tensor) and isinstance(group.get(key), Tensor):
+        groups = self._optimizer.param_groups
+        without = {index: group["params"] for index, group in enumerate(groups) if index not in self._reached}
+        if without and (self._advanced or not self.inners):
+            # A step counts in every group, also in one whose parameters got no gradient.
+            self._make(without).step()
+        for index, copies in self._advanced.items():
+            group = groups[index]
+            for key in dict.fromkeys(key for own in copies for key in own if key != "params"):
+                values = [own[key] for own in copies if key in own]
+                before = group.get(key)
+                if isinstance(before, Tensor) and isinstance(values[0], Tensor):
                     # In place: schedulers and loggers hold the tensor.
-                    group[key].copy_(value)
+                    before.copy_(values[0])
                 else:
-                    group[key] = value
+                    # Some write only when they meet a parameter that asks for it.
+                    group[key] = next((value for value in values if value is not before and value != before), before)
         advanced = {name: value for name, value in self._attributes.items() if name not in _NOT_SHARED}
         vars(self._optimizer).update(advanced)
+
+    def _make(self, members: Mapping[int, list[Tensor]]) -> Optimizer:
+        """Returns an inner optimizer with these parameters by index of their group."""
+        # Not copy.copy: Optimizer.__getstate__ leaves out the attributes that bitsandbytes needs.
+        inner: Optimizer = object.__new__(type(self._optimizer))
+        vars(inner).update(self._shared)
+        vars(inner).update({name: OrderedDict() for name in _HOOKS})
+        inner.param_groups = []
+        indices = sorted(members)
+        for index in indices:
+            own = {**self._optimizer.param_groups[index], "params": members[index]}
+            for key in self._tensors[index]:
+                own[key] = own[key].clone()
+            inner.param_groups.append(own)
+        # A step that a GradScaler skips advances nothing.
+        inner.register_step_post_hook(partial(self._note, indices))
+        self.inners.append(inner)
+        return inner
+
+    def _note(self, indices: Sequence[int], inner: Optimizer, *_: Any) -> None:
+        for index, group in zip(indices, inner.param_groups, strict=True):
+            self._advanced.setdefault(index, []).append(group)
+        self._attributes = self._attributes or vars(inner)

@@ -39,6 +39,12 @@ class Stepping:
             return self.name.replace("_layerwise'", "'")
         return f"a Trainer without {self.name}"
 
+    @property
+    def as_ddp(self) -> str:
+        """What to type in place of ``layerwise_ddp``."""
+        plainly = f" and {self.plainly}" if self.name.startswith("optim=") else ""
+        return f"Trainer(strategy='ddp'){plainly}"
+
 
 # The strategies that step every optimizer during backward, and which of them to use in place of others.
 STEPPING_STRATEGIES = frozenset({"layerwise", "layerwise_ddp", "layerwise_fsdp2"})
@@ -85,9 +91,8 @@ def _manual_needs_one_process(stepping: Stepping) -> str | None:
     if stepping.automatic or stepping.strategy != "layerwise_ddp":
         return None
     return (
-        f"{stepping.name} under strategy='layerwise_ddp' with manual optimization: which backward is the one to "
-        f"average and to step is not known. Use automatic optimization, or Trainer(strategy='ddp') and "
-        f"{stepping.plainly}."
+        "strategy='layerwise_ddp' with manual optimization: which backward is the one to average and to step is not "
+        f"known. Use automatic optimization, or {stepping.as_ddp}."
     )
 
 
@@ -114,9 +119,8 @@ def _sparse_gradients_are_not_averaged(stepping: Stepping) -> str | None:
     if not stepping.sparse or stepping.strategy != "layerwise_ddp":
         return None
     return (
-        f"{stepping.name} under strategy='layerwise_ddp', which averages dense gradients, and {stepping.sparse!r} "
-        f"belongs to an embedding with sparse=True. Create it with sparse=False, or use Trainer(strategy='ddp') and "
-        f"{stepping.plainly}."
+        f"strategy='layerwise_ddp' averages dense gradients, and {stepping.sparse!r} belongs to an embedding with "
+        f"sparse=True. Create it with sparse=False, or use {stepping.as_ddp}."
     )
 
 

@@ -53,7 +53,7 @@ class LayerwiseStrategy(StepsInBackward, SingleDeviceStrategy):
 
     Args:
         bucket_mb: MiB of gradients alive at once besides the one that arrives, 0 for one parameter at a time; ``None``
-            takes a sixteenth of all gradients, at most 32 MiB.
+            takes an eighth of all gradients, at most 32 MiB.
         norm_clipping: How ``gradient_clip_val`` clips by norm: ``"exact"`` (the default) runs a backward that only
             measures before the one that steps, ``"previous"`` takes the norm of the step before, ``"per_parameter"``
             clips each parameter's gradient by itself.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Literal
 
 from lightning.pytorch.strategies import ModelParallelStrategy
 
@@ -14,13 +14,17 @@ from lightning_optim.strategies.layerwise import StepsInBackward, layerwise_opti
 class LayerwiseFSDP2Strategy(StepsInBackward, ModelParallelStrategy):
     """Steps every optimizer during backward, on parameters that ``fully_shard`` (FSDP2) divided among the processes.
 
-    As with Lightning's ``ModelParallelStrategy``, the module calls ``fully_shard`` in ``configure_model``. Gradients
-    are reduced by FSDP2 before they are stepped; micro-batches that accumulate are not reduced.
+    As with Lightning's ``ModelParallelStrategy``, the module calls ``fully_shard`` in ``configure_model``, on the mesh
+    ``self.device_mesh["data_parallel"]``. Gradients are reduced by FSDP2 before they are stepped; micro-batches that
+    accumulate are not reduced.
 
     Args:
         bucket_mb: As in :class:`~lightning_optim.LayerwiseStrategy`, counted in shards.
         norm_clipping: As there.
         log_grad_norm: As there.
+        data_parallel_size: Processes that share the shards; ``"auto"`` means all that tensor parallelism leaves, unlike
+            in ``ModelParallelStrategy``, where it means the number of nodes.
+        tensor_parallel_size: Processes of each tensor-parallel group.
         **kwargs: Those of ``ModelParallelStrategy``.
 
     Raises:
@@ -35,12 +39,20 @@ class LayerwiseFSDP2Strategy(StepsInBackward, ModelParallelStrategy):
         bucket_mb: float | None = None,
         norm_clipping: str | None = None,
         log_grad_norm: bool | None = None,
+        data_parallel_size: Literal["auto"] | int = "auto",
+        tensor_parallel_size: int = 1,
         **kwargs: Any,
     ) -> None:
-        super().__init__(**kwargs)
+        super().__init__(data_parallel_size, tensor_parallel_size, **kwargs)
         self.layerwise_options = layerwise_options(
             self.layerwise_name, bucket_mb=bucket_mb, norm_clipping=norm_clipping, log_grad_norm=log_grad_norm
         )
+
+    def setup_environment(self) -> None:
+        if self._data_parallel_size == "auto":
+            assert isinstance(self._tensor_parallel_size, int)
+            self._data_parallel_size = self.num_nodes * self.num_processes // self._tensor_parallel_size
+        super().setup_environment()
 
     @contextmanager
     def block_backward_sync(self) -> Iterator[None]:

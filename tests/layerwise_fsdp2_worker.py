@@ -1,0 +1,182 @@
+"""Fits under ModelParallelStrategy and layerwise_fsdp2, all in the same two processes; writes ``rank<n>.pt``.
+
+``test_layerwise_fsdp2.py`` starts it and compares. Lightning starts the second process: it runs this file once more.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+import torch.distributed as dist
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from lightning.pytorch.strategies import ModelParallelStrategy
+from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+
+from lightning_optim import LayerwiseFSDP2Strategy
+from tests.cases import BY_NAME
+from tests.models import TOKENS, LitTokens, loader, trainer
+
+RANK = int(os.environ.get("LOCAL_RANK", 0))
+WIDTH, BLOCKS = 32, 3
+
+ACCUMULATED = "accumulation, norm clipping"
+#: By name: the Trainer's flags, and the greatest difference; FSDP2 reduces every micro-batch and layerwise their sum.
+SETTINGS: dict[str, tuple[dict[str, Any], float]] = {
+    "plain": ({}, 0.0),
+    "norm clipping": ({"gradient_clip_val": 0.03}, 0.0),
+    "value clipping": ({"gradient_clip_val": 0.01, "gradient_clip_algorithm": "value"}, 0.0),
+    "bf16": ({"precision": "bf16-true"}, 0.0),
+    "accumulation": ({"accumulate_grad_batches": 3}, 1e-6),
+    ACCUMULATED: ({"accumulate_grad_batches": 3, "gradient_clip_val": 0.03}, 1e-6),
+}
+COMPARED = [("adamw_torch", setting) for setting in SETTINGS] + [("sgd", "norm clipping"), ("sgd", ACCUMULATED)]
+BUCKETS = (0.0, 0.001, None)
+#: The optimizers before and after the checkpoint in the middle, and whether it is a single file.
+RESUMED = [
+    (f"adamw_torch{first}", f"adamw_torch{second}", whole_file)
+    for whole_file in (False, True)
+    for first, second in (("", "_layerwise"), ("_layerwise", ""), ("_layerwise", "_layerwise"))
+]
+
+
+class Sharded(LitTokens):
+    """Blocks of equal size, each one sharded by itself."""
+
+    def __init__(self, **optim: Any) -> None:
+        super().__init__(**optim)
+        blocks = (nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.GELU()) for _ in range(BLOCKS))
+        self.model = nn.Sequential(nn.Embedding(TOKENS, WIDTH), *blocks, nn.Linear(WIDTH, TOKENS))
+
+    def configure_model(self) -> None:
+        assert self.device_mesh is not None
+        mesh = self.device_mesh["data_parallel"]
+        for block in self.model:
+            fully_shard(block, mesh=mesh)
+        fully_shard(self.model, mesh=mesh)
+
+
+class Watch(Callback):
+    """Notes the whole weights at the end, what every batch sent, and the most gradient bytes alive in this process."""
+
+    def __init__(self) -> None:
+        self.reduced: list[int] = []
+        self.norms: list[Tensor | None] = []
+        self.peak = 0
+        self.weights: dict[str, Tensor] = {}
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        parameters = list(pl_module.parameters())
+
+        def see(_: Tensor) -> None:
+            alive = [p.grad for p in parameters if p.grad is not None]
+            self.peak = max(self.peak, sum(gradient.to_local().nbytes for gradient in alive))
+
+        for parameter in parameters:
+            parameter.register_post_accumulate_grad_hook(see)
+
+    def on_train_batch_start(self, *_: Any) -> None:
+        Sent.count = 0
+
+    def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
+        self.reduced.append(Sent.count)
+        self.norms.append(trainer.callback_metrics.get("grad_norm"))
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        for name, parameter in pl_module.named_parameters():
+            assert isinstance(parameter, DTensor)
+            self.weights[name] = parameter.full_tensor().detach()
+
+
+class Sent:
+    """Counts what goes through ``torch.distributed.reduce_scatter...``, whose name differs between versions."""
+
+    count = 0
+
+    @classmethod
+    def watch(cls) -> None:
+        for name in ("reduce_scatter_tensor", "reduce_scatter_single"):
+            if hasattr(dist, name):
+                setattr(dist, name, cls.counting(getattr(dist, name)))
+
+    @classmethod
+    def counting(cls, reduce_scatter: Callable[..., Any]) -> Callable[..., Any]:
+        def counted(*args: Any, **kwargs: Any) -> Any:
+            cls.count += 1
+            return reduce_scatter(*args, **kwargs)
+
+        return counted
+
+
+def fit(
+    name: str,
+    options: dict[str, Any] | None = None,
+    save: Path | None = None,
+    checkpoint: Path | None = None,
+    whole_file: bool = False,
+    strategy: type[ModelParallelStrategy] | None = None,
+    **flags: Any,
+) -> dict[str, Any]:
+    """Trains eight steps, from a checkpoint if there is one; returns what was noted, or the error."""
+    layerwise = name.endswith("_layerwise")
+    case = BY_NAME[name.removesuffix("_layerwise")]
+    torch.manual_seed(0 if checkpoint is None else 1)
+    model = Sharded(
+        optim=name,
+        lr=case.lr,
+        weight_decay=0.1,
+        lr_scheduler=case.schedule,
+        optim_args={**case.options, **(options or {})},
+    )
+    watch = Watch()
+    callbacks: list[Callback] = [watch]
+    if save is not None:
+        callbacks.append(ModelCheckpoint(save, filename="{step}", every_n_train_steps=4, save_top_k=-1))
+    strategy = strategy or (LayerwiseFSDP2Strategy if layerwise else ModelParallelStrategy)
+    run = trainer(
+        max_steps=8,
+        strategy=strategy(data_parallel_size=2, tensor_parallel_size=1, save_distributed_checkpoint=not whole_file),
+        devices=2,
+        callbacks=callbacks,
+        enable_checkpointing=save is not None,
+        **flags,
+    )
+    try:
+        run.fit(model, loader(8), ckpt_path=checkpoint)
+    except ValueError as error:
+        return {"error": type(error).__name__, "text": str(error)}
+    return {"steps": run.global_step, **{key: getattr(watch, key) for key in ("weights", "reduced", "norms", "peak")}}
+
+
+def both(name: str, options: dict[str, Any] | None = None, **kwargs: Any) -> dict[str, dict[str, Any]]:
+    """Fits plainly and layer by layer, the latter with ``options``."""
+    return {"plain": fit(name, **kwargs), "layerwise": fit(f"{name}_layerwise", options, **kwargs)}
+
+
+def runs(directory: Path) -> Iterator[tuple[str, Any]]:
+    """Yields every run by name."""
+    for name, setting in COMPARED:
+        yield f"{name}, {setting}", both(name, **SETTINGS[setting][0])
+    for bucket_mb in BUCKETS:
+        yield f"bucket_mb={bucket_mb}", both("adamw_torch", {"bucket_mb": bucket_mb})
+    yield "log_grad_norm", fit("adamw_torch_layerwise", {"log_grad_norm": True})
+    yield "plain strategy", fit("adamw_torch_layerwise", strategy=ModelParallelStrategy)
+    flags = SETTINGS["norm clipping"][0]
+    for first, second, whole_file in RESUMED:
+        saved = directory / f"{first}, {whole_file}"
+        if not saved.exists():
+            fit(first, save=saved, whole_file=whole_file, **flags)
+        checkpoint = saved / "step=4.ckpt"
+        yield f"{first}, {second}, {whole_file}", fit(second, checkpoint=checkpoint, whole_file=whole_file, **flags)
+
+
+if __name__ == "__main__":
+    Sent.watch()
+    torch.save(dict(runs(Path(sys.argv[1]))), Path(sys.argv[1]) / f"rank{RANK}.pt")

@@ -1,0 +1,99 @@
+"""Two real processes with gloo and FSDP2's shards, stepped during backward: equal to Lightning's own strategy."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.layerwise_fsdp2_worker import ACCUMULATED, BUCKETS, COMPARED, RESUMED, SETTINGS, WIDTH
+
+MIB = 2**20
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """All runs by name, of each process."""
+    directory = tmp_path_factory.mktemp("layerwise_fsdp2")
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.layerwise_fsdp2_worker", str(directory)],
+        cwd=Path(__file__).parents[1],
+        capture_output=True,
+        text=True,
+        timeout=400,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return [torch.load(directory / f"rank{rank}.pt", weights_only=True) for rank in (0, 1)]
+
+
+def distance(one: dict[str, Any], other: dict[str, Any]) -> float:
+    """Returns the greatest difference of two runs' whole weights."""
+    assert "error" not in one, one
+    assert "error" not in other, other
+    assert one["steps"] == other["steps"] == 8
+    assert one["weights"].keys() == other["weights"].keys()
+    pairs = ((one["weights"][key], other["weights"][key]) for key in one["weights"])
+    return max((mine.double() - theirs.double()).abs().max().item() for mine, theirs in pairs)
+
+
+@pytest.mark.parametrize(("name", "setting"), COMPARED)
+def test_equals_model_parallel_strategy(ranks: list[dict[str, Any]], name: str, setting: str) -> None:
+    flags, tolerance = SETTINGS[setting]
+    for rank in ranks:
+        run = rank[f"{name}, {setting}"]
+        assert distance(run["plain"], run["layerwise"]) <= tolerance
+        if flags:
+            assert distance(run["plain"], rank["adamw_torch, plain"]["plain"]) > 1e-4, "the setting changes something"
+
+
+def test_clipping_by_norm_takes_the_norm_over_all_shards(ranks: list[dict[str, Any]]) -> None:
+    norms = [rank["log_grad_norm"]["norms"] for rank in ranks]
+    assert len(norms[0]) == 8
+    assert norms[0] == norms[1]
+    assert distance(ranks[0]["log_grad_norm"], ranks[0]["adamw_torch, plain"]["plain"]) == 0
+
+
+@pytest.mark.parametrize("setting", ["accumulation", ACCUMULATED])
+def test_micro_batches_that_accumulate_send_nothing(ranks: list[dict[str, Any]], setting: str) -> None:
+    for rank in ranks:
+        run = rank[f"adamw_torch, {setting}"]
+        steps = [batch % 4 in (2, 3) for batch in range(16)]  # four batches in an epoch
+        assert [count > 0 for count in run["layerwise"]["reduced"]] == steps
+        assert all(run["plain"]["reduced"]), "Lightning's own reduces every micro-batch"
+
+
+@pytest.mark.parametrize("bucket_mb", BUCKETS)
+def test_gradients_alive_are_at_most_a_bucket_and_the_largest_shard(
+    ranks: list[dict[str, Any]], bucket_mb: float | None
+) -> None:
+    largest = WIDTH * WIDTH * 4 / 2
+    for rank in ranks:
+        run = rank[f"bucket_mb={bucket_mb}"]
+        everything = run["plain"]["peak"]
+        assert everything == sum(weight.nbytes for weight in run["plain"]["weights"].values()) / 2
+        bucket = everything / 16 if bucket_mb is None else bucket_mb * MIB
+        assert run["layerwise"]["peak"] <= bucket + largest < everything / 2
+        assert distance(run["plain"], run["layerwise"]) == 0
+
+
+@pytest.mark.parametrize(("first", "second", "whole_file"), RESUMED)
+def test_resumes_exactly_and_moves_to_and_from_the_plain_strategy(
+    ranks: list[dict[str, Any]], first: str, second: str, whole_file: bool
+) -> None:
+    for rank in ranks:
+        resumed = rank[f"{first}, {second}, {whole_file}"]
+        assert len(resumed["reduced"]) == 4, "it started in the middle"
+        assert distance(resumed, rank["adamw_torch, norm clipping"]["plain"]) == 0
+
+
+def test_refused_under_the_plain_strategy(ranks: list[dict[str, Any]]) -> None:
+    for rank in ranks:
+        refusal = rank["plain strategy"]
+        assert refusal["error"] == "IncompatibleTrainer"
+        assert "optim='adamw_torch_layerwise'" in refusal["text"]
+        assert "'layerwise_fsdp2'" in refusal["text"]

@@ -77,7 +77,7 @@ class Registry(Mapping[str, OptimizerSpec]):
             return self._specs[name]
         base = name.removesuffix(SUFFIX)
         suffix = name[len(base) :]
-        if suffix and (base in self._specs or "." in base):
+        if suffix and not base.endswith(SUFFIX) and (base in self._specs or "." in base):
             return layerwise_row(self[base])
         if "." in name:
             return spec_from_path(name)

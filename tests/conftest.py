@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import warnings
+from collections.abc import Iterator
 
 import pytest
 import torch
+import torch.distributed as dist
 
 # Small models are faster so, and sums do not depend on the machine.
 torch.set_num_threads(1)
@@ -22,3 +25,13 @@ def _quiet() -> None:
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
     warnings.filterwarnings("ignore", message=".*isinstance.treespec, LeafSpec.*")
     warnings.filterwarnings("ignore", message=".*_stable_hash_for_caching.*")
+
+
+@pytest.fixture(autouse=True)
+def _no_process_group_left() -> Iterator[None]:
+    """Undoes what Lightning leaves behind: with its environment a subprocess would take itself for a rank."""
+    yield
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    for name in ("MASTER_ADDR", "MASTER_PORT", "NODE_RANK", "LOCAL_RANK", "WORLD_SIZE"):
+        os.environ.pop(name, None)

@@ -15,7 +15,7 @@ import yaml
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy, Strategy
 
-from lightning_optim import LayerwiseDDPStrategy, LayerwiseStrategy, OptimCLI
+from lightning_optim import LayerwiseDDPStrategy, LayerwiseFSDP2Strategy, LayerwiseStrategy, OptimCLI
 from tests.models import ForeignTokens, LitTokens, loader
 
 
@@ -325,3 +325,20 @@ def test_two_processes_by_the_identifier_alone(tmp_path: Path) -> None:
     assert "OptimCLI chose --trainer.strategy layerwise_ddp for optim='sgd_layerwise'" in done.stderr
     assert "MEMBER: 2/2" in done.stderr
     assert "layerwise: buckets of" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("strategy", "option", "value"),
+    [
+        (LayerwiseStrategy, "norm_clipping", "previous"),
+        (LayerwiseDDPStrategy, "bucket_mb", 2.0),
+        (LayerwiseFSDP2Strategy, "log_grad_norm", True),
+    ],
+)
+def test_strategies_by_class_path_take_their_options(strategy: type[Strategy], option: str, value: Any) -> None:
+    arguments = ["--trainer.accelerator", "cpu", "--trainer.devices", "1"]
+    arguments += ["--trainer.strategy", f"lightning_optim.{strategy.__name__}"]
+    cli = OptimCLI(LitTokens, Data, args=[*arguments, f"--trainer.strategy.{option}", str(value)], run=False)
+    assert type(cli.trainer.strategy) is strategy
+    assert getattr(cli.trainer.strategy.layerwise_options, option) == value
+    assert "device" not in cli.config.trainer.strategy.init_args or cli.config.trainer.strategy.init_args.device is None

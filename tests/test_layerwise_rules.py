@@ -6,8 +6,11 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+import lightning as L
 import pytest
 import torch
+import torch.distributed as dist
+from lightning.fabric.plugins import MixedPrecision
 from lightning.pytorch import Callback
 from lightning.pytorch.strategies import ModelParallelStrategy, Strategy
 from torch import Tensor, nn
@@ -16,8 +19,10 @@ from lightning_optim import (
     REGISTRY,
     IncompatibleTrainer,
     InvalidOption,
+    Layerwise,
     LayerwiseStrategy,
     OptimConfig,
+    UnknownOptimizer,
     build_optimizer,
     rules,
 )
@@ -272,3 +277,164 @@ def test_options_are_checked(options: dict[str, Any], text: str) -> None:
 def test_plain_rows_take_no_layerwise_options() -> None:
     with pytest.raises(InvalidOption, match="bucket_mb"):
         OptimConfig("sgd", optim_args={"bucket_mb": 1})
+
+
+# --- who reads gradients ---------------------------------------------------------------------------------------------
+
+
+class MasksDecorated(LitTokens):
+    @torch.no_grad()
+    def on_before_optimizer_step(self, optimizer: Any) -> None:
+        for parameter in self.parameters():
+            if parameter.grad is not None:
+                parameter.grad.mul_(0.0)
+
+
+class MasksByHelper(LitTokens):
+    def on_after_backward(self) -> None:
+        self.mask()
+
+    def mask(self) -> None:
+        for parameter in self.parameters():
+            parameter.grad = None
+
+
+class ClipsInBackward(LitTokens):
+    def backward(self, loss: Tensor, **kwargs: Any) -> None:
+        loss.backward(**kwargs)
+        torch.nn.utils.clip_grad_value_(self.parameters(), 0.1)
+
+
+class WrapsTheClosure(LitTokens):
+    def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None) -> None:
+        def closure() -> Any:
+            loss = optimizer_closure()
+            self.model.head.weight.grad.zero_()
+            return loss
+
+        optimizer.step(closure=closure)
+
+
+class LogsAtBatchEnd(Callback):
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, *_: Any) -> None:
+        self.seen = [parameter.grad for parameter in pl_module.parameters()]
+
+
+@pytest.mark.parametrize(
+    ("model", "callback", "reader"),
+    [
+        (MasksDecorated, None, "MasksDecorated.on_before_optimizer_step"),
+        (MasksByHelper, None, "MasksByHelper.on_after_backward"),
+        (ClipsInBackward, None, "ClipsInBackward.backward"),
+        (WrapsTheClosure, None, "WrapsTheClosure.optimizer_step"),
+        (LitTokens, LogsAtBatchEnd, "LogsAtBatchEnd.on_train_batch_end"),
+    ],
+)
+def test_readers_of_gradients_are_found(model: type[LitTokens], callback: type[Callback] | None, reader: str) -> None:
+    callbacks = [callback()] if callback else []
+    with pytest.raises(IncompatibleTrainer, match=f"beside {reader}, which reads gradients"):
+        trainer(max_steps=1, callbacks=callbacks).fit(model(optim="sgd_layerwise"), loader())
+
+
+def test_names_that_only_look_like_gradients_are_welcome() -> None:
+    class Logs(LitTokens):
+        def on_before_optimizer_step(self, optimizer: Any) -> None:
+            self.log("accumulated", float(self.trainer.accumulate_grad_batches))
+            self.upgraded = torch.is_grad_enabled()
+
+    trainer(max_steps=1).fit(Logs(optim="sgd_layerwise"), loader())
+
+
+# --- optimizers that step their parameters together -------------------------------------------------------------------
+
+
+def test_wrappers_of_optimizers_are_refused() -> None:
+    class Lookahead(torch.optim.Optimizer):
+        def __init__(self, base: torch.optim.Optimizer) -> None:
+            super().__init__(base.param_groups, {})
+            self.base = base
+
+    weight = nn.Parameter(torch.ones(2))
+    with pytest.raises(IncompatibleTrainer, match=r"Lookahead wraps another optimizer \(SGD\)"):
+        Layerwise(Lookahead(torch.optim.SGD([weight], lr=0.1)))
+    assert not weight._post_accumulate_grad_hooks
+
+
+def test_an_optimizer_that_couples_the_parts_of_a_group_is_found_out() -> None:
+    class ByTheNormOfAll(torch.optim.SGD):
+        def step(self, closure: Any = None) -> Any:
+            for group in self.param_groups:
+                group["norm"] = sum(p.grad.norm().item() for p in group["params"] if p.grad is not None)
+            return super().step(closure)
+
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    layerwise = Layerwise(ByTheNormOfAll(model.parameters(), lr=0.1), 0)
+    with pytest.raises(IncompatibleTrainer, match=r"different values of 'norm'.*couples its parameters"):
+        layerwise.backward(model(torch.ones(1, 4)).square().sum())
+
+
+def test_bitsandbytes_overrides_by_position_are_refused() -> None:
+    import bitsandbytes
+
+    manager = bitsandbytes.optim.GlobalOptimManager.get_instance()
+    model = nn.Linear(64, 64)
+    manager.register_module_override(model, "weight", {"optim_bits": 32})
+    try:
+        with pytest.raises(IncompatibleTrainer, match=r"GlobalOptimManager.*optim='adamw_8bit_layerwise'"):
+            Layerwise(bitsandbytes.optim.AdamW8bit(model.parameters()))
+        Layerwise(build_optimizer(model, "adamw_8bit"))
+    finally:
+        manager.module_weight_config_triple.clear()
+
+
+# --- backward that comes too early ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["adamw_torch_layerwise", "adamw_8bit_layerwise"])
+def test_a_weight_whose_old_value_is_needed_after_its_step_is_found(name: str) -> None:
+    """bitsandbytes writes without autograd's knowledge."""
+    model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64))
+    optimizer = build_optimizer(model, name, lr=0.1, optim_args={"bucket_mb": 0})
+    hidden = nn.functional.linear(model[0](torch.ones(2, 64)), model[1].weight.detach())
+    with pytest.raises(IncompatibleTrainer, match=r"stepped already.*weight.detach\(\)"):
+        Layerwise.of(optimizer).backward(model[1](hidden).square().sum())
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_two_backwards_in_one_step_are_refused() -> None:
+    model = nn.Linear(4, 4)
+    optimizer = build_optimizer(model, "sgd_layerwise", lr=0.1)
+
+    def twice(loss: Tensor) -> None:
+        loss.backward(retain_graph=True)
+        loss.backward()
+
+    with pytest.raises(IncompatibleTrainer, match="two backward calls in one step"):
+        Layerwise.of(optimizer).backward(model(torch.ones(1, 4)).sum(), backward=twice)
+
+
+def test_processes_whose_gradients_nobody_averages_are_refused() -> None:
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    model = nn.Linear(4, 4)
+    optimizer = build_optimizer(model, "sgd_layerwise", lr=0.1)
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
+    try:
+        with pytest.raises(IncompatibleTrainer, match=r"2 processes, and nothing averages.*replicas=Replicas\(\)"):
+            Layerwise.of(optimizer).backward(model(torch.ones(1, 4)).sum())
+    finally:
+        dist.destroy_process_group()
+    Layerwise.of(optimizer).backward(model(torch.ones(1, 4)).sum())
+
+
+def test_fabric_that_scales_by_itself_is_refused() -> None:
+    fabric = L.Fabric(accelerator="cpu", plugins=MixedPrecision("16-mixed", "cpu"))
+    model = nn.Linear(4, 4)
+    module, optimizer = fabric.setup(model, build_optimizer(model, "sgd_layerwise", lr=0.1))
+    with pytest.raises(IncompatibleTrainer, match=r"scales the loss inside fabric\.backward"):
+        Layerwise.of(optimizer).backward(module(torch.ones(1, 4)).sum(), backward=fabric.backward)
+
+
+def test_the_suffix_is_taken_once() -> None:
+    with pytest.raises(UnknownOptimizer, match="NAdam_layerwise_layerwise"):
+        REGISTRY["torch.optim.NAdam_layerwise_layerwise"]

@@ -88,7 +88,7 @@ def test_the_extra_installs_what_the_row_requires(row: OptimizerSpec) -> None:
 
 
 def test_every_extra_of_an_optimizer_serves_a_row() -> None:
-    groups = {"cli", "all", "examples", "test", "docs"}
+    groups = {"cli", "all", "benchmarks", "examples", "test", "docs"}
     assert set(PROJECT["optional-dependencies"]) - groups == {row.extra for row in ROWS if row.extra}
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import re
 from collections.abc import Callable, Iterator
 from functools import partial
 from types import CodeType
@@ -27,9 +28,17 @@ from lightning_optim.layerwise.clipping import Clipping
 from lightning_optim.layerwise.engine import Layerwise
 from lightning_optim.layerwise.scaling import OuterScaler
 
-# Where hooks look at gradients between backward and step; and names with "grad" that do not.
-_BETWEEN = ("on_after_backward", "on_before_optimizer_step")
-_HARMLESS = ("zero_grad", "no_grad", "enable_grad", "set_grad_enabled", "requires_grad", "requires_grad_")
+# Where modules and callbacks find the gradients of a plain step, and the names by which code reads or changes them.
+_AFTER_BACKWARD = (
+    "backward",
+    "on_after_backward",
+    "on_before_optimizer_step",
+    "optimizer_step",
+    "on_train_batch_end",
+    "on_before_zero_grad",
+    "optimizer_zero_grad",
+)
+_GRADIENT = re.compile(r"grad|main_grad|grads|grad_norm|get_total_norm|clip_grad\w*")
 _KEY = "layerwise_gradient_norms"
 
 
@@ -86,8 +95,9 @@ class LayerwiseCallback(Callback):
                 layerwise.detach()
             raise
         if layerwise is None:
-            names = dict(trainer.lightning_module.named_parameters())
-            layerwise = Layerwise(optimizer, names={parameter: name for name, parameter in names.items()})
+            layerwise = Layerwise(optimizer)
+        # All of the module, also those that are frozen now.
+        layerwise.names.update({p: parameter_name for parameter_name, p in trainer.lightning_module.named_parameters()})
         layerwise.bucket_mb = merged.bucket_mb
         layerwise.wants_norm = bool(merged.log_grad_norm)
         if callback._norms:
@@ -145,7 +155,9 @@ class LayerwiseCallback(Callback):
         if layerwise.has_gradients() and (options.log_grad_norm or options.norm_clipping == "previous"):
             layerwise.measure_alive()
         if options.log_grad_norm and layerwise.gradient_norm is not None:
-            pl_module.log("grad_norm", layerwise.gradient_norm)
+            several = len(trainer.optimizers) > 1
+            number = [Layerwise.of(other) for other in trainer.optimizers].index(layerwise)
+            pl_module.log(f"grad_norm_{number}" if several else "grad_norm", layerwise.gradient_norm)
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Stores the norms that the next step clips by."""
@@ -245,7 +257,7 @@ def _strategy_name(strategy: Strategy) -> str:
     own = getattr(strategy, "layerwise_name", None)
     if own is not None:
         return str(own)
-    if type(strategy) is SingleDeviceStrategy:
+    if isinstance(strategy, SingleDeviceStrategy) and strategy.root_device.type != "xla":
         return "single_device"
     families = ((DDPStrategy, "ddp"), (FSDPStrategy, "fsdp"), (DeepSpeedStrategy, "deepspeed"))
     return next((name for family, name in families if isinstance(strategy, family)), type(strategy).__name__)
@@ -268,21 +280,31 @@ def _facts(trainer: Trainer, options: LayerwiseOptions, name: str, strategy: str
 
 
 def _gradient_readers(trainer: Trainer) -> Iterator[str]:
-    """Yields the hooks whose code names gradients."""
+    """Yields the hooks of the module and of the callbacks whose code reads gradients that will be gone."""
     owners = [trainer.lightning_module, *trainer.callbacks]  # type: ignore[attr-defined]
     for owner in owners:
-        for hook in _BETWEEN:
-            function = getattr(type(owner), hook)
-            if not isinstance(owner, LayerwiseCallback) and _names_gradients(getattr(function, "__code__", None)):
+        for hook in _AFTER_BACKWARD:
+            if _reads_gradients(type(owner), hook, depth=2):
                 yield f"{type(owner).__name__}.{hook}"
 
 
-def _names_gradients(code: CodeType | None) -> bool:
-    if code is None:
+def _reads_gradients(owner: type, method: str, depth: int) -> bool:
+    """Whether a method of a user's class, or one that it calls on itself, names gradients."""
+    function = inspect.unwrap(getattr(owner, method, None))  # type: ignore[arg-type]
+    module = getattr(function, "__module__", None) or ""
+    if not inspect.isfunction(function) or module.partition(".")[0] in ("lightning", "lightning_optim", "torch"):
         return False
-    if any("grad" in name and name not in _HARMLESS for name in code.co_names):
+    names = list(_names(function.__code__))
+    if any(_GRADIENT.fullmatch(name) for name in names):
         return True
-    return any(_names_gradients(constant) for constant in code.co_consts if isinstance(constant, CodeType))
+    return depth > 1 and any(_reads_gradients(owner, name, depth - 1) for name in names)
+
+
+def _names(code: CodeType) -> Iterator[str]:
+    yield from code.co_names
+    for constant in code.co_consts:
+        if isinstance(constant, CodeType):
+            yield from _names(constant)
 
 
 def _takes_retain_graph(module: LightningModule) -> bool:

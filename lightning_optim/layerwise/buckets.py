@@ -115,15 +115,17 @@ class AgreedBuckets:
         number, offset = self._place[parameter]
         gradient = parameter.grad
         assert gradient is not None
-        buffer = self._buffers.get(number)
-        if buffer is None:
-            elements = sum(member.numel() for member in self._plan[number])
-            buffer = self._buffers[number] = gradient.new_empty(elements)
-        # A gradient's strides are its parameter's: fused kernels read both in the order of memory.
+        # Its strides, if it is dense, are its parameter's: fused kernels read both in the order of memory.
         strides = gradient.stride() if gradient.is_contiguous() else torch.empty_like(gradient, device="meta").stride()
-        view = buffer.as_strided(gradient.shape, strides, offset)
-        view.copy_(gradient)
-        parameter.grad = view
+        if len(self._plan[number]) == 1 and strides == gradient.stride():
+            self._buffers[number] = gradient.as_strided((gradient.numel(),), (1,))
+        else:
+            if number not in self._buffers:
+                elements = sum(member.numel() for member in self._plan[number])
+                self._buffers[number] = gradient.new_empty(elements)
+            view = self._buffers[number].as_strided(gradient.shape, strides, offset)
+            view.copy_(gradient)
+            parameter.grad = view
         self._awaited.discard(parameter)
         self._incomplete[number] -= 1
 

@@ -9,14 +9,16 @@ from types import MethodType
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.amp import GradScaler
-from torch.optim import LBFGS, Optimizer
+from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from lightning_optim.errors import IncompatibleTrainer, InvalidOption
 from lightning_optim.layerwise.buckets import AgreedBuckets, ArrivalBuckets, Buckets, nbytes
 from lightning_optim.layerwise.clipping import Clipping, norms_of, total_norm
+from lightning_optim.layerwise.coupled import refuse_coupled
 from lightning_optim.layerwise.passes import Measurement, Observation, Pass, Step
 from lightning_optim.layerwise.replicas import Replicas
 from lightning_optim.layerwise.split_step import SplitStep
@@ -65,11 +67,7 @@ class Layerwise:
     ) -> None:
         if bucket_mb is not None and not 0 <= bucket_mb < float("inf"):
             raise InvalidOption(f"bucket_mb={bucket_mb!r} is no size: give MiB, 0 for one parameter at a time, or None")
-        if isinstance(optimizer, LBFGS):
-            raise IncompatibleTrainer(
-                "LBFGS evaluates the model several times for one step over all parameters and cannot be stepped layer "
-                "by layer. Use it plainly, or another optimizer."
-            )
+        refuse_coupled(optimizer)
         if Layerwise.of(optimizer) is not None:
             raise IncompatibleTrainer(f"this {type(optimizer).__name__} is layerwise already: Layerwise.of(optimizer)")
         self.optimizer = optimizer
@@ -154,8 +152,15 @@ class Layerwise:
                 follows. ``fabric.backward`` for Fabric.
 
         Raises:
-            IncompatibleTrainer: If a parameter gets a gradient twice, or none where processes average it.
+            IncompatibleTrainer: If a parameter gets a gradient twice, or none where processes average it; if there are
+                several processes and nothing averages; if ``backward`` scales the loss by itself.
         """
+        if getattr(getattr(getattr(backward, "__self__", None), "_precision", None), "scaler", None) is not None:
+            raise IncompatibleTrainer(
+                "Fabric with precision='16-mixed' scales the loss inside fabric.backward, where gradients would be "
+                "stepped before they are unscaled. Use precision='bf16-mixed', or step after backward: "
+                "fabric.backward(loss); optimizer.step(); optimizer.zero_grad()."
+            )
         if scaler is not None:
             loss = scaler.scale(loss)
         if self.must_wait(clipping, scaler):
@@ -235,6 +240,7 @@ class Layerwise:
     def begin(self, clipping: Clipping | None = None, scaler: GradScaler | None = None) -> None:
         """Makes the backward that comes step."""
         self._hook_parameters()
+        self._refuse_separate_processes()
         if clipping is not None and clipping.kind in ("norm", "previous") and self._measured is None:
             raise IncompatibleTrainer(
                 f"Clipping({clipping.kind!r}, ...) needs the norm before the gradients are stepped: call "
@@ -282,8 +288,11 @@ class Layerwise:
         """
         if self.replicas is None or self._averaged:
             return
-        buckets = AgreedBuckets(self._trainable(), self.bucket_bytes, self.replicas.average)
-        for _ in buckets.flush(self._alive()):
+        # A parameter may have been frozen since it got its gradient.
+        alive = self._alive()
+        order = list(dict.fromkeys([*self._trainable(), *alive]))
+        buckets = AgreedBuckets(order, self.bucket_bytes, self.replicas.average)
+        for _ in buckets.flush(alive):
             pass
         self._averaged = True
         self._refuse_unused(buckets)
@@ -313,8 +322,15 @@ class Layerwise:
     def _aborting(self) -> Iterator[None]:
         try:
             yield
-        except BaseException:
+        except BaseException as error:
+            stepping = self.is_stepping
             self.abort()
+            if stepping and "modified by an inplace operation" in str(error):
+                raise IncompatibleTrainer(
+                    "backward needs the value of a parameter that has been stepped already: it is used without a "
+                    "gradient too (weight.detach()), or backward runs twice in one step. Step after backward: use the "
+                    "optimizer without _layerwise."
+                ) from error
             raise
 
     def _outer_step(self, closure: Callable[[], Any] | None) -> Any:
@@ -342,13 +358,15 @@ class Layerwise:
                     parameter.grad = None
             split.commit()
         self.stepped = self.accumulated = self._averaged = False
+        self._arrivals.clear()
         return loss
 
     def _step_after_backward(self, clipping: Clipping | None, scaler: GradScaler | None) -> None:
         self.average_alive()
         if scaler is not None:
             scaler.unscale_(self.optimizer)
-        self.measure_alive()
+        if self.wants_norm or (clipping is not None and clipping.kind in ("norm", "previous")):
+            self.measure_alive()
         if clipping is not None:
             self.clip_alive(clipping)
         if scaler is not None:
@@ -417,6 +435,18 @@ class Layerwise:
 
     def _alive(self) -> list[Tensor]:
         return [parameter for parameter in self._parameters() if parameter.grad is not None]
+
+    def _refuse_separate_processes(self) -> None:
+        """Refuses several processes whose gradients nobody averages: they would drift apart in silence."""
+        if self.replicas is not None or not dist.is_available() or not dist.is_initialized():
+            return
+        # By their method: sharded parameters (FSDP2, tensor parallelism) come with their gradients reduced.
+        if dist.get_world_size() > 1 and not any(hasattr(parameter, "to_local") for parameter in self._parameters()):
+            raise IncompatibleTrainer(
+                f"{dist.get_world_size()} processes, and nothing averages gradients before they are stepped: "
+                "DistributedDataParallel does it too late. Use the model without it and "
+                "Layerwise(optimizer, replicas=Replicas()); Replicas(group) of one process if each trains by itself."
+            )
 
     def _agreed(self) -> bool:
         return self._order is not None and set(self._order) == set(self._trainable())

@@ -34,8 +34,9 @@ class Pass:
         if id(parameter) in self._seen:
             raise IncompatibleTrainer(
                 f"{self._name(parameter)} got a gradient twice in one backward, so that stepping it at the first one "
-                "was too early. Reentrant activation checkpointing does that to tied parameters: use "
-                "checkpoint(..., use_reentrant=False), or the optimizer without _layerwise."
+                "was too early. Reentrant activation checkpointing does that to tied parameters (use "
+                "checkpoint(..., use_reentrant=False)), and so do two backward calls in one step (add the losses). Or "
+                "use the optimizer without _layerwise."
             )
         self._seen.add(id(parameter))
         self._take(self.buckets.add(parameter))
@@ -136,6 +137,8 @@ class Step(Pass):
             self._scaler.step(inner)
         else:
             inner.step()
+        # For kernels that write without autograd's knowledge: backward must not use a stepped value unnoticed.
+        torch.autograd.graph.increment_version(bucket)
 
     def commit(self) -> None:
         """Writes what the step advanced into the outer optimizer."""

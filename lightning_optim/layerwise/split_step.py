@@ -11,9 +11,18 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from lightning_optim.errors import IncompatibleTrainer
+
 # Attributes of the outer optimizer that its parts do not share: what is restricted, and what runs once per step.
 _HOOKS = ("_optimizer_step_pre_hooks", "_optimizer_step_post_hooks")
 _NOT_SHARED = ("param_groups", "step", "_layerwise", *_HOOKS)
+
+
+def _differ(one: Any, other: Any) -> bool:
+    try:
+        return one is not other and bool(one != other)
+    except (RuntimeError, ValueError):  # tensors and arrays with several elements
+        return True
 
 
 class SplitStep:
@@ -77,7 +86,13 @@ class SplitStep:
                     before.copy_(values[0])
                 else:
                     # Some write only when they meet a parameter that asks for it.
-                    group[key] = next((value for value in values if value is not before and value != before), before)
+                    changed = [value for value in values if _differ(value, before)]
+                    if any(_differ(value, changed[0]) for value in changed[1:]):
+                        raise IncompatibleTrainer(
+                            f"{type(self._optimizer).__name__} computed different values of {key!r} for the parts of "
+                            "one group: it couples its parameters and cannot be stepped layer by layer. Use it plainly."
+                        )
+                    group[key] = changed[0] if changed else before
         advanced = {name: value for name, value in self._attributes.items() if name not in _NOT_SHARED}
         vars(self._optimizer).update(advanced)
 

@@ -5,7 +5,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import torch
+from lightning.fabric.plugins import CheckpointIO
 from lightning.pytorch import Trainer
+from lightning.pytorch.accelerators import Accelerator
+from lightning.pytorch.plugins import Precision
 from lightning.pytorch.strategies import SingleDeviceStrategy, Strategy
 
 from lightning_optim.callbacks.layerwise import LayerwiseCallback
@@ -58,7 +61,10 @@ class LayerwiseStrategy(StepsInBackward, SingleDeviceStrategy):
             measures before the one that steps, ``"previous"`` takes the norm of the step before, ``"per_parameter"``
             clips each parameter's gradient by itself.
         log_grad_norm: Whether to log the norm before clipping as ``grad_norm``.
-        **kwargs: Those of ``SingleDeviceStrategy``; without ``device`` it is the accelerator's.
+        device: Where to train; ``None`` means where the Trainer's ``accelerator`` and ``devices`` say.
+        accelerator: As in ``SingleDeviceStrategy``; the Trainer sets it.
+        checkpoint_io: As in ``SingleDeviceStrategy``.
+        precision_plugin: As in ``SingleDeviceStrategy``; the Trainer sets it.
 
     Raises:
         InvalidOption: If an option is of the wrong type or out of range.
@@ -73,13 +79,16 @@ class LayerwiseStrategy(StepsInBackward, SingleDeviceStrategy):
         bucket_mb: float | None = None,
         norm_clipping: str | None = None,
         log_grad_norm: bool | None = None,
-        **kwargs: Any,
+        device: torch.device | str | None = None,
+        accelerator: Accelerator | None = None,
+        checkpoint_io: CheckpointIO | None = None,
+        precision_plugin: Precision | None = None,
     ) -> None:
-        super().__init__(**kwargs)
+        super().__init__(device or "cpu", accelerator, checkpoint_io, precision_plugin)
         self.layerwise_options = layerwise_options(
             self.layerwise_name, bucket_mb=bucket_mb, norm_clipping=norm_clipping, log_grad_norm=log_grad_norm
         )
-        self._parallel_devices = [self._root_device] if "device" in kwargs else None
+        self._parallel_devices = None if device is None else [self._root_device]
 
     @property
     def parallel_devices(self) -> list[torch.device] | None:

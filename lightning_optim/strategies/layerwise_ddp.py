@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Any
+from datetime import timedelta
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
+from lightning.fabric.plugins import CheckpointIO, ClusterEnvironment
+from lightning.pytorch.accelerators import Accelerator
 from lightning.pytorch.overrides.distributed import _sync_module_states
+from lightning.pytorch.plugins import Precision
 from lightning.pytorch.strategies import DDPStrategy
+from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
+from torch.distributed.constants import default_pg_timeout
 
 from lightning_optim.layerwise.engine import Layerwise
 from lightning_optim.layerwise.replicas import Replicas
@@ -27,8 +33,15 @@ class LayerwiseDDPStrategy(StepsInBackward, DDPStrategy):
         norm_clipping: As there.
         log_grad_norm: As there.
         broadcast_buffers: Whether all processes take rank 0's buffers (BatchNorm's statistics) before every forward.
-        **kwargs: Those of ``DDPStrategy`` that do not belong to ``DistributedDataParallel``: ``process_group_backend``,
-            ``timeout``, ``start_method``, ``cluster_environment`` ...
+        process_group_backend: As in ``DDPStrategy``.
+        timeout: As in ``DDPStrategy``.
+        start_method: As in ``DDPStrategy``.
+        accelerator: As in ``DDPStrategy``; the Trainer sets it.
+        parallel_devices: As in ``DDPStrategy``; the Trainer sets it.
+        cluster_environment: As in ``DDPStrategy``.
+        checkpoint_io: As in ``DDPStrategy``.
+        precision_plugin: As in ``DDPStrategy``; the Trainer sets it.
+        **others: Refused.
 
     Raises:
         InvalidOption: If an option is of the wrong type or out of range.
@@ -45,15 +58,32 @@ class LayerwiseDDPStrategy(StepsInBackward, DDPStrategy):
         norm_clipping: str | None = None,
         log_grad_norm: bool | None = None,
         broadcast_buffers: bool = True,
-        **kwargs: Any,
+        process_group_backend: str | None = None,
+        timeout: timedelta = default_pg_timeout,
+        start_method: Literal["popen", "spawn", "fork", "forkserver"] = "popen",
+        accelerator: Accelerator | None = None,
+        parallel_devices: list[torch.device] | None = None,
+        cluster_environment: ClusterEnvironment | None = None,
+        checkpoint_io: CheckpointIO | None = None,
+        precision_plugin: Precision | None = None,
+        **others: Any,
     ) -> None:
-        super().__init__(**kwargs)
-        if self._ddp_kwargs or self._ddp_comm_hook or self._ddp_comm_state:
-            given = [*self._ddp_kwargs, *(["ddp_comm_hook"] if self._ddp_comm_hook or self._ddp_comm_state else [])]
+        # Not handed on: a command line would find the arguments of DistributedDataParallel behind them.
+        if others:
             raise TypeError(
-                f"LayerwiseDDPStrategy got {', '.join(given)}: arguments of DistributedDataParallel, which it does not "
-                "use. Leave them out, or use DDPStrategy and the optimizer without _layerwise."
+                f"LayerwiseDDPStrategy got {', '.join(others)}. If that is for DistributedDataParallel: it is not used "
+                "here. Leave it out, or use DDPStrategy and the optimizer without _layerwise."
             )
+        super().__init__(
+            accelerator=accelerator,
+            parallel_devices=parallel_devices,
+            cluster_environment=cluster_environment,
+            checkpoint_io=checkpoint_io,
+            precision_plugin=precision_plugin,
+            process_group_backend=process_group_backend,
+            timeout=timeout,
+            start_method=start_method,
+        )
         self.layerwise_options = layerwise_options(
             self.layerwise_name, bucket_mb=bucket_mb, norm_clipping=norm_clipping, log_grad_norm=log_grad_norm
         )
@@ -87,9 +117,11 @@ class LayerwiseDDPStrategy(StepsInBackward, DDPStrategy):
                 layerwise.average_alive()
 
     def _sync_buffers(self) -> None:
-        if not self._broadcast_buffers:
-            return
         assert self.model is not None
+        assert self.lightning_module is not None
+        if not self._broadcast_buffers or self.lightning_module.trainer.state.fn != TrainerFn.FITTING:
+            # Outside of fit processes may have different numbers of batches, as under DDP.
+            return
         alike: dict[torch.dtype, list[Tensor]] = {}
         for buffer in self.model.buffers():
             alike.setdefault(buffer.dtype, []).append(buffer)

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, Literal
+from datetime import timedelta
+from typing import Literal
 
 from lightning.pytorch.strategies import ModelParallelStrategy
+from torch.distributed.constants import default_pg_timeout
 
 from lightning_optim.strategies.layerwise import StepsInBackward, layerwise_options
 
@@ -25,7 +27,9 @@ class LayerwiseFSDP2Strategy(StepsInBackward, ModelParallelStrategy):
         data_parallel_size: Processes that share the shards; ``"auto"`` means all that tensor parallelism leaves, unlike
             in ``ModelParallelStrategy``, where it means the number of nodes.
         tensor_parallel_size: Processes of each tensor-parallel group.
-        **kwargs: Those of ``ModelParallelStrategy``.
+        save_distributed_checkpoint: As in ``ModelParallelStrategy``.
+        process_group_backend: As there.
+        timeout: As there.
 
     Raises:
         InvalidOption: If an option is of the wrong type or out of range.
@@ -41,9 +45,13 @@ class LayerwiseFSDP2Strategy(StepsInBackward, ModelParallelStrategy):
         log_grad_norm: bool | None = None,
         data_parallel_size: Literal["auto"] | int = "auto",
         tensor_parallel_size: int = 1,
-        **kwargs: Any,
+        save_distributed_checkpoint: bool = True,
+        process_group_backend: str | None = None,
+        timeout: timedelta = default_pg_timeout,
     ) -> None:
-        super().__init__(data_parallel_size, tensor_parallel_size, **kwargs)
+        super().__init__(
+            data_parallel_size, tensor_parallel_size, save_distributed_checkpoint, process_group_backend, timeout
+        )
         self.layerwise_options = layerwise_options(
             self.layerwise_name, bucket_mb=bucket_mb, norm_clipping=norm_clipping, log_grad_norm=log_grad_norm
         )

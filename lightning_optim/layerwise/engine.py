@@ -9,7 +9,6 @@ from types import MethodType
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.amp import GradScaler
 from torch.optim import Optimizer
@@ -20,7 +19,7 @@ from lightning_optim.layerwise.buckets import AgreedBuckets, ArrivalBuckets, Buc
 from lightning_optim.layerwise.clipping import Clipping, norms_of, total_norm
 from lightning_optim.layerwise.coupled import refuse_coupled
 from lightning_optim.layerwise.passes import Measurement, Observation, Pass, Step
-from lightning_optim.layerwise.replicas import Replicas
+from lightning_optim.layerwise.replicas import AgreedOrder, Replicas, refuse_separate_processes, refuse_unused
 from lightning_optim.layerwise.split_step import SplitStep
 from lightning_optim.optimizers.averaging import KeepsTrainingPoint
 
@@ -96,8 +95,7 @@ class Layerwise:
         self._passes: list[Pass] = []
         self._measured: Tensor | None = None
         self._averaged = False
-        self._order: list[Tensor] | None = None
-        self._arrivals: dict[Tensor, None] = {}
+        self._order = AgreedOrder()
         self._lock = threading.Lock()  # a model on two devices has two backward threads
 
         self._instead_of: dict[str, Any] = {}
@@ -187,7 +185,7 @@ class Layerwise:
             IncompatibleTrainer: If ``clipping`` needs a backward that measures, or processes have not yet agreed on an
                 order.
         """
-        if self.replicas is not None and not self._agreed():
+        if self.replicas is not None and not self._order.covers(self._trainable()):
             raise IncompatibleTrainer(
                 "the processes do not know yet in which order gradients arrive: run the first step through "
                 "Layerwise.backward(loss) in place of a backward inside Layerwise.stepping()."
@@ -222,13 +220,13 @@ class Layerwise:
             IncompatibleTrainer: If a parameter gets no gradient in a process and others average it.
         """
         self._hook_parameters()
-        if self.replicas is not None and not self._agreed():
+        if self.replicas is not None and not self._order.covers(self._trainable()):
             # Micro-batches that accumulated have told the order already, and their gradients must not be freed. A
             # parameter may still get its gradient in the last one.
-            complete = not self._arrivals
+            complete = not self._order.arrivals
             if complete:
-                self._run(Observation(ArrivalBuckets(0), self._name, self._arrivals), backward)
-            self._agree(self.replicas, complete)
+                self._run(Observation(ArrivalBuckets(0), self._name, self._order.arrivals), backward)
+            self._order.agree(self.replicas, list(self._parameters()), self._name, complete)
         if clipping is not None and self._must_measure(clipping):
             measurement = Measurement(self._buckets(), self._name, self.optimizer, scaler)
             self._passes.append(measurement)
@@ -240,7 +238,8 @@ class Layerwise:
     def begin(self, clipping: Clipping | None = None, scaler: GradScaler | None = None) -> None:
         """Makes the backward that comes step."""
         self._hook_parameters()
-        self._refuse_separate_processes()
+        if self.replicas is None:
+            refuse_separate_processes(self._parameters())
         if clipping is not None and clipping.kind in ("norm", "previous") and self._measured is None:
             raise IncompatibleTrainer(
                 f"Clipping({clipping.kind!r}, ...) needs the norm before the gradients are stepped: call "
@@ -263,7 +262,7 @@ class Layerwise:
             step.commit()
         self._pass, self._measured = None, None
         self._passes = [step]
-        self._arrivals.clear()
+        self._order.arrivals.clear()
         self.stepped = True
         norm = step.norm()
         if norm is not None:
@@ -295,7 +294,7 @@ class Layerwise:
         for _ in buckets.flush(alive):
             pass
         self._averaged = True
-        self._refuse_unused(buckets)
+        refuse_unused(buckets.unused, "in this process", self._name)
 
     def measure_alive(self) -> None:
         """Takes the norm of gradients that wait for their step as :attr:`gradient_norm`."""
@@ -358,7 +357,7 @@ class Layerwise:
                     parameter.grad = None
             split.commit()
         self.stepped = self.accumulated = self._averaged = False
-        self._arrivals.clear()
+        self._order.arrivals.clear()
         return loss
 
     def _step_after_backward(self, clipping: Clipping | None, scaler: GradScaler | None) -> None:
@@ -395,7 +394,7 @@ class Layerwise:
         with self._lock:
             run.finish(self._alive())
         if isinstance(run.buckets, AgreedBuckets):
-            self._refuse_unused(run.buckets)
+            refuse_unused(run.buckets.unused, "in this process", self._name)
 
     def _hook_parameters(self) -> None:
         """Hooks every trainable parameter, also those that were added or unfrozen since."""
@@ -409,7 +408,7 @@ class Layerwise:
         if self._pass is None:
             self._averaged = False
             if self.replicas is not None:
-                self._arrivals[parameter] = None
+                self._order.arrivals[parameter] = None
             return
         with self._lock:
             self._pass.arrive(parameter)
@@ -417,8 +416,7 @@ class Layerwise:
     def _buckets(self) -> Buckets:
         if self.replicas is None:
             return ArrivalBuckets(self.bucket_bytes)
-        assert self._order is not None, "prepare() comes first"
-        return AgreedBuckets(self._order, self.bucket_bytes, self.replicas.average)
+        return AgreedBuckets(self._order.parameters, self.bucket_bytes, self.replicas.average)
 
     @property
     def bucket_bytes(self) -> int:
@@ -435,50 +433,6 @@ class Layerwise:
 
     def _alive(self) -> list[Tensor]:
         return [parameter for parameter in self._parameters() if parameter.grad is not None]
-
-    def _refuse_separate_processes(self) -> None:
-        """Refuses several processes whose gradients nobody averages: they would drift apart in silence."""
-        if self.replicas is not None or not dist.is_available() or not dist.is_initialized():
-            return
-        # By their method: sharded parameters (FSDP2, tensor parallelism) come with their gradients reduced.
-        if dist.get_world_size() > 1 and not any(hasattr(parameter, "to_local") for parameter in self._parameters()):
-            raise IncompatibleTrainer(
-                f"{dist.get_world_size()} processes, and nothing averages gradients before they are stepped: "
-                "DistributedDataParallel does it too late. Use the model without it and "
-                "Layerwise(optimizer, replicas=Replicas()); Replicas(group) of one process if each trains by itself."
-            )
-
-    def _agreed(self) -> bool:
-        return self._order is not None and set(self._order) == set(self._trainable())
-
-    def _agree(self, replicas: Replicas, complete: bool) -> None:
-        """Takes the order in which gradients arrived in the first process for all of them.
-
-        Args:
-            replicas: The processes.
-            complete: Whether every parameter must have got a gradient.
-        """
-        parameters = list(self._parameters())
-        number = {parameter: index for index, parameter in enumerate(parameters)}
-        orders = replicas.exchange([number[parameter] for parameter in self._arrivals])
-        self._arrivals.clear()
-        needed = {number[parameter] for parameter in self._trainable()}
-        for rank, order in enumerate(orders if complete else ()):
-            if needed - set(order):
-                self._refuse([parameters[index] for index in sorted(needed - set(order))], f"in process {rank}")
-        self._order = [parameters[index] for index in [*orders[0], *sorted(needed - set(orders[0]))]]
-
-    def _refuse_unused(self, buckets: AgreedBuckets) -> None:
-        if buckets.unused:
-            self._refuse(buckets.unused, "in this process")
-
-    def _refuse(self, unused: list[Tensor], where: str) -> None:
-        names = ", ".join(map(self._name, unused[:5])) + (f" and {len(unused) - 5} more" if len(unused) > 5 else "")
-        raise IncompatibleTrainer(
-            f"{names} got no gradient {where}, and stepping during backward averages the gradients of every parameter "
-            "over the processes. Freeze what is not used (requires_grad_(False)), or use "
-            "Trainer(strategy='ddp_find_unused_parameters_true') and the optimizer without _layerwise."
-        )
 
     def _name(self, parameter: Tensor) -> str:
         return repr(self.names.get(parameter, f"a parameter of shape {tuple(parameter.shape)}"))

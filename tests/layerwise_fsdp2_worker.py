@@ -140,9 +140,11 @@ def fit(
     if save is not None:
         callbacks.append(ModelCheckpoint(save, filename="{step}", every_n_train_steps=4, save_top_k=-1))
     strategy = strategy or (LayerwiseFSDP2Strategy if layerwise else ModelParallelStrategy)
+    # Lightning's default would make the two processes a tensor-parallel group; ours shards.
+    sizes = {} if strategy is LayerwiseFSDP2Strategy else {"data_parallel_size": 2, "tensor_parallel_size": 1}
     run = trainer(
         max_steps=8,
-        strategy=strategy(data_parallel_size=2, tensor_parallel_size=1, save_distributed_checkpoint=not whole_file),
+        strategy=strategy(**sizes, save_distributed_checkpoint=not whole_file),
         devices=2,
         callbacks=callbacks,
         enable_checkpointing=save is not None,

@@ -57,7 +57,7 @@ def test_demo(tmp_path: Path) -> None:
     assert layerwise[:5] == plain[:5]
     assert "Bit for bit the same losses in every step: adamw_torch and adamw_torch_layerwise." in output
     assert plain[5] == quantized[5] == pytest.approx(plain[4] / 2, rel=1e-3), "two states per gradient"
-    assert layerwise[5] < plain[5] / 5
+    assert layerwise[5] < plain[5] / 4
     assert quantized[1] == pytest.approx(plain[1], abs=0.01), "the same seed and batches lead to almost the same loss"
     assert quantized[3] < 0.31 * plain[3]
 

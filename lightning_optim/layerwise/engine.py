@@ -349,7 +349,8 @@ class Layerwise:
         alive = self._alive()
         # Without gradients, too: an optimizer may count its steps in its groups.
         if alive or not self.stepped:
-            self.average_alive()
+            if alive:
+                self.average_alive()
             split = SplitStep(self.optimizer)
             for bucket in ArrivalBuckets(self.bucket_bytes).flush(alive):
                 split.inner(bucket).step()

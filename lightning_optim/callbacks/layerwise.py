@@ -159,6 +159,12 @@ class LayerwiseCallback(Callback):
             number = [Layerwise.of(other) for other in trainer.optimizers].index(layerwise)
             pl_module.log(f"grad_norm_{number}" if several else "grad_norm", layerwise.gradient_norm)
 
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if any(layerwise.replicas for layerwise in self._driven(trainer)):
+            # A thread of gloo may still have to hand the last buffer back to Python. It needs the interpreter's lock,
+            # free while this waits, and aborts the process if the interpreter has ended before it gets it.
+            trainer.strategy.barrier("layerwise")
+
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Stores the norms that the next step clips by."""
         if any(self._options[layerwise].norm_clipping == "previous" for layerwise in self._driven(trainer)):

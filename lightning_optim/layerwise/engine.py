@@ -20,7 +20,6 @@ from lightning_optim.layerwise.clipping import Clipping, norms_of, total_norm
 from lightning_optim.layerwise.coupled import refuse_coupled
 from lightning_optim.layerwise.passes import Measurement, Observation, Pass, Step
 from lightning_optim.layerwise.replicas import AgreedOrder, Replicas, refuse_separate_processes, refuse_unused
-from lightning_optim.layerwise.split_step import SplitStep
 from lightning_optim.optimizers.averaging import KeepsTrainingPoint
 
 MIB = 2**20
@@ -351,12 +350,9 @@ class Layerwise:
         if alive or not self.stepped:
             if alive:
                 self.average_alive()
-            split = SplitStep(self.optimizer)
-            for bucket in ArrivalBuckets(self.bucket_bytes).flush(alive):
-                split.inner(bucket).step()
-                for parameter in bucket:
-                    parameter.grad = None
-            split.commit()
+            step = Step(ArrivalBuckets(self.bucket_bytes), self._name, self.optimizer)
+            step.finish(alive)
+            step.commit()
         self.stepped = self.accumulated = self._averaged = False
         self._order.arrivals.clear()
         return loss

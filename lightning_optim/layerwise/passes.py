@@ -106,10 +106,10 @@ class Step(Pass):
         buckets: Buckets,
         name: Callable[[Tensor], str],
         optimizer: Optimizer,
-        clipping: Clipping | None,
-        scaler: GradScaler | None,
-        total: Tensor | None,
-        wants_norm: bool,
+        clipping: Clipping | None = None,
+        scaler: GradScaler | None = None,
+        total: Tensor | None = None,
+        wants_norm: bool = False,
     ) -> None:
         super().__init__(buckets, name)
         self._split = SplitStep(optimizer)

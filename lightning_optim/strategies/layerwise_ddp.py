@@ -133,7 +133,3 @@ class LayerwiseDDPStrategy(StepsInBackward, DDPStrategy):
                 parts = torch.split_with_sizes(flat, [buffer.numel() for buffer in buffers])
                 for buffer, part in zip(buffers, parts, strict=True):
                     buffer.copy_(part.view_as(buffer))
-
-    @classmethod
-    def register_strategies(cls, strategy_registry: Any) -> None:
-        """Does nothing: :func:`lightning_optim.strategies.register` knows the flags."""

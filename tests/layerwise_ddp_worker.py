@@ -102,15 +102,15 @@ class Watch(Callback):
 
 
 class Sent:
-    """Counts what goes through ``torch.distributed.all_reduce``."""
+    """Counts the calls of a collective."""
 
     count = 0
 
     @classmethod
-    def counting(cls, all_reduce: Callable[..., Any]) -> Callable[..., Any]:
+    def counting(cls, collective: Callable[..., Any]) -> Callable[..., Any]:
         def counted(*args: Any, **kwargs: Any) -> Any:
             cls.count += 1
-            return all_reduce(*args, **kwargs)
+            return collective(*args, **kwargs)
 
         return counted
 

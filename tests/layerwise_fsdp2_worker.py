@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from torch.distributed.tensor import DTensor
 
 from lightning_optim import LayerwiseFSDP2Strategy
 from tests.cases import BY_NAME
+from tests.layerwise_ddp_worker import Sent
 from tests.models import TOKENS, LitTokens, loader, trainer
 
 RANK = int(os.environ.get("LOCAL_RANK", 0))
@@ -95,26 +96,6 @@ class Watch(Callback):
             self.weights[name] = parameter.full_tensor().detach()
 
 
-class Sent:
-    """Counts what goes through ``torch.distributed.reduce_scatter...``, whose name differs between versions."""
-
-    count = 0
-
-    @classmethod
-    def watch(cls) -> None:
-        for name in ("reduce_scatter_tensor", "reduce_scatter_single"):
-            if hasattr(dist, name):
-                setattr(dist, name, cls.counting(getattr(dist, name)))
-
-    @classmethod
-    def counting(cls, reduce_scatter: Callable[..., Any]) -> Callable[..., Any]:
-        def counted(*args: Any, **kwargs: Any) -> Any:
-            cls.count += 1
-            return reduce_scatter(*args, **kwargs)
-
-        return counted
-
-
 def fit(
     name: str,
     options: dict[str, Any] | None = None,
@@ -180,5 +161,7 @@ def runs(directory: Path) -> Iterator[tuple[str, Any]]:
 
 
 if __name__ == "__main__":
-    Sent.watch()
+    for name in ("reduce_scatter_tensor", "reduce_scatter_single"):  # its name differs between versions
+        if hasattr(dist, name):
+            setattr(dist, name, Sent.counting(getattr(dist, name)))
     torch.save(dict(runs(Path(sys.argv[1]))), Path(sys.argv[1]) / f"rank{RANK}.pt")

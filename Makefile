@@ -32,10 +32,11 @@ docs: venv
 	$(BIN)/python docs/generate.py
 	$(BIN)/sphinx-build --fail-on-warning --keep-going --quiet -b html docs docs/_build
 
-# Prints ratios of one interleaved run, with the hardware and the versions.
+# Prints ratios of interleaved runs, with the hardware and the versions.
 benchmarks: venv
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[benchmarks]"
 	$(BIN)/python benchmarks/layerwise.py
+	$(BIN)/python benchmarks/optimizers.py
 
 clean:
 	rm -rf $(VENV) docs/_build docs/generated demo_output

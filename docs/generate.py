@@ -24,10 +24,11 @@ PROVIDERS = {
     "torch": "PyTorch",
     "torchao": "torchao",
     "bitsandbytes": "bitsandbytes",
+    "lightning_optim": "Our own",
     "optimi": "optimi",
     "schedulefree": "schedulefree",
 }
-SCOPES = {"group": "parameter group", "constructor": "optimizer", "policy": "grouping"}
+SCOPES = {"group": "parameter group", "constructor": "optimizer", "policy": "grouping", "layerwise": "optimizer"}
 
 
 def main(target: Path) -> None:
@@ -118,7 +119,7 @@ def _options(options: type[Options], with_scope: bool = True) -> Iterator[str]:
 def _state(spec: OptimizerSpec) -> str:
     if spec.state is None:
         return "unknown"
-    return f"{parameter_bytes(spec, spec.options(), ELEMENTS, ELEMENT_SIZE) / ELEMENTS:.2f}"
+    return f"{parameter_bytes(spec, spec.options(), (SIDE, SIDE), ELEMENT_SIZE) / ELEMENTS:.2f}"
 
 
 def _install(spec: OptimizerSpec) -> str:

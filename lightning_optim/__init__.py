@@ -12,6 +12,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from lightning_optim.availability import Requirement
+from lightning_optim.callbacks.grokking import GrokkingSignal
 from lightning_optim.callbacks.optim import OptimCallback
 from lightning_optim.callbacks.schedule_free import ScheduleFreeCallback
 from lightning_optim.config import OptimConfig
@@ -46,6 +47,7 @@ __all__ = [
     "Buffer",
     "Clipping",
     "DuplicateOptimizer",
+    "GrokkingSignal",
     "IncompatibleTrainer",
     "InvalidOption",
     "InvalidParamGroups",

@@ -38,6 +38,10 @@ _ARGUMENTS: dict[str, tuple[Any, str]] = {
         dict[str, Any] | str | None,
         "Options of the optimizer: --optim_args.eps 1e-6, a mapping in YAML, or 'name=value,...'.",
     ),
+    "optim_target_modules": (
+        list[str] | str | None,
+        "Modules whose weights are projected: all-linear, a regular expression over names, or a list of their parts.",
+    ),
     "param_groups": (
         dict[str, dict[str, Any]] | None,
         "Hyperparameters by regular expression over parameter names, for instance {'embed.*': {'lr': 1e-4}}.",

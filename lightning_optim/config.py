@@ -12,6 +12,7 @@ from lightning_optim.errors import InvalidOption, MissingDependency
 from lightning_optim.options import NON_NEGATIVE, Range, as_mapping, as_number, parse
 from lightning_optim.registry import REGISTRY
 from lightning_optim.schedules import get_schedule, parse_warmup
+from lightning_optim.target_modules import TargetModules, check_target_modules
 
 _LAYER_DECAY = Range(low=0.0, high=1.0, low_open=True)
 
@@ -30,6 +31,8 @@ class OptimConfig:
         weight_decay: Weight decay of the parameters that decay; ``None`` takes the row's default.
         optim_args: Options of the optimizer, a mapping or ``"name=value,..."``. ``weight_decay`` is understood here,
             too.
+        optim_target_modules: Modules whose weights are projected, for optimizers that project: ``"all-linear"``, a
+            regular expression over names, or a list of parts of names; ``None`` means every ``nn.Linear``.
         param_groups: Hyperparameters by regular expression over parameter names; the first match wins.
         layer_decay: The learning rate is multiplied by this once per layer below the top.
         layer_pattern: Regular expression whose one group is a layer's number.
@@ -45,6 +48,7 @@ class OptimConfig:
     lr: float | None = None
     weight_decay: float | None = None
     optim_args: Mapping[str, Any] | str | None = None
+    optim_target_modules: TargetModules = None
     param_groups: Mapping[str, Mapping[str, Any]] | None = None
     layer_decay: float | None = None
     layer_pattern: str | None = None
@@ -60,6 +64,7 @@ class OptimConfig:
             raise InvalidOption(
                 f"param_groups={self.param_groups!r} is no mapping of patterns such as {{'embed.*': {{'lr': 1e-4}}}}"
             )
+        check_target_modules(self.optim_target_modules)
         if self.lr_scheduler is not None:
             schedule = get_schedule(self.lr_scheduler)
             parse(schedule.options, self.lr_scheduler_args, schedule.name)
@@ -68,8 +73,8 @@ class OptimConfig:
         except MissingDependency:
             return
         self._absorb_weight_decay()
-        parse(spec.options, self.optim_args, self.optim)
-        rules.check_config(rules.Request(spec, self))
+        options = parse(spec.options, self.optim_args, self.optim)
+        rules.check_config(rules.Request(spec, self, options))
 
     def replace(self, **changes: Any) -> OptimConfig:
         """Returns a checked copy with some attributes changed."""

@@ -37,17 +37,19 @@ class IncompatibleTrainer(ValueError):
 def close_names(name: str, known: Iterable[str], limit: int = 5) -> list[str]:
     """Returns up to ``limit`` of the ``known`` names that a user who typed ``name`` may have meant.
 
-    Similar spellings come first, then names that share the most ``_``-separated words with ``name``; words of four
-    letters or more are shared where one contains the other.
+    Names that begin with ``name`` come first, short ones before long ones; then similar spellings; then names that
+    share the most ``_``-separated words with it, where words of four letters or more are shared if one contains the
+    other.
     """
     known = sorted(known)
+    begun = sorted((other for other in known if name and other.startswith(name.lower())), key=len)
     similar = difflib.get_close_matches(name.lower(), known, n=limit, cutoff=0.6)
     words = name.lower().replace("-", "_").split("_")
     shared = {
         other: sum(any(_akin(word, part) for part in other.lower().split("_")) for word in words) for other in known
     }
     related = [other for other in sorted(known, key=lambda other: -shared[other]) if shared[other]]
-    return list(dict.fromkeys(similar + related))[:limit]
+    return list(dict.fromkeys(begun + similar + related))[:limit]
 
 
 def _akin(word: str, other: str) -> bool:

@@ -17,6 +17,7 @@ from lightning_optim.options import Options, parse
 from lightning_optim.param_groups import GroupPolicy, Target, make_groups, named_parameters
 from lightning_optim.registry import REGISTRY
 from lightning_optim.spec import OptimizerSpec
+from lightning_optim.target_modules import TargetModules, left_out
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,7 @@ class ResolvedOptimizer:
         lr: Learning rate.
         weight_decay: Weight decay of the parameters that decay.
         state_bytes: Bytes of its full state, or ``None`` if the row does not say.
+        not_projected: Modules that ``optim_target_modules`` names in vain, with what they are.
     """
 
     optimizer: Optimizer
@@ -38,6 +40,7 @@ class ResolvedOptimizer:
     lr: float
     weight_decay: float
     state_bytes: int | None
+    not_projected: Mapping[str, str]
 
 
 def resolve(
@@ -57,14 +60,21 @@ def resolve(
     spec = REGISTRY[config.optim]
     optimizer_class = spec.load()
     options = parse(spec.options, config.optim_args, config.optim)
-    lr = spec.default_lr if config.lr is None else config.lr
+    lr = options.default_lr(spec.default_lr) if config.lr is None else config.lr
     assert lr is not None, "the config rules see to it"
     weight_decay = spec.default_weight_decay if config.weight_decay is None else config.weight_decay
 
     parameters = named_parameters(target)
-    policy = GroupPolicy(lr, weight_decay, config.param_groups or {}, config.layer_decay, config.layer_pattern)
+    policy = GroupPolicy(
+        lr,
+        weight_decay,
+        config.param_groups or {},
+        config.layer_decay,
+        config.layer_pattern,
+        config.optim_target_modules,
+    )
     groups = make_groups(parameters, spec, options, policy)
-    rules.check_run(rules.Run(rules.Request(spec, config), parameters, groups, trainer))
+    rules.check_run(rules.Run(rules.Request(spec, config, options), parameters, groups, trainer))
 
     arguments = {"lr": lr, **options.select("group", "constructor"), **spec.fixed}
     if spec.decays:
@@ -75,7 +85,9 @@ def resolve(
     if spec.layerwise:
         names = {parameter.parameter: parameter.name for parameter in parameters}
         Layerwise(optimizer, options.select("layerwise")["bucket_mb"], names=names)
-    return ResolvedOptimizer(optimizer, spec, options, lr, weight_decay, state_bytes(spec, options, groups))
+    not_projected = left_out(parameters, config.optim_target_modules) if spec.projects else {}
+    size = state_bytes(spec, options, groups)
+    return ResolvedOptimizer(optimizer, spec, options, lr, weight_decay, size, not_projected)
 
 
 def build_optimizer(
@@ -85,6 +97,7 @@ def build_optimizer(
     lr: float | None = None,
     weight_decay: float | None = None,
     optim_args: Mapping[str, Any] | str | None = None,
+    optim_target_modules: TargetModules = None,
     param_groups: Mapping[str, Mapping[str, Any]] | None = None,
     layer_decay: float | None = None,
     layer_pattern: str | None = None,
@@ -99,6 +112,8 @@ def build_optimizer(
         lr: Learning rate; ``None`` takes the row's default.
         weight_decay: Weight decay of the parameters that decay; ``None`` takes the row's default.
         optim_args: The row's options, a mapping or ``"name=value,..."``.
+        optim_target_modules: Modules whose weights are projected, for optimizers that project: ``"all-linear"``, a
+            regular expression over names, or a list of parts of names; ``None`` means every ``nn.Linear``.
         param_groups: Hyperparameters by regular expression over parameter names; the first match wins.
         layer_decay: The learning rate is multiplied by this once per layer below the top.
         layer_pattern: Regular expression whose one group is a layer's number.
@@ -128,6 +143,7 @@ def build_optimizer(
         lr=lr,
         weight_decay=weight_decay,
         optim_args=optim_args,
+        optim_target_modules=optim_target_modules,
         param_groups=param_groups,
         layer_decay=layer_decay,
         layer_pattern=layer_pattern,

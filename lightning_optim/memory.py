@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterable
 from typing import Any
 
@@ -26,19 +27,20 @@ def state_bytes(spec: OptimizerSpec, options: Options, groups: Iterable[dict[str
         # A group may override what decides whether a buffer exists.
         own = dataclasses.replace(options, **{key: group[key] for key in options.select("group") if key in group})
         for parameter in group["params"]:
-            total += parameter_bytes(spec, own, parameter.numel(), parameter.element_size(), group.get("optim_bits"))
+            shape = tuple(parameter.shape)
+            total += parameter_bytes(spec, own, shape, parameter.element_size(), group.get("optim_bits"))
     return total
 
 
 def parameter_bytes(
-    spec: OptimizerSpec, options: Options, elements: int, element_size: int, bits: int | None = None
+    spec: OptimizerSpec, options: Options, shape: tuple[int, ...], element_size: int, bits: int | None = None
 ) -> int:
     """Returns the bytes of one parameter's state.
 
     Args:
         spec: The row; its ``state`` must be known.
         options: Its options.
-        elements: Number of elements of the parameter.
+        shape: Shape of the parameter.
         element_size: Bytes per element of the parameter.
         bits: The group's ``optim_bits``; 32 keeps the state unquantized.
     """
@@ -49,10 +51,14 @@ def parameter_bytes(
     for buffer in layout.buffers:
         if not buffer.exists(options, element_size):
             continue
-        if quantization is not None and bits != 32 and is_quantized(quantization, options, elements):
-            per_copy = _quantized_bytes(quantization, options, elements)
+        elements = buffer.elements(shape, options) if buffer.elements else math.prod(shape)
+        may_be_quantized = quantization if buffer.quantized and bits != 32 else None
+        if may_be_quantized is not None and is_quantized(may_be_quantized, options, elements):
+            per_copy = _quantized_bytes(may_be_quantized, options, elements)
+        elif buffer.element_size is not None:
+            per_copy = elements * buffer.element_size(options)
         else:
-            per_copy = elements * (4 if buffer.float32 or bits == 32 else element_size)
+            per_copy = elements * (max(4, element_size) if buffer.float32 or bits == 32 else element_size)
         total += buffer.copies * per_copy
     return total
 

@@ -19,6 +19,7 @@ from lightning_optim.callbacks.used import OptimIsUsed
 from lightning_optim.config import OptimConfig
 from lightning_optim.errors import IncompatibleTrainer
 from lightning_optim.param_groups import Target
+from lightning_optim.target_modules import TargetModules
 
 if TYPE_CHECKING:
     from lightning.pytorch.utilities.types import OptimizerLRScheduler
@@ -45,6 +46,8 @@ class OptimMixin(_Base):
         weight_decay: Weight decay of the parameters that decay (not biases, norms and others with fewer than two
             dimensions); ``None`` takes the row's default.
         optim_args: The row's options, a mapping or ``"name=value,..."``; ``lightning-optim info NAME`` shows them.
+        optim_target_modules: Modules whose weights are projected, for optimizers that project: ``"all-linear"``, a
+            regular expression over names, or a list of parts of names; ``None`` means every ``nn.Linear``.
         param_groups: Hyperparameters by regular expression over parameter names; the first match wins.
         layer_decay: The learning rate is multiplied by this once per layer below the top.
         layer_pattern: Regular expression whose one group is a layer's number; ``None`` finds the layers.
@@ -65,6 +68,7 @@ class OptimMixin(_Base):
         lr: float | None = None,
         weight_decay: float | None = None,
         optim_args: Mapping[str, Any] | str | None = None,
+        optim_target_modules: TargetModules = None,
         param_groups: Mapping[str, Mapping[str, Any]] | None = None,
         layer_decay: float | None = None,
         layer_pattern: str | None = None,
@@ -80,6 +84,7 @@ class OptimMixin(_Base):
             lr,
             weight_decay,
             optim_args,
+            optim_target_modules,
             param_groups,
             layer_decay,
             layer_pattern,
@@ -191,6 +196,7 @@ class OptimMixin(_Base):
         lr: float | None = None,
         weight_decay: float | None = None,
         optim_args: Mapping[str, Any] | str | None = None,
+        optim_target_modules: TargetModules = None,
         param_groups: Mapping[str, Mapping[str, Any]] | None = None,
         layer_decay: float | None = None,
         layer_pattern: str | None = None,
@@ -206,6 +212,7 @@ class OptimMixin(_Base):
             lr: Learning rate.
             weight_decay: Weight decay of the parameters that decay.
             optim_args: The row's options.
+            optim_target_modules: Modules whose weights are projected, for optimizers that project.
             param_groups: Hyperparameters by regular expression over parameter names.
             layer_decay: Factor on the learning rate per layer below the top.
             layer_pattern: Regular expression whose one group is a layer's number.
@@ -220,6 +227,7 @@ class OptimMixin(_Base):
             "lr": lr,
             "weight_decay": weight_decay,
             "optim_args": optim_args,
+            "optim_target_modules": optim_target_modules,
             "param_groups": param_groups,
             "layer_decay": layer_decay,
             "layer_pattern": layer_pattern,

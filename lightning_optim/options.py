@@ -17,6 +17,8 @@ from dataclasses import dataclass
 from numbers import Integral, Real
 from typing import Any, ClassVar, Literal, TypeVar
 
+import torch
+
 from lightning_optim.errors import InvalidOption, close_names, listing
 
 _TRUE = ("true", "1", "yes", "y", "on", "t")
@@ -65,6 +67,10 @@ class Options:
 
     def check(self) -> None:
         """Raises :class:`InvalidOption` for combinations of values that cannot work together."""
+
+    def default_lr(self, default: float | None) -> float | None:
+        """Returns the learning rate when the user gives none; ``default`` is the row's."""
+        return default
 
     def select(self, *scopes: Scope) -> dict[str, Any]:
         """Returns the options of the given scopes as keyword arguments."""
@@ -284,8 +290,12 @@ def convert(value: Any, hint: Any) -> Any:
     if origin in (typing.Union, types.UnionType):
         return _convert_union(value, typing.get_args(hint))
     if origin is Literal:
-        if value in typing.get_args(hint):
+        choices = typing.get_args(hint)
+        if value in choices:
             return value
+        # A dtype, as an object or as torch writes it.
+        if isinstance(value, (str, torch.dtype)) and (name := str(value).removeprefix("torch.")) in choices:
+            return name
         raise ValueError(value)
     if origin is tuple:
         return _convert_tuple(value, typing.get_args(hint))

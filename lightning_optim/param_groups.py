@@ -6,7 +6,8 @@ The policy, in the order in which a parameter meets it:
 2. layer-wise decay scales its learning rate by its depth, unless a pattern set it;
 3. biases, parameters of norm layers and others with fewer than two dimensions are not decayed, unless a pattern says
    so;
-4. where states are quantized, those of embeddings stay in 32 bits, unless the options say otherwise.
+4. where states are quantized, those of embeddings stay in 32 bits, unless the options say otherwise;
+5. where gradients are projected, those of parameters that no target module owns are not.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from torch.nn.parameter import is_lazy
 from lightning_optim.errors import InvalidOption, InvalidParamGroups, close_names, listing
 from lightning_optim.options import NON_NEGATIVE, Options, as_number, coerce, describe
 from lightning_optim.spec import OptimizerSpec
+from lightning_optim.target_modules import TargetModules, projected
 
 _NORMS = (_NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
 _EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)
@@ -48,11 +50,22 @@ class NamedParameter:
         return self.names[0] if self.names else f"<unnamed {tuple(self.parameter.shape)}>"
 
     @property
-    def decays(self) -> bool:
-        """Whether weight decay makes sense: no bias, no norm, at least two dimensions."""
+    def modules(self) -> tuple[tuple[str, nn.Module | None], ...]:
+        """The names of the modules it belongs to with the modules, which are ``None`` if only names were given."""
+        prefixes = [name.rpartition(".")[0] for name in self.names or ("",)]
+        return tuple(zip(prefixes, self.owners or (None,) * len(prefixes), strict=True))
+
+    @property
+    def is_matrix(self) -> bool:
+        """Whether it is a weight of at least two dimensions and no bias."""
         # Not all biases have one dimension: those of experts are stacked, attention's bias_k is (1, 1, width).
         is_bias = any("bias" in name.rpartition(".")[2].split("_") for name in self.names)
-        return self.parameter.ndim >= 2 and not is_bias and not any(map(_is_norm, self.owners))
+        return self.parameter.ndim >= 2 and not is_bias
+
+    @property
+    def decays(self) -> bool:
+        """Whether weight decay makes sense: no bias, no norm, at least two dimensions."""
+        return self.is_matrix and not any(map(_is_norm, self.owners))
 
     @property
     def is_embedding(self) -> bool:
@@ -70,6 +83,7 @@ class GroupPolicy:
         overrides: Hyperparameters by regular expression over parameter names.
         layer_decay: Factor per layer of depth; ``None`` leaves all layers the same lr.
         layer_pattern: Regular expression whose one group is the layer's number; ``None`` finds the layers itself.
+        target_modules: The modules whose matrices a projecting optimizer projects; ``None`` means every ``nn.Linear``.
     """
 
     lr: float
@@ -77,6 +91,7 @@ class GroupPolicy:
     overrides: Mapping[str, Mapping[str, Any]]
     layer_decay: float | None = None
     layer_pattern: str | None = None
+    target_modules: TargetModules = None
 
 
 def named_parameters(target: Target) -> list[NamedParameter]:
@@ -112,15 +127,18 @@ def make_groups(
 
     Returns:
         Param groups with ``name``, ``params``, ``lr``, ``weight_decay`` (if the class decays), ``optim_bits`` (if its
-        states are quantized) and the overridden options.
+        states are quantized), the overridden options and, where a projecting class is to leave them alone,
+        ``rank=None``.
 
     Raises:
-        InvalidParamGroups: If a pattern is malformed, matches nothing or only what an earlier pattern took.
+        InvalidParamGroups: If a pattern is malformed, matches nothing or only what an earlier pattern took, or if
+            nothing is projected by an optimizer that projects.
         InvalidOption: If an override is unknown, of the wrong type or out of range.
     """
     overrides = {pattern: _checked(pattern, values, spec, options) for pattern, values in policy.overrides.items()}
     pattern_of = _assign(parameters, overrides)
     depths = _layer_depths(parameters, policy) if policy.layer_decay is not None else {}
+    targets = projected(parameters, policy.target_modules) if spec.projects else set()
     groups: dict[tuple[Any, ...], dict[str, Any]] = {}
     for parameter in parameters:
         identity = id(parameter.parameter)
@@ -139,6 +157,11 @@ def make_groups(
             keep = parameter.is_embedding and not getattr(options, "quantize_embeddings", False)
             group["optim_bits"] = 32 if keep else spec.bits
             labels += ["32bit"] if keep and "optim_bits" not in override else []
+        if identity in targets:
+            labels.append("low_rank")
+        elif spec.projects:
+            _check_unprojected(parameter, pattern, override)
+            override = {**override, "rank": None}
         name = "/".join(labels) or "all"
         # The pattern is part of the key: a pattern "decay" must not meet the group of that name.
         key = (pattern, name)
@@ -146,6 +169,16 @@ def make_groups(
     _make_unique(list(groups.values()))
     # Decayed groups first whatever module comes first, so that adding a leading norm layer does not swap the groups.
     return sorted(groups.values(), key=lambda group: "no_decay" in group["name"].split("/"))
+
+
+def _check_unprojected(parameter: NamedParameter, pattern: str | None, override: Mapping[str, Any]) -> None:
+    """Refuses a rank for a matrix that is not projected; a pattern may well match the bias beside a weight."""
+    if "rank" in override and parameter.decays:
+        raise InvalidParamGroups(
+            f"param_groups[{pattern!r}] sets rank={override['rank']!r} for {parameter.name!r}, which is not projected. "
+            "Name its module in optim_target_modules (nn.Linear and convolutions can be projected), or narrow the "
+            "pattern"
+        )
 
 
 def _make_unique(groups: list[dict[str, Any]]) -> None:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
 
 from lightning_optim.factory import ResolvedOptimizer
 from lightning_optim.layerwise.engine import Layerwise
+from lightning_optim.optimizers.projection import matrix_shape
+
+# How many of the modules that are not projected the report names.
+_NAMED = 4
 
 
 def describe(resolved: ResolvedOptimizer, identifier: str, schedule: str) -> str:
@@ -23,6 +27,10 @@ def describe(resolved: ResolvedOptimizer, identifier: str, schedule: str) -> str
         own = ", ".join(f"{key}={value}" for key, value in _differences(group, resolved).items())
         lines.append(f"  {group['name']:<{width}}  {len(group['params']):>4} tensors  {elements:>12,} elements  {own}")
     lines.append(f"  state: {_bytes_text(resolved)}; schedule: {schedule}; layerwise: {_layerwise_text(resolved)}")
+    if resolved.not_projected:
+        lines.append(f"  {_not_projected_text(resolved.not_projected)}")
+    if spec.projects:
+        lines += _wide_ranks(groups)
     if spec.note:
         lines.append(f"  note: {spec.note}")
     return "\n".join(lines)
@@ -54,6 +62,27 @@ def _layerwise_text(resolved: ResolvedOptimizer) -> str:
     if layerwise is None:
         return "no"
     return f"buckets of {_size_text(layerwise.bucket_bytes)}" if layerwise.bucket_bytes else "one parameter at a time"
+
+
+def _not_projected_text(modules: Mapping[str, str]) -> str:
+    named = [f"{name or 'the model itself'}: {kind}" for name, kind in modules.items()]
+    shown = ", ".join(named[:_NAMED] + ["..."] * (len(named) > _NAMED))
+    return f"named by optim_target_modules, but not projected ({len(named)}): {shown}"
+
+
+def _wide_ranks(groups: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Returns a line if matrices are projected to no fewer dimensions than they have."""
+    sides = [
+        min(matrix_shape(parameter.shape))
+        for group in groups
+        if group["rank"] is not None
+        for parameter in group["params"]
+        if parameter.ndim >= 2 and min(matrix_shape(parameter.shape)) <= group["rank"]
+    ]
+    if not sides:
+        return []
+    which = f"{len(sides)} matrices (as few as {min(sides)})"
+    return [f"  rank is not below the shorter side of {which}: no memory is saved there"]
 
 
 def _elements(group: Mapping[str, Any]) -> int:

@@ -19,14 +19,18 @@ Warmup = Literal["schedule", "optimizer", "none"]
 
 @dataclass(frozen=True)
 class Buffer:
-    """A state tensor that the optimizer keeps per parameter, of the parameter's shape.
+    """A state tensor that the optimizer keeps per parameter, of its shape unless ``elements`` says otherwise.
 
     Attributes:
         name: Key in the optimizer's state.
-        float32: True if it is stored in float32 whatever the parameter's dtype; else it has the parameter's dtype.
+        float32: True if it is stored in float32 where the parameter's dtype is narrower; else it has that dtype.
         copies: How many tensors of the parameter's shape it holds.
         when: Tells from the options whether it exists; ``None`` means always.
         low_precision_only: True if it exists only for parameters of two bytes per element (bfloat16, float16).
+        elements: Tells its number of elements from the parameter's shape and the options, 0 if it does not exist;
+            ``None`` means as many as the parameter has.
+        quantized: False if it stays unquantized where the row quantizes its states.
+        element_size: Tells the bytes per element from the options where they say so; ``None`` means as above.
     """
 
     name: str
@@ -34,6 +38,9 @@ class Buffer:
     copies: int = 1
     when: Callable[[Any], bool] | None = None
     low_precision_only: bool = False
+    elements: Callable[[tuple[int, ...], Any], int] | None = None
+    quantized: bool = True
+    element_size: Callable[[Any], int] | None = None
 
     def exists(self, options: Options, element_size: int) -> bool:
         """Whether it is kept for a parameter of ``element_size`` bytes per element."""
@@ -66,7 +73,7 @@ class StateLayout:
     """What an optimizer stores, enough to count its bytes without allocating them.
 
     Attributes:
-        buffers: Tensors of the parameter's shape.
+        buffers: Tensors per parameter.
         scalar_bytes: Bytes per parameter tensor for counters.
         scalars_like_parameter: Number of 0-dim tensors per parameter tensor in the parameter's dtype.
         quantization: How the buffers are quantized, if they are.
@@ -109,6 +116,7 @@ class OptimizerSpec:
             has no epsilon that float16 rounds to zero.
         compiles: True if it calls torch.compile in its step, which on CPU needs a C++ compiler.
         layerwise: True if it is stepped during backward, bucket by bucket (``_layerwise`` at the end of its name).
+        projects: True if it projects the gradients of chosen matrices (``optim_target_modules``) to a ``rank``.
         coupled: Why one parameter cannot be stepped without the others, or empty if it can.
         note: A limitation worth a line in ``info`` and the docs.
     """
@@ -136,6 +144,7 @@ class OptimizerSpec:
     half_weights: bool = False
     compiles: bool = False
     layerwise: bool = False
+    projects: bool = False
     coupled: str = ""
     note: str = ""
 

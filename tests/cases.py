@@ -1,4 +1,4 @@
-"""One case per row of the table: its upstream reference and hyperparameters with which it learns in a few steps.
+"""One case per row of the table: its reference class and hyperparameters with which it learns in a few steps.
 
 ``test_table.py`` fails if a row has no case or a case no row. The runners in ``test_training.py``,
 ``test_reference.py`` and ``test_resume.py`` do the same with every case.
@@ -19,12 +19,15 @@ class Case:
 
     Attributes:
         name: The identifier.
-        upstream: The reference class, ``"package.module:Class"``, built with the same param groups.
+        upstream: The reference class, ``"package.module:Class"``, built with the same param groups: upstream's, or for
+            an algorithm of ours the class itself, whose own tests compare it with its oracle.
         arguments: What the row fixes, spelled as the upstream constructor's arguments.
         lr: A learning rate with which the test model learns in 30 steps.
         options: ``optim_args`` of the tests, and arguments of the upstream constructor, different from the defaults.
         averages: True if the optimizer has to be switched between training and evaluation.
         schedule: An ``lr_scheduler`` for the tests, or ``None`` where the row takes none.
+        projects: True if it projects the gradients of linear layers.
+        in_backward: True if the row steps during backward without the suffix ``_layerwise``.
     """
 
     name: str
@@ -34,6 +37,18 @@ class Case:
     options: dict[str, Any] = field(default_factory=dict)
     averages: bool = False
     schedule: str | None = "linear"
+    projects: bool = False
+    in_backward: bool = False
+
+    @property
+    def plain(self) -> str:
+        """The identifier that steps it after backward."""
+        return self.upstream.replace(":", ".") if self.in_backward else self.name
+
+    @property
+    def layerwise(self) -> str:
+        """The identifier that steps it during backward."""
+        return f"{self.name}_layerwise"
 
     def load(self) -> type[Optimizer]:
         module, _, attribute = self.upstream.partition(":")
@@ -45,8 +60,14 @@ def _bnb(name: str, algorithm: str, bits: int, paged: bool | None, **kwargs: Any
     return Case(name, f"bitsandbytes.optim:{algorithm}", arguments, **kwargs)
 
 
+def _own(name: str, path: str, **kwargs: Any) -> Case:
+    return Case(name, f"lightning_optim.{path}", **kwargs)
+
+
 _BETAS = {"betas": (0.8, 0.95)}
 _THREE_BETAS = {"betas": (0.8, 0.95, 0.99), "alpha": 2.0, "t_alpha": 10, "t_beta3": 10}
+# Several projections within the 20 steps of the tests, before and after a checkpoint.
+_GALORE = {"rank": 8, "update_proj_gap": 7, "scale": 1.0}
 
 CASES = (
     Case("adamw_torch", "torch.optim:AdamW", options=_BETAS),
@@ -68,6 +89,20 @@ CASES = (
     _bnb("rmsprop_bnb", "RMSprop", 32, None, options={"alpha": 0.9}),
     _bnb("rmsprop_bnb_32bit", "RMSprop", 32, None, options={"alpha": 0.9}),
     _bnb("rmsprop_bnb_8bit", "RMSprop", 8, None, options={"alpha": 0.9}),
+    _own("adamw_anyprecision", "optimizers.anyprecision:AnyPrecisionAdamW", options={"use_kahan_summation": True}),
+    _own("galore_adamw", "optimizers.galore:GaLoreAdamW", options=_GALORE, projects=True),
+    _own(
+        "galore_adamw_8bit",
+        "adapters.galore:GaLoreAdamW8bit",
+        options={**_GALORE, "min_8bit_size": 256},
+        projects=True,
+    ),
+    _own("galore_adafactor", "optimizers.galore_adafactor:GaLoreAdafactor", options=_GALORE, projects=True),
+    _own("apollo_adamw", "optimizers.apollo:ApolloAdamW", options={"rank": 8, "update_proj_gap": 7}, projects=True),
+    _own("adafactor", "optimizers.adafactor:Adafactor", options={"beta1": 0.9}),
+    _own("lomo", "optimizers.lomo:LOMO", lr=1.0, in_backward=True),
+    _own("adalomo", "optimizers.adalomo:AdaLomo", lr=3e-2, options={"clip_threshold": 0.9}, in_backward=True),
+    _own("grokadamw", "optimizers.grokadamw:GrokAdamW", lr=3e-3, options={"betas": (0.8, 0.95), "gamma": 0.05}),
     Case("sgd", "torch.optim:SGD", lr=0.3, options={"momentum": 0.9, "nesterov": True}),
     Case("adagrad", "torch.optim:Adagrad", lr=0.1, options={"lr_decay": 1e-3}),
     Case("rmsprop", "torch.optim:RMSprop", options={"alpha": 0.9, "momentum": 0.5, "centered": True}),
@@ -82,3 +117,8 @@ CASES = (
 )
 BY_NAME = {case.name: case for case in CASES}
 NAMES = tuple(BY_NAME)
+
+
+def case_of(identifier: str) -> Case:
+    """Returns the case whose row ``identifier`` names, in whichever form."""
+    return next(case for case in CASES if identifier in (case.name, case.plain, case.layerwise))

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lightning_optim import LayerwiseDDPStrategy
-from tests.cases import BY_NAME
+from tests.cases import BY_NAME, case_of
 from tests.models import LENGTH, TOKENS, WIDTH, ForeignTokens, LitTokens, fp16_mixed, loader, trainer
 
 RANK = int(os.environ.get("LOCAL_RANK", 0))
@@ -127,7 +127,7 @@ def fit(
     **flags: Any,
 ) -> dict[str, Any]:
     """Trains ten steps; returns the weights and what was noted, or the error."""
-    case = BY_NAME[name.removesuffix("_layerwise")]
+    case = case_of(name)
     torch.manual_seed(seed)
     model = module(
         optim=name,
@@ -156,7 +156,7 @@ def layerwise(name: str = "adamw_torch", **kwargs: Any) -> dict[str, Any]:
 
 def both(name: str = "adamw_torch", options: dict[str, Any] | None = None, **kwargs: Any) -> dict[str, dict[str, Any]]:
     """Fits under DDP and layer by layer, the latter with ``options``."""
-    return {"ddp": fit(name, **kwargs), "layerwise": layerwise(name, options=options, **kwargs)}
+    return {"ddp": fit(case_of(name).plain, **kwargs), "layerwise": layerwise(name, options=options, **kwargs)}
 
 
 class Normed(LitTokens):
@@ -315,7 +315,7 @@ class Unfreeze(Callback):
 
 def leg(name: str, directory: Path, checkpoint: Path | None = None, **flags: Any) -> dict[str, Any]:
     """Trains to the twentieth step, from a checkpoint if there is one; returns the checkpoint of the end."""
-    case = BY_NAME[name.removesuffix("_layerwise")]
+    case = case_of(name)
     torch.manual_seed(0 if checkpoint is None else 1)
     model = LitTokens(optim=name, lr=case.lr, weight_decay=0.1, lr_scheduler=case.schedule)
     saver = ModelCheckpoint(directory, filename="{step}", every_n_train_steps=5, save_top_k=-1)

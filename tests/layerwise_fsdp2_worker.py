@@ -21,7 +21,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
 from lightning_optim import LayerwiseFSDP2Strategy
-from tests.cases import BY_NAME
+from tests.cases import case_of
 from tests.layerwise_ddp_worker import Sent
 from tests.models import TOKENS, LitTokens, loader, trainer
 
@@ -39,6 +39,7 @@ SETTINGS: dict[str, tuple[dict[str, Any], float]] = {
     ACCUMULATED: ({"accumulate_grad_batches": 3, "gradient_clip_val": 0.03}, 1e-6),
 }
 COMPARED = [("adamw_torch", setting) for setting in SETTINGS] + [("sgd", "norm clipping"), ("sgd", ACCUMULATED)]
+COMPARED += [(name, "norm clipping") for name in ("adamw_anyprecision", "grokadamw", "lomo")]
 BUCKETS = (0.0, 0.001, None)
 #: The optimizers before and after the checkpoint in the middle, and whether it is a single file.
 RESUMED = [
@@ -107,7 +108,7 @@ def fit(
 ) -> dict[str, Any]:
     """Trains eight steps, from a checkpoint if there is one; returns what was noted, or the error."""
     layerwise = name.endswith("_layerwise")
-    case = BY_NAME[name.removesuffix("_layerwise")]
+    case = case_of(name)
     torch.manual_seed(0 if checkpoint is None else 1)
     model = Sharded(
         optim=name,
@@ -140,7 +141,7 @@ def fit(
 
 def both(name: str, options: dict[str, Any] | None = None, **kwargs: Any) -> dict[str, dict[str, Any]]:
     """Fits plainly and layer by layer, the latter with ``options``."""
-    return {"plain": fit(name, **kwargs), "layerwise": fit(f"{name}_layerwise", options, **kwargs)}
+    return {"plain": fit(case_of(name).plain, **kwargs), "layerwise": fit(f"{name}_layerwise", options, **kwargs)}
 
 
 def runs(directory: Path) -> Iterator[tuple[str, Any]]:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+from tests.cases import case_of
 from tests.models import LitTokens, loader, trainer
 
 
@@ -20,8 +21,8 @@ def main(directory: Path) -> None:
     for path in sorted(directory.glob("*.ckpt")):
         precision = path.stem.rpartition("@")[2]
         hyperparameters = torch.load(path, weights_only=True, map_location="cpu")["hyper_parameters"]
-        base = hyperparameters["optim"].removesuffix("_layerwise")
-        for name in (base, f"{base}_layerwise"):
+        case = case_of(hyperparameters["optim"])
+        for name in (case.plain, case.layerwise):
             model = LitTokens(**{**hyperparameters, "optim": name})
             run = trainer(max_steps=20, precision=precision)
             run.fit(model, loader(), loader(batches=2, seed=1), ckpt_path=path, weights_only=True)

@@ -1,17 +1,62 @@
-"""The benchmarks run; their numbers mean something only on a quiet machine and are not looked at here."""
+"""The benchmarks run; their times mean something only on a quiet machine and are not looked at here."""
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 
-def test_layerwise_benchmark_runs() -> None:
-    script = Path(__file__).parents[1] / "benchmarks" / "layerwise.py"
-    done = subprocess.run(
-        [sys.executable, str(script), "--quick"], capture_output=True, text=True, timeout=300, check=False
-    )
+def run(script: str, *arguments: str) -> str:
+    """Returns what a benchmark prints."""
+    path = Path(__file__).parents[1] / "benchmarks" / script
+    command = [sys.executable, str(path), *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+def test_layerwise_benchmark_runs() -> None:
+    printed = run("layerwise.py", "--quick")
     for part in ("layerwise default foreach", "per parameter in hooks", "live gradients are within", "torch 2."):
-        assert part in done.stdout
+        assert part in printed
+
+
+def test_optimizers_benchmark_runs() -> None:
+    size = ("--side", "64", "--count", "4", "--fast", "--threads", "1")
+    printed = run("optimizers.py", *size, "--convergence", "--steps", "2", "--seeds", "1")
+    assert "1 thread(s) on" in printed
+    assert "torch 2." in printed
+
+    # What does not depend on the machine: bytes of state per element, of AdamW's moments in full and of ours.
+    states = printed.split("State:")[1].split("Import:")[0]
+    for name, expected in (
+        ("AnyPrecisionAdamW", 8.0),
+        ("GrokAdamW", 12.0),
+        ("GaLoreAdamW", 3 * 16 / 64 * 4),
+        ("LOMO", 0.0),
+        ("AdaLomo", 2 / 64 * 4),
+    ):
+        assert float(re.findall(rf"^{name} +(\S+)", states, re.MULTILINE)[0]) == expected
+
+    # Every optimizer was stepped, in both tables, and none in no time.
+    small, large = printed.split("Step:")[1:]
+    for table in (small, large.split("Projection")[0]):
+        rows = re.findall(r"^(\w+)(?: \*)? +(\d+\.\d+) +(\d+\.\d+) ", table, re.MULTILINE)
+        assert {name for name, *_ in rows} >= {
+            "GaLoreAdamW",
+            "ApolloAdamW",
+            "Adafactor",
+            "GrokAdamW",
+            "LOMO",
+            "AdaLomo",
+        }
+        assert all(float(milliseconds) > 0 and float(ratio) > 0 for _, milliseconds, ratio in rows)
+
+    assert [float(energy) > 99 for energy in re.findall(r"(\S+)% of the energy", printed)] == [True, True]
+    (losses,) = re.findall(r"^0 +(\S+) +(\S+) +(\S+)", printed, re.MULTILINE)
+    assert abs(float(losses[2]) - float(losses[1]) / float(losses[0])) < 2e-4
+    verdicts = re.findall(r"^(PASS|MISSED|SKIPPED) +\S", printed.split("Targets:")[1], re.MULTILINE)
+    assert len(verdicts) == 7
+    assert not re.findall(r"\bnan\b|\binf\b", printed)

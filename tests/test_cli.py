@@ -200,7 +200,7 @@ def test_lightnings_own_optimizer_arguments_still_work() -> None:
 
 MISTAKES: dict[str, tuple[str, list[str], list[str]]] = {
     "name": ("mixin", ["--optim", "loin_8bit"], ["no optimizer 'loin_8bit'", "Close names: 'lion_8bit'"]),
-    "later name": ("mixin", ["--optim", "galore_adamw"], ["no optimizer 'galore_adamw'", "lightning-optim list"]),
+    "no such name": ("mixin", ["--optim", "adamw_hf"], ["no optimizer 'adamw_hf'", "lightning-optim list"]),
     "option": ("foreign", ["--optim", "sgd", "--optim_args.momentun", "0.9"], ["no option 'momentun'", "'momentum'"]),
     "range": ("foreign", ["--optim", "sgd", "--optim_args.momentum", "-1"], ["momentum=-1", "0 <= value"]),
     "lr": ("foreign", ["--optim", "sgd", "--lr", "-1"], ["lr=-1", "out of range"]),
@@ -257,7 +257,15 @@ def test_help_and_print_config_show_the_arguments(capsys: pytest.CaptureFixture[
     with pytest.raises(SystemExit):
         run("foreign", "fit", "--help")
     printed = capsys.readouterr().out
-    for argument in ("--optim ", "--optim_args", "--lr_scheduler", "--warmup_steps", "--param_groups", "--layer_decay"):
+    for argument in (
+        "--optim ",
+        "--optim_target_modules",
+        "--optim_args",
+        "--lr_scheduler",
+        "--warmup_steps",
+        "--param_groups",
+        "--layer_decay",
+    ):
         assert argument in printed
     with pytest.raises(SystemExit):
         run("foreign", "fit", "--optim", "sgd", "--print_config")

@@ -42,6 +42,7 @@ def test_every_identifier_is_a_request_by_itself(name: str) -> None:
         "lr": None,
         "weight_decay": None,
         "optim_args": None,
+        "optim_target_modules": None,
         "param_groups": None,
         "layer_decay": None,
         "layer_pattern": None,
@@ -75,6 +76,16 @@ def test_numbers_are_numbers_whatever_they_were_written_as() -> None:
         ({"warmup_steps": -1}, InvalidOption, ["warmup_steps=-1", "whole number of steps or a fraction"]),
         ({"warmup_steps": None}, InvalidOption, ["warmup_steps=None"]),
         ({"param_groups": "head.*"}, InvalidOption, ["param_groups='head.*'", "{'embed.*': {'lr': 1e-4}}"]),
+        (
+            {"optim_target_modules": 3},
+            InvalidOption,
+            ["optim_target_modules=3 (int)", "'all-linear'", "['attn', 'mlp']"],
+        ),
+        ({"optim_target_modules": ["attn", 1]}, InvalidOption, ["optim_target_modules=['attn', 1] (list)"]),
+        ({"optim_target_modules": []}, InvalidOption, ["optim_target_modules=[] (list)"]),
+        ({"optim_target_modules": ["attn", ""]}, InvalidOption, ["optim_target_modules=['attn', ''] (list)"]),
+        ({"optim_target_modules": ""}, InvalidOption, ["optim_target_modules='' (str)"]),
+        ({"optim_target_modules": {"attn": 1}}, InvalidOption, ["optim_target_modules={'attn': 1} (dict)"]),
         ({"optim_args": "kahan_sum=True"}, InvalidOption, ["'adamw_torch' has no option 'kahan_sum'", "betas"]),
         ({"optim_args": 3}, InvalidOption, ["optim_args=3 (int)", "'adamw_torch'"]),
         ({"optim": "adamw_8bit", "optim_args": {"eps": -1}}, InvalidOption, ["eps=-1", "'adamw_8bit'"]),
@@ -176,8 +187,24 @@ def test_a_missing_package_is_an_error_only_when_the_optimizer_is_built() -> Non
         ({"lr_scheduler": "nope"}, "no lr_scheduler 'nope'"),
         ({"warmup_steps": -1}, "warmup_steps=-1"),
         ({"param_groups": 3}, "param_groups=3 is no mapping"),
+        ({"optim_target_modules": 3}, "optim_target_modules=3"),
     ],
 )
 def test_what_needs_no_package_is_checked_without_it(wrong: dict[str, Any], text: str) -> None:
     with pytest.raises(ValueError, match=text):
         OptimConfig("no_such_package.Best", **wrong)
+
+
+# --- learning rate ---------------------------------------------------------------------------------------------------
+
+
+def test_options_may_decide_on_the_default_learning_rate(monkeypatch: pytest.MonkeyPatch) -> None:
+    decide = lambda self, default: 0.25 if self.momentum else default  # noqa: E731
+    monkeypatch.setattr(REGISTRY["sgd"].options, "default_lr", decide)
+
+    def rate(**arguments: Any) -> float:
+        return build_optimizer(TokenModel(8), "sgd", **arguments).param_groups[0]["lr"]
+
+    assert rate() == REGISTRY["sgd"].default_lr
+    assert rate(optim_args="momentum=0.9") == 0.25
+    assert rate(optim_args="momentum=0.9", lr=0.5) == 0.5

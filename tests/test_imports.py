@@ -20,7 +20,7 @@ ROOT = Path(lightning_optim.__file__).parent
 # for all its modules, unless one is named.
 LAYERS = (
     ("errors",),
-    ("availability", "options"),
+    ("availability", "options", "target_modules"),
     ("spec",),
     ("optimizers",),
     ("adapters", "catalog"),
@@ -31,7 +31,13 @@ LAYERS = (
     ("factory",),
     ("report",),
     ("callbacks.attached",),
-    ("callbacks.schedule_free", "callbacks.old_checkpoints", "callbacks.report", "callbacks.used"),
+    (
+        "callbacks.schedule_free",
+        "callbacks.grokking",
+        "callbacks.old_checkpoints",
+        "callbacks.report",
+        "callbacks.used",
+    ),
     ("callbacks.layerwise",),
     ("strategies",),
     ("integration",),

@@ -27,7 +27,7 @@ from lightning_optim import (
     OptimMixin,
     build_optimizer,
 )
-from tests.cases import BY_NAME, NAMES
+from tests.cases import NAMES, case_of
 from tests.models import ForeignTokens, LitTokens, TokenModel, fp16_mixed, loader, trainer
 from tests.test_resume import assert_equal
 
@@ -93,7 +93,7 @@ def sizes(module: nn.Module) -> list[int]:
 
 
 def build(name: str, model_class: type[LitTokens] = LitTokens, **optim_args: Any) -> LitTokens:
-    case = BY_NAME[name.removesuffix("_layerwise")]
+    case = case_of(name)
     torch.manual_seed(0)
     arguments = {**case.options, **optim_args}
     return model_class(optim=name, lr=case.lr, optim_args=arguments, weight_decay=0.1, lr_scheduler=case.schedule)
@@ -118,7 +118,7 @@ def outcome(model: L.LightningModule, trained: L.Trainer) -> dict[str, Any]:
 
 @functools.cache
 def plain(name: str, mode: str) -> dict[str, Any]:
-    model = build(name)
+    model = build(case_of(name).plain)
     return outcome(model, run(model, **MODES[mode]))
 
 

@@ -20,7 +20,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, OneCycleLR
 
 from lightning_optim import Clipping, IncompatibleTrainer, InvalidOption, Layerwise, build_optimizer, build_schedule
-from tests.cases import BY_NAME, NAMES
+from tests.cases import NAMES, case_of
 from tests.models import TokenModel, loader
 from tests.test_resume import assert_equal
 
@@ -32,7 +32,7 @@ Loop = Callable[[nn.Module, Optimizer, list[tuple[Tensor, Tensor]]], None]
 def build(name: str = "adamw_torch", **optim_args: Any) -> tuple[nn.Module, Optimizer]:
     torch.manual_seed(0)
     model = TokenModel()
-    case = BY_NAME[name.removesuffix("_layerwise")]
+    case = case_of(name)
     arguments = {**case.options, **optim_args}
     optimizer = build_optimizer(model, name, lr=case.lr, weight_decay=0.1, optim_args=arguments)
     train_mode(optimizer)
@@ -71,7 +71,7 @@ def outcome(model: nn.Module, optimizer: Optimizer) -> dict[str, Any]:
 
 @functools.cache
 def expected(name: str, steps: int = STEPS) -> dict[str, Any]:
-    model, optimizer = build(name)
+    model, optimizer = build(case_of(name).plain)
     plain_loop(model, optimizer, data(steps))
     return outcome(model, optimizer)
 

@@ -65,7 +65,7 @@ def own_state(name: str, resolved: ResolvedOptimizer) -> dict[str, Any]:
 def assert_exact(name: str, resolved: ResolvedOptimizer) -> None:
     measured = measured_bytes(own_state(name, resolved))
     assert resolved.state_bytes == measured
-    assert measured > 0 or name == "sgd"
+    assert measured > 0 or name in ("sgd", "lomo")
 
 
 @pytest.mark.parametrize("name", NAMES)

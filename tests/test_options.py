@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import pytest
+import torch
 
 from lightning_optim import REGISTRY, InvalidOption, OptimConfig
 from lightning_optim.options import (
@@ -44,7 +45,7 @@ class Probe(Options):
     betas: tuple[float, float] = option((0.9, 0.99), "two rates", UNIT)
     mode: Literal["min", "max"] = option("min", "a word")
     name: str = option("loss", "a text", scope="policy")
-    anything: Any = option(None, "whatever")  # noqa: RUF009 - Any hides that this is a dataclass field
+    anything: Any = option(None, "whatever")
 
 
 @dataclass(frozen=True)
@@ -204,6 +205,25 @@ def test_values_that_do_not_fit_are_refused(name: str, raw: Any) -> None:
     message = refusal({name: raw})
     info = next(info for info in describe(Probe) if info.name == name)
     assert message == f"{name}={raw!r} ({type(raw).__name__}) does not fit the option of 'probe': {info}"
+
+
+@dataclass(frozen=True)
+class Precise(Options):
+    """A dtype by name."""
+
+    dtype: Literal["float32", "bfloat16"] = option("float32", "a dtype")
+
+
+@pytest.mark.parametrize("raw", ["bfloat16", "torch.bfloat16", torch.bfloat16])
+def test_dtypes_become_their_names(raw: Any) -> None:
+    assert parse(Precise, {"dtype": raw}, "probe").dtype == "bfloat16"
+    if isinstance(raw, str):
+        assert parse(Precise, f"dtype={raw}", "probe").dtype == "bfloat16"
+
+
+@pytest.mark.parametrize("raw", ["torch.float16", torch.float16, "torch.", "torch.torch.float32", "bf16", float, None])
+def test_other_dtypes_are_refused(raw: Any) -> None:
+    assert "dtype: 'float32' | 'bfloat16' (default 'float32')" in refusal({"dtype": raw}, Precise)
 
 
 def test_descriptions_show_type_default_and_range() -> None:
@@ -383,6 +403,10 @@ def test_wrong_single_betas_are_refused(name: str, raw: Any, parts: list[str]) -
         ("ademamix", "t_beta3=10,beta1=0", ["t_beta3", "beta1", "0"]),
         ("paged_ademamix_8bit", "t_beta3=10,beta3=0", ["t_beta3", "beta3", "0"]),
         ("stable_adamw", "foreach=True,triton=True", ["foreach=True", "triton=True", "one of them"]),
+        ("adafactor", "warmup_init=True", ["warmup_init=True", "add relative_step=True"]),
+        ("galore_adafactor", "warmup_init=True", ["warmup_init=True", "add relative_step=True"]),
+        ("grokadamw", "gradient_clipping=1.0", ["gradient_clipping=1", "Trainer(gradient_clip_val=1)"]),
+        ("adamw_anyprecision", "variance_dtype=float16", ["eps=1e-08", "variance_dtype='bfloat16'"]),
         ("adamw_torch_4bit", "block_size=127", ["block_size=127", "even"]),
         ("adamw_torch_8bit", "block_size=255", ["block_size=255", "even"]),
         ("adamw_torch_4bit", "amsgrad=True", ["amsgrad=True", "'adamw_torch'"]),
@@ -404,6 +428,9 @@ def test_values_that_exclude_each_other_are_refused(name: str, raw: str, parts: 
         ("rmsprop_bnb", "momentum=0,centered=False"),
         ("ademamix", "beta1=0"),
         ("ademamix", "t_beta3=10"),
+        ("adafactor", "warmup_init=True,relative_step=True"),
+        ("grokadamw", "gradient_clipping=0"),
+        ("adamw_anyprecision", "variance_dtype=float16,eps=1e-4"),
         ("stable_adamw", "foreach=True,triton=False"),
     ],
 )
@@ -416,6 +443,9 @@ def test_their_permitted_neighbours_are_accepted(name: str, raw: str) -> None:
 _KAHAN = {"max_lr": 1e-2, "decouple_lr": True, "kahan_sum": False}
 _SCHEDULE_FREE = {"r": 1.0, "weight_lr_power": 1.0}
 _ADEMAMIX = {"betas": (0.8, 0.95, 0.99), "alpha": 2.0, "t_alpha": 100, "t_beta3": 200, "eps": 1e-6}
+_GALORE = {"rank": 64, "update_proj_gap": 100, "scale": 0.1, "proj_type": "reverse_std"}
+_APOLLO_MINI = {"proj": "random", "rank": 1, "scale": 128.0, "scale_type": "tensor", "update_proj_gap": 200}
+_GROKADAMW = {"alpha_init": 0.9, "lamb": 1.0, "gamma": 0.2, "grokking_signal_decay_rate": 0.3}
 HF_STRINGS: dict[str, tuple[str, dict[str, Any]]] = {
     "sgd": (
         "momentum=0.9, dampening=0, weight_decay=0.1, nesterov=yes",
@@ -442,6 +472,16 @@ HF_STRINGS: dict[str, tuple[str, dict[str, Any]]] = {
         ("rmsprop_bnb", "rmsprop_bnb_32bit", "rmsprop_bnb_8bit"),
         ("alpha=0.8,eps=1e-6,momentum=0,centered=False,weight_decay=0.1", {"alpha": 0.8, "eps": 1e-6}),
     ),
+    "adamw_anyprecision": (
+        "use_kahan_summation=True,momentum_dtype=bfloat16,variance_dtype=torch.bfloat16",
+        {"use_kahan_summation": True, "momentum_dtype": "bfloat16", "variance_dtype": "bfloat16"},
+    ),
+    **dict.fromkeys(
+        ("galore_adamw", "galore_adamw_8bit", "galore_adafactor"),
+        ("rank=64, update_proj_gap=100, scale=0.10, proj_type=reverse_std", _GALORE),
+    ),
+    "apollo_adamw": ("proj=random,rank=1,scale=128.0,scale_type=tensor,update_proj_gap=200", _APOLLO_MINI),
+    "grokadamw": ("alpha_init=0.9,lamb=1,gamma=0.2,grokking_signal_decay_rate=0.3", _GROKADAMW),
     "stable_adamw": ("max_lr=1e-2,decouple_lr=True,kahan_sum=False", _KAHAN),
     **dict.fromkeys(
         ("schedule_free_radam", "schedule_free_adamw", "schedule_free_sgd"), ("r=1.0,weight_lr_power=1", _SCHEDULE_FREE)
@@ -474,20 +514,24 @@ NOT_OFFERED = {
     "differentiable": "autograd through the step; Lightning steps under no_grad",
     "fused": "a row of its own: adamw_torch_fused",
     "args": "bitsandbytes: a namespace in place of keyword arguments",
+    "optim_bits": "what param groups say",
+    "_more": "of subclasses",
     "gradient_release": "optimi: stepping in backward, incompatible with a closure and so with Lightning",
 }
 # bitsandbytes ignores amsgrad, and min_8bit_size where states have 32 bits; torch refuses foreach beside fused.
 NOT_OFFERED_BY = {"bitsandbytes.optim:AdamW": {"amsgrad"}, "adamw_torch_fused": {"foreach"}}
-# stable_adamw: optimi has no default.
-OWN_LR = {"stable_adamw": 1e-3}
+# stable_adamw: optimi has no default. Adafactor's is 1e-3 or, with relative_step, 1.
+OWN_LR = {"stable_adamw": 1e-3, "adafactor": 1e-3, "galore_adafactor": 1e-3}
 
 
 @pytest.mark.parametrize("case", CASES, ids=NAMES)
 def test_options_and_defaults_are_upstream_s(case: Any) -> None:
     spec = REGISTRY[case.name]
     upstream = inspect.signature(case.load()).parameters
-    ours = {info.name: info.default for info in describe(spec.options) if info.scope != "policy"}
-    assert ours == {name: upstream[name].default for name in ours}
+    ours = {info.name: info.default for info in describe(spec.options) if info.scope in ("group", "constructor")}
+    # The class projects what has a rank, the row gives the target modules one.
+    assert ours == {name: upstream[name].default for name in ours} | ({"rank": 128} if spec.projects else {})
+    assert not spec.projects or upstream["rank"].default is None
 
     exempt = NOT_OFFERED_BY.get(case.upstream, set()) | NOT_OFFERED_BY.get(case.name, set())
     if spec.fixed.get("optim_bits") == 32:
@@ -496,7 +540,7 @@ def test_options_and_defaults_are_upstream_s(case: Any) -> None:
 
     empty = inspect.Parameter.empty
     default_lr = upstream["lr"].default
-    assert spec.default_lr == (OWN_LR[case.name] if default_lr is empty else default_lr)
+    assert spec.default_lr == (OWN_LR[case.name] if default_lr in (empty, None) else default_lr)
     assert spec.default_weight_decay == upstream["weight_decay"].default
     assert (spec.warmup == "optimizer") == ("warmup_steps" in upstream)
 

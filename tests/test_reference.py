@@ -18,10 +18,18 @@ from tests.models import LitTokens, TokenModel, loader, trainer
 STEPS, WARMUP, WEIGHT_DECAY = 20, 4, 0.1
 
 
-def upstream_groups(model: TokenModel) -> list[dict[str, Any]]:
+def upstream_groups(case: Case, model: TokenModel) -> list[dict[str, Any]]:
     decayed = [model.embedding.weight, model.linear.weight, model.head.weight]
     others = [model.linear.bias, model.norm.weight, model.norm.bias, model.head.bias]
-    return [{"params": decayed, "weight_decay": WEIGHT_DECAY}, {"params": others, "weight_decay": 0.0}]
+    without = {"params": others, "weight_decay": 0.0}
+    if not case.projects:
+        return [{"params": decayed, "weight_decay": WEIGHT_DECAY}, without]
+    bits = {"optim_bits": 32} if "8bit" in case.name else {}
+    return [
+        {"params": decayed[1:], "weight_decay": WEIGHT_DECAY},
+        {"params": decayed[:1], "weight_decay": WEIGHT_DECAY, "rank": None, **bits},
+        {**without, "rank": None},
+    ]
 
 
 def upstream(case: Case, groups: list[dict[str, Any]]) -> Optimizer:
@@ -30,7 +38,7 @@ def upstream(case: Case, groups: list[dict[str, Any]]) -> Optimizer:
 
 
 def hand_written(case: Case, model: TokenModel) -> list[float]:
-    optimizer = upstream(case, upstream_groups(model))
+    optimizer = upstream(case, upstream_groups(case, model))
     scheduler = None
     if case.schedule:
         scheduler = get_scheduler(case.schedule, optimizer, num_warmup_steps=WARMUP, num_training_steps=STEPS)

@@ -15,25 +15,24 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
 
-from tests.cases import BY_NAME, NAMES
+from tests.cases import BY_NAME, CASES, NAMES, case_of
 from tests.models import LitTokens, loader, trainer
 
 # When the checkpoint is written: within training, or after the validation at the epoch's end.
 RUNS = (("step", "32-true"), ("step", "bf16-true"), ("validation", "32-true"))
 # Which form writes the checkpoint, and which one reads it.
-FORMS = ("", "_layerwise")
 MOVES = {
-    "plain": ("", ""),
-    "layerwise": ("_layerwise", "_layerwise"),
-    "plain to layerwise": ("", "_layerwise"),
-    "layerwise to plain": ("_layerwise", ""),
+    "plain": ("plain", "plain"),
+    "layerwise": ("layerwise", "layerwise"),
+    "plain to layerwise": ("plain", "layerwise"),
+    "layerwise to plain": ("layerwise", "plain"),
 }
 Outcome = dict[str, Any]
 
 
 def train(name: str, precision: str, moment: str, directory: Path) -> Outcome:
     """Trains 20 steps without interruption, leaving a checkpoint of step 10."""
-    case = BY_NAME[name.removesuffix("_layerwise")]
+    case = case_of(name)
     torch.manual_seed(0)
     model = LitTokens(optim=name, lr=case.lr, optim_args=case.options, weight_decay=0.1, lr_scheduler=case.schedule)
     when = {"every_n_train_steps": 10} if moment == "step" else {"every_n_epochs": 1, "save_on_train_epoch_end": False}
@@ -47,10 +46,10 @@ def train(name: str, precision: str, moment: str, directory: Path) -> Outcome:
 
 @pytest.fixture(scope="module", params=RUNS, ids="@".join)
 def outcomes(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """Outcomes by file name: uninterrupted ``NAME``, resumed ``NAME@FORM``; one fresh process resumes them all."""
+    """Outcomes by file name: uninterrupted ``NAME``, resumed ``NAME@NAME``; one fresh process resumes them all."""
     moment, precision = request.param
     directory = tmp_path_factory.mktemp(moment)
-    names = [name + form for name in NAMES for form in FORMS]
+    names = [name for case in CASES for name in (case.plain, case.layerwise)]
     uninterrupted = {name: train(name, precision, moment, directory) for name in names}
     for name in names:
         checkpoint = torch.load(directory / f"{name}@{precision}.ckpt", weights_only=True)
@@ -68,8 +67,9 @@ def outcomes(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
 @pytest.mark.parametrize("move", MOVES)
 @pytest.mark.parametrize("name", NAMES)
 def test_a_fresh_process_continues_exactly(name: str, move: str, outcomes: dict[str, Any]) -> None:
-    writer, reader = MOVES[move]
-    assert_equal(outcomes[name], outcomes[f"{name}{writer}@{name}{reader}"], move)
+    case = BY_NAME[name]
+    writer, reader = (getattr(case, form) for form in MOVES[move])
+    assert_equal(outcomes[case.plain], outcomes[f"{writer}@{reader}"], move)
 
 
 def assert_plain(value: Any, where: str) -> None:

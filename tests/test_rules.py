@@ -29,6 +29,11 @@ class NoDefaultRate(SGD):
         super().__init__(params, lr, momentum)
 
 
+class RelativeStep(SGD):
+    def __init__(self, params: Any, lr: float = 1e-3, relative_step: bool = True) -> None:
+        super().__init__(params, lr)
+
+
 @dataclass(frozen=True)
 class Case:
     """A request that breaks a rule.
@@ -99,6 +104,24 @@ CONFIG_CASES = (
         rules.request._averages_need_a_learning_rate,
         {"optim": "schedule_free_sgd", "lr": 0},
         ("lr=0", "optim='schedule_free_sgd'", "Use lr > 0"),
+    ),
+    Case(
+        rules.request._target_modules_are_projected,
+        {"optim": "adamw_torch", "optim_target_modules": ["linear"]},
+        (
+            "optim_target_modules=['linear'] beside optim='adamw_torch', which projects nothing",
+            "Leave it out, or use optim='galore_adamw' or 'apollo_adamw'",
+        ),
+    ),
+    Case(
+        rules.request._relative_step_makes_the_learning_rate,
+        {"optim": f"{__name__}.RelativeStep", "lr": 0.1},
+        ("lr=0.1", f"optim='{__name__}.RelativeStep'", "Leave lr out, or set relative_step=False"),
+    ),
+    Case(
+        rules.request._relative_step_makes_the_learning_rate,
+        {"optim": "adafactor", "optim_args": "relative_step=True", "param_groups": {"head.*": {"lr": 0.1}}},
+        ("param_groups['head.*']['lr']=0.1", "optim='adafactor'", "Leave lr out, or set relative_step=False"),
     ),
 )
 
@@ -364,6 +387,10 @@ def test_every_rule_has_a_case() -> None:
         {"optim": "torch.optim.Rprop", "weight_decay": 0.0},
         {"optim": f"{__name__}.NoDefaultRate", "lr": 1e-3},
         {"layer_decay": 0.5, "layer_pattern": r"blocks\.(\d+)"},
+        {"optim": f"{__name__}.RelativeStep"},
+        {"optim": f"{__name__}.RelativeStep", "lr": 0.1, "optim_args": "relative_step=False"},
+        {"optim": "galore_adamw", "optim_target_modules": "all-linear"},
+        {"optim": "galore_adamw"},
     ],
 )
 def test_permitted_requests(optim: dict[str, Any]) -> None:

@@ -15,6 +15,7 @@ from lightning_optim.callbacks.old_checkpoints import OldCheckpoints
 from lightning_optim.config import OptimConfig
 from lightning_optim.errors import IncompatibleTrainer
 from lightning_optim.mixin import OptimMixin
+from lightning_optim.target_modules import TargetModules
 
 
 class OptimCallback(Callback):
@@ -28,6 +29,8 @@ class OptimCallback(Callback):
         lr: Learning rate; ``None`` takes the row's default.
         weight_decay: Weight decay of the parameters that decay; ``None`` takes the row's default.
         optim_args: The row's options, a mapping or ``"name=value,..."``.
+        optim_target_modules: Modules whose weights are projected, for optimizers that project: ``"all-linear"``, a
+            regular expression over names, or a list of parts of names; ``None`` means every ``nn.Linear``.
         param_groups: Hyperparameters by regular expression over parameter names; the first match wins.
         layer_decay: The learning rate is multiplied by this once per layer below the top.
         layer_pattern: Regular expression whose one group is a layer's number.
@@ -45,6 +48,7 @@ class OptimCallback(Callback):
         lr: float | None = None,
         weight_decay: float | None = None,
         optim_args: Mapping[str, Any] | str | None = None,
+        optim_target_modules: TargetModules = None,
         param_groups: Mapping[str, Mapping[str, Any]] | None = None,
         layer_decay: float | None = None,
         layer_pattern: str | None = None,
@@ -57,6 +61,7 @@ class OptimCallback(Callback):
             lr,
             weight_decay,
             optim_args,
+            optim_target_modules,
             param_groups,
             layer_decay,
             layer_pattern,

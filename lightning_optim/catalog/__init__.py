@@ -5,13 +5,27 @@ To add an optimizer, add a row here and a case in ``tests/cases.py``; CONTRIBUTI
 
 from __future__ import annotations
 
-from lightning_optim.catalog import bitsandbytes, optimi, schedulefree, torch_optim, torchao
+from lightning_optim.catalog import (
+    adamw_variants,
+    apollo,
+    bitsandbytes,
+    lean,
+    low_rank,
+    optimi,
+    schedulefree,
+    torch_optim,
+    torchao,
+)
 from lightning_optim.spec import OptimizerSpec
 
 ROWS: tuple[OptimizerSpec, ...] = (
     *torch_optim.ROWS,
     *torchao.ROWS,
     *bitsandbytes.ROWS,
+    *adamw_variants.ROWS,
+    *low_rank.ROWS,
+    *apollo.ROWS,
+    *lean.ROWS,
     *optimi.ROWS,
     *schedulefree.ROWS,
 )

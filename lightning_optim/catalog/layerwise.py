@@ -35,17 +35,21 @@ class LayerwiseOptions(Options):
 
 
 def layerwise_row(row: OptimizerSpec) -> OptimizerSpec:
-    """Returns the row that steps ``row``'s optimizer during backward.
+    """Returns the row that steps ``row``'s optimizer during backward, under its name with the suffix.
 
     Raises:
         IncompatibleTrainer: If the optimizer cannot step one parameter without the others.
     """
     if row.coupled:
         raise IncompatibleTrainer(f"optim={row.name + SUFFIX!r}: {row.coupled}. Use optim={row.name!r}.")
+    stepped = row if row.layerwise else stepped_in_backward(row)
+    return dataclasses.replace(stepped, name=row.name + SUFFIX, aliases=tuple(alias + SUFFIX for alias in row.aliases))
+
+
+def stepped_in_backward(row: OptimizerSpec) -> OptimizerSpec:
+    """Returns ``row`` stepped during backward under its own name, for algorithms that are meant so (LOMO)."""
     return dataclasses.replace(
         row,
-        name=row.name + SUFFIX,
-        aliases=tuple(alias + SUFFIX for alias in row.aliases),
         summary=f"{row.summary}, stepped during backward",
         options=_with_layerwise_options(row.options),  # type: ignore[arg-type]
         layerwise=True,

@@ -189,7 +189,7 @@ def state(spec: OptimizerSpec) -> State | None:
     if spec.state is None:
         return None
     defaults = _defaults(spec)
-    size = None if defaults is None else memory.parameter_bytes(spec, defaults, _ELEMENTS, _ELEMENT_SIZE)
+    size = None if defaults is None else memory.parameter_bytes(spec, defaults, _SHAPE, _ELEMENT_SIZE)
     return State(
         parameter=_PARAMETER,
         bytes=size,

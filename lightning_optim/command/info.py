@@ -19,6 +19,10 @@ from lightning_optim.options import describe as describe_options
 from lightning_optim.registry import REGISTRY
 
 _SCOPES = {"group": "per group", "constructor": "optimizer", "policy": "grouping", "layerwise": "layerwise"}
+
+# Types that list many words stand before the help.
+_LONGEST_TYPE = 16
+
 _SCOPES_HELP = (
     "scope: 'per group' may differ between param_groups, 'optimizer' is one value for all parameters, 'grouping' is "
     "read by lightning_optim when it divides the parameters, 'layerwise' when it steps them during backward."
@@ -223,7 +227,7 @@ def _options(info: Info) -> list[str]:
     rows += [
         [
             option.name,
-            option.type,
+            option.type if len(option.type) <= _LONGEST_TYPE else "one of",
             "required" if option.required else repr(option.default),
             option.range or "-",
             _SCOPES[option.scope],
@@ -231,9 +235,13 @@ def _options(info: Info) -> list[str]:
         for option in info.options
     ]
     header, *lines = output.columns(rows, "  ")
-    helps = [output.wrap(option.help, "      ") for option in info.options]
+    helps = [output.wrap(_help(option), "      ") for option in info.options]
     entries = [text for line, help in zip(lines, helps, strict=True) for text in (line, *help)]
     return [header, *entries, *output.wrap(_SCOPES_HELP, "  ")]
+
+
+def _help(option: OptionEntry) -> str:
+    return option.help if len(option.type) <= _LONGEST_TYPE else f"{option.type}: {option.help}"
 
 
 def _state(state: State | None) -> list[str]:

@@ -88,7 +88,9 @@ def collect(patterns: Sequence[str]) -> Listing:
     """
     specs = here.identifiers()
     if any("layerwise" in pattern for pattern in patterns):
-        specs |= {name + SUFFIX: layerwise_row(spec) for name, spec in specs.items() if not spec.coupled}
+        specs |= {
+            name + SUFFIX: layerwise_row(spec) for name, spec in specs.items() if not (spec.coupled or spec.layerwise)
+        }
     for pattern in patterns:
         if not any(fnmatchcase(name, pattern) for name in specs):
             near = _close(pattern, specs)

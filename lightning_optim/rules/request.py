@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from lightning_optim.options import Options
 from lightning_optim.schedules import get_schedule
 from lightning_optim.spec import OptimizerSpec
 
@@ -15,10 +16,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Request:
-    """An identifier's row and what the user asked of it."""
+    """An identifier's row, what the user asked of it, and the options among that with defaults filled in."""
 
     spec: OptimizerSpec
     config: OptimConfig
+    options: Options
 
     @property
     def name(self) -> str:
@@ -78,7 +80,7 @@ def _layer_pattern_needs_layer_decay(request: Request) -> str | None:
 
 
 def _lr_is_known(request: Request) -> str | None:
-    if request.config.lr is None and request.spec.default_lr is None:
+    if request.config.lr is None and request.options.default_lr(request.spec.default_lr) is None:
         return f"optim={request.name!r} has no default learning rate. Give lr, for instance lr=1e-3."
     return None
 
@@ -97,6 +99,29 @@ def _averages_need_a_learning_rate(request: Request) -> str | None:
     return None
 
 
+def _target_modules_are_projected(request: Request) -> str | None:
+    modules = request.config.optim_target_modules
+    if modules is None or request.spec.projects:
+        return None
+    return (
+        f"optim_target_modules={modules!r} beside optim={request.name!r}, which projects nothing, would be ignored. "
+        "Leave it out, or use optim='galore_adamw' or 'apollo_adamw'."
+    )
+
+
+def _relative_step_makes_the_learning_rate(request: Request) -> str | None:
+    given = {"lr": request.config.lr}
+    for pattern, values in (request.config.param_groups or {}).items():
+        given[f"param_groups[{pattern!r}]['lr']"] = values.get("lr") if isinstance(values, Mapping) else None
+    where = next((where for where, lr in given.items() if lr is not None), None)
+    if where is None or not getattr(request.options, "relative_step", False):
+        return None
+    return (
+        f"{where}={given[where]} beside optim={request.name!r} with relative_step=True, which computes the learning "
+        "rate itself. Leave lr out, or set relative_step=False."
+    )
+
+
 CONFIG_RULES: tuple[Callable[[Request], str | None], ...] = (
     _no_schedule_for_averages,
     _warmup_has_an_effect,
@@ -106,4 +131,6 @@ CONFIG_RULES: tuple[Callable[[Request], str | None], ...] = (
     _lr_is_known,
     _weight_decay_exists,
     _averages_need_a_learning_rate,
+    _target_modules_are_projected,
+    _relative_step_makes_the_learning_rate,
 )

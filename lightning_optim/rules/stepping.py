@@ -35,9 +35,10 @@ class Stepping:
     @property
     def plainly(self) -> str:
         """What to type to have the optimizer stepped after backward."""
-        if self.name.startswith("optim="):
-            return self.name.replace("_layerwise'", "'")
-        return f"a Trainer without {self.name}"
+        if not self.name.startswith("optim="):
+            return f"a Trainer without {self.name}"
+        base = self.name.replace("_layerwise'", "'")
+        return base if base != self.name else "an optimizer that is stepped after backward, such as optim='adafactor'"
 
     @property
     def as_ddp(self) -> str:

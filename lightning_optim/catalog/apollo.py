@@ -1,0 +1,68 @@
+"""The row of APOLLO, an algorithm of our own."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from lightning_optim.catalog.low_rank import left_elements, moment_elements, right_elements
+from lightning_optim.options import AT_LEAST_ONE, NON_NEGATIVE, POSITIVE, UNIT, Options, option
+from lightning_optim.spec import Buffer, OptimizerSpec, StateLayout
+
+
+@dataclass(frozen=True)
+class ApolloOptions(Options):
+    """Options of ``lightning_optim.optimizers.apollo.ApolloAdamW``."""
+
+    rank: int = option(128, "directions of the subspace", AT_LEAST_ONE)
+    update_proj_gap: int = option(200, "steps between two subspaces", AT_LEAST_ONE)
+    scale: float = option(1.0, "updates of projected matrices are multiplied by its square root", POSITIVE)
+    proj_type: Literal["std", "reverse_std", "right", "left"] = option(
+        "std", "side to project: the shorter one, the longer one, or this one"
+    )
+    proj: Literal["random", "svd"] = option("random", "random subspaces, or those of the leading singular vectors")
+    scale_type: Literal["channel", "tensor"] = option("channel", "one factor per row or column, or one for the matrix")
+    norm_growth_limit: float | None = option(
+        1.01, "an update's norm is at most this many times the last one's; None: no limit", AT_LEAST_ONE
+    )
+    seed: int = option(0, "of the first random subspace", NON_NEGATIVE)
+    betas: tuple[float, float] = option((0.9, 0.999), "decay rates of the first and second moment", UNIT)
+    eps: float = option(1e-8, "added to the denominator", NON_NEGATIVE)
+
+
+def _left_elements(shape: tuple[int, ...], options: Any) -> int:
+    return left_elements(shape, options) if options.proj == "svd" else 0
+
+
+def _right_elements(shape: tuple[int, ...], options: Any) -> int:
+    return right_elements(shape, options) if options.proj == "svd" else 0
+
+
+def _norm_elements(shape: tuple[int, ...], options: Any) -> int:
+    return int(options.norm_growth_limit is not None and options.rank is not None and len(shape) >= 2)
+
+
+ROWS = (
+    OptimizerSpec(
+        name="apollo_adamw",
+        target="lightning_optim.optimizers.apollo:ApolloAdamW",
+        summary="APOLLO: the gradient, scaled as AdamW would scale it in a random subspace",
+        source="APOLLO: SGD-like Memory, AdamW-level Performance, https://arxiv.org/abs/2412.05270; "
+        "lightning_optim.optimizers.apollo.ApolloAdamW",
+        options=ApolloOptions,
+        default_lr=1e-2,
+        default_weight_decay=0.0,
+        state=StateLayout(
+            buffers=(
+                Buffer("exp_avg", float32=True, elements=moment_elements),
+                Buffer("exp_avg_sq", float32=True, elements=moment_elements),
+                Buffer("left", float32=True, elements=_left_elements),
+                Buffer("right", float32=True, elements=_right_elements),
+                Buffer("update_norm", float32=True, elements=_norm_elements),
+            ),
+        ),
+        half_weights=True,
+        projects=True,
+        note="with optim_args='rank=1,scale=128,scale_type=tensor' this is APOLLO-Mini: hardly more memory than SGD",
+    ),
+)

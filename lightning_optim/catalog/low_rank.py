@@ -1,0 +1,150 @@
+"""Rows that keep their moments in low-rank subspaces of the gradients: GaLore."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from lightning_optim.catalog.bitsandbytes import REQUIREMENTS as BITSANDBYTES
+from lightning_optim.catalog.lean import AdafactorOptions
+from lightning_optim.optimizers.factored import column_elements, full_elements, row_elements
+from lightning_optim.optimizers.projection import ProjectionMethod, ProjectionType, base_shapes, low_rank_shape
+from lightning_optim.options import AT_LEAST_ONE, NON_NEGATIVE, UNIT, Options, option
+from lightning_optim.spec import Buffer, OptimizerSpec, Quantization, StateLayout
+
+_PAPER = "GaLore: Memory-Efficient LLM Training by Gradient Low-Rank Projection, https://arxiv.org/abs/2403.03507"
+_NOTE = (
+    "optim_target_modules chooses the modules whose weights are projected, 'all-linear' unless given; a convolution's "
+    "weight is projected as the matrix [out, rest]"
+)
+
+
+@dataclass(frozen=True)
+class GaLoreOptions(Options):
+    """Options of the projection."""
+
+    rank: int = option(128, "directions of the subspace", AT_LEAST_ONE)
+    update_proj_gap: int = option(200, "steps between two searches for the subspace", AT_LEAST_ONE)
+    scale: float = option(0.25, "factor on the learning rate of projected matrices", NON_NEGATIVE)
+    proj_type: ProjectionType = option(
+        "std", "side to project: 'std' the shorter one, 'reverse_std' the longer one, 'full' both"
+    )
+    projection: ProjectionMethod = option(
+        "randomized", "'svd' is exact, 'randomized' finds nearly the same subspace at a fraction of the cost"
+    )
+
+
+@dataclass(frozen=True)
+class GaLoreAdamWOptions(GaLoreOptions):
+    """Options of ``lightning_optim.optimizers.galore.GaLoreAdamW``."""
+
+    betas: tuple[float, float] = option((0.9, 0.999), "decay rates of the first and second moment", UNIT)
+    eps: float = option(1e-8, "added to the denominator", NON_NEGATIVE)
+    match_galore_torch: bool = option(False, "do as galore-torch: epsilon not bias-corrected, decay after the update")
+
+
+@dataclass(frozen=True)
+class GaLoreAdafactorOptions(GaLoreOptions, AdafactorOptions):
+    """Options of :class:`~lightning_optim.optimizers.galore_adafactor.GaLoreAdafactor`."""
+
+
+@dataclass(frozen=True)
+class GaLoreAdamW8bitOptions(GaLoreAdamWOptions):
+    """Options of ``lightning_optim.adapters.galore.GaLoreAdamW8bit``."""
+
+    min_8bit_size: int = option(4096, "moments with fewer elements stay float32", NON_NEGATIVE)
+    quantize_embeddings: bool = option(False, "store embeddings' moments in 8 bits, too", scope="policy")
+
+
+def moment_elements(shape: tuple[int, ...], options: Any) -> int:
+    """Returns the elements of a moment; a group that is not projected has no rank."""
+    return math.prod(_moment_shape(shape, options))
+
+
+def left_elements(shape: tuple[int, ...], options: Any) -> int:
+    """Returns the elements of the left basis."""
+    return _base_elements("left", shape, options)
+
+
+def right_elements(shape: tuple[int, ...], options: Any) -> int:
+    """Returns the elements of the right basis."""
+    return _base_elements("right", shape, options)
+
+
+def _moment_shape(shape: tuple[int, ...], options: Any) -> tuple[int, ...]:
+    if options.rank is None or len(shape) < 2:
+        return shape
+    return low_rank_shape(shape, options.rank, options.proj_type)
+
+
+def _base_elements(name: str, shape: tuple[int, ...], options: Any) -> int:
+    if options.rank is None or len(shape) < 2:
+        return 0
+    return math.prod(base_shapes(shape, options.rank, options.proj_type).get(name, (0,)))
+
+
+def _low_row_elements(shape: tuple[int, ...], options: Any) -> int:
+    return row_elements(_moment_shape(shape, options))
+
+
+def _low_column_elements(shape: tuple[int, ...], options: Any) -> int:
+    return column_elements(_moment_shape(shape, options))
+
+
+_MOMENTS = (
+    Buffer("exp_avg", float32=True, elements=moment_elements),
+    Buffer("exp_avg_sq", float32=True, elements=moment_elements),
+)
+_BASES = (
+    Buffer("left", float32=True, elements=left_elements, quantized=False),
+    Buffer("right", float32=True, elements=right_elements, quantized=False),
+)
+
+_GALORE_ADAMW = OptimizerSpec(
+    name="galore_adamw",
+    target="lightning_optim.optimizers.galore:GaLoreAdamW",
+    summary="AdamW in a low-rank subspace of the gradient",
+    source=f"{_PAPER}; lightning_optim.optimizers.galore.GaLoreAdamW",
+    options=GaLoreAdamWOptions,
+    default_lr=1e-3,
+    default_weight_decay=0.0,
+    state=StateLayout(buffers=_MOMENTS + _BASES),
+    half_weights=True,
+    projects=True,
+    note=_NOTE,
+)
+
+ROWS = (
+    _GALORE_ADAMW,
+    dataclasses.replace(
+        _GALORE_ADAMW,
+        name="galore_adamw_8bit",
+        target="lightning_optim.adapters.galore:GaLoreAdamW8bit",
+        summary="AdamW in a low-rank subspace of the gradient, 8-bit moments",
+        source=f"{_PAPER}; lightning_optim.adapters.galore.GaLoreAdamW8bit",
+        options=GaLoreAdamW8bitOptions,
+        state=StateLayout(_MOMENTS + _BASES, quantization=Quantization(8, block_size=256, min_size="min_8bit_size")),
+        requirements=BITSANDBYTES,
+        extra="bitsandbytes",
+        devices=frozenset({"cpu", "cuda", "xpu"}),
+    ),
+    dataclasses.replace(
+        _GALORE_ADAMW,
+        name="galore_adafactor",
+        target="lightning_optim.optimizers.galore_adafactor:GaLoreAdafactor",
+        summary="Adafactor in a low-rank subspace of the gradient",
+        source=f"{_PAPER}; lightning_optim.optimizers.galore_adafactor.GaLoreAdafactor",
+        options=GaLoreAdafactorOptions,
+        state=StateLayout(
+            buffers=(
+                Buffer("exp_avg_sq_row", float32=True, elements=_low_row_elements),
+                Buffer("exp_avg_sq_col", float32=True, elements=_low_column_elements),
+                Buffer("exp_avg_sq", float32=True, elements=full_elements),
+                Buffer("exp_avg", float32=True, when=lambda o: o.beta1 is not None, elements=moment_elements),
+                *_BASES,
+            )
+        ),
+    ),
+)

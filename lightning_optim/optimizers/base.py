@@ -1,0 +1,161 @@
+"""What the optimizers we own have in common: the walk over the groups, precision, refusals and the state dict."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from lightning_optim.errors import InvalidOption, InvalidParamGroups
+
+_FORMAT = "format"
+
+
+class OwnOptimizer(Optimizer):
+    """Base of the optimizers we own.
+
+    A subclass gives the state that a parameter starts with (:meth:`_initial_state`) and updates parameters of one kind
+    together (:meth:`_update`): same number of steps, device and dtype. So every scalar of an update is one
+    Python number, and the arithmetic is done by operations over lists or stacks of tensors.
+
+    The arithmetic is float32 for parameters of two bytes per element and in the parameter's dtype for others, and so
+    are the states unless the algorithm says otherwise. They keep their dtype when a state dict is loaded, where
+    ``torch.optim.Optimizer`` casts them to the parameter's.
+
+    A parameter's state is in ``self.state`` alone and nothing depends on which other parameters are stepped with it:
+    the layerwise engine steps buckets with the same results.
+
+    Args:
+        params: Parameters or param groups, real and dense.
+        defaults: The groups' hyperparameters.
+
+    Raises:
+        InvalidParamGroups: If a parameter is complex, or sharded (a DTensor) and the algorithm cannot tell its shards.
+        InvalidOption: If a state dict of another format is loaded.
+    """
+
+    #: Number of the state's format; raised when what a state dict holds changes its meaning.
+    version: ClassVar[int] = 1
+    #: Whether the update is right on a shard of a parameter.
+    sharded: ClassVar[bool] = False
+
+    def __init__(self, params: Any, defaults: dict[str, Any]) -> None:
+        super().__init__(params, {**defaults, _FORMAT: self._format()})
+
+    def _initial_state(self, parameter: Tensor, group: dict[str, Any]) -> dict[str, Any]:
+        """Returns the state before the first step; ``"step"`` is added to it."""
+        raise NotImplementedError
+
+    def _update(self, parameters: list[Tensor], step: int, group: dict[str, Any]) -> None:
+        """Takes step number ``step`` (the first is 1) with parameters of one kind, in place."""
+        raise NotImplementedError
+
+    def _steppable(self, parameters: list[Tensor]) -> list[Tensor]:
+        """Returns the parameters to step, of one group and with gradients."""
+        return parameters
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        super().add_param_group(param_group)
+        for parameter in self.param_groups[-1]["params"]:
+            self._check(parameter)
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Steps every parameter that has a gradient; returns what ``closure`` returns."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            alive = [parameter for parameter in group["params"] if parameter.grad is not None and parameter.numel()]
+            self._refuse_sparse(alive)
+            kinds: dict[tuple[int, Any, Any, Any], list[Tensor]] = {}
+            for parameter in self._steppable(alive) if alive else ():
+                # By type: a DTensor and a plain tensor do not go into one operation.
+                kind = self._begin(parameter, group), parameter.device, parameter.dtype, type(parameter)
+                kinds.setdefault(kind, []).append(parameter)
+            for (step, *_), parameters in kinds.items():
+                self._update(parameters, step, group)
+        return loss
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Loads as torch does, but every state tensor keeps its dtype.
+
+        Raises:
+            InvalidOption: If another optimizer, or a newer version of this one, wrote ``state_dict``.
+        """
+        for group in state_dict["param_groups"]:
+            if group.get(_FORMAT) != self._format():
+                written = repr(group[_FORMAT]) if _FORMAT in group else "unknown: another optimizer wrote it"
+                raise InvalidOption(
+                    f"the format of the optimizer's state is {written}; {type(self).__name__} reads {self._format()!r}."
+                    " Resume with the optimizer (and the version of lightning_optim) that wrote the checkpoint, or "
+                    "start anew from its weights: LitModel.load_from_checkpoint(path)."
+                )
+        super().load_state_dict(state_dict)
+        ids = [identity for group in state_dict["param_groups"] for identity in group["params"]]
+        parameters = [parameter for group in self.param_groups for parameter in group["params"]]
+        for identity, parameter in zip(ids, parameters, strict=True):
+            for name, value in state_dict["state"].get(identity, {}).items():
+                if isinstance(value, Tensor):
+                    self.state[parameter][name] = value.detach().to(parameter.device, copy=True)
+
+    def _begin(self, parameter: Tensor, group: dict[str, Any]) -> int:
+        """Counts a step of a parameter, the first one from its initial state."""
+        state = self.state[parameter]
+        if "step" not in state:
+            state.update({"step": 0, **self._initial_state(parameter, group), **state})
+        state["step"] += 1
+        step: int = state["step"]
+        return step
+
+    def _refuse_sparse(self, parameters: Iterable[Tensor]) -> None:
+        for parameter in parameters:
+            if parameter.grad is not None and parameter.grad.is_sparse:
+                raise InvalidParamGroups(
+                    f"{type(self).__name__} cannot step the sparse gradient of a parameter of shape "
+                    f"{tuple(parameter.shape)}. Create its embedding with sparse=False, or use optim='adagrad' or "
+                    "'sgd'."
+                )
+
+    def _check(self, parameter: Tensor) -> None:
+        if torch.is_complex(parameter):
+            raise InvalidParamGroups(
+                f"{type(self).__name__} cannot step a {parameter.dtype} parameter. Use optim='adamw_torch', or store "
+                "real and imaginary parts (torch.view_as_real)."
+            )
+        # By name: importing DTensor costs, and one cannot exist before torch.distributed.tensor is imported.
+        if type(parameter.data).__name__ == "DTensor" and not self.sharded:
+            raise InvalidParamGroups(
+                f"{type(self).__name__} looks at whole matrices and cannot step a sharded parameter (DTensor). Use "
+                "optim='adamw_torch', or Trainer(strategy='ddp')."
+            )
+
+    @classmethod
+    def _format(cls) -> str:
+        return f"{cls.__name__}/{cls.version}"
+
+
+def working_dtype(parameter: Tensor) -> torch.dtype:
+    """Returns the dtype to compute in: float32 for bfloat16 and float16, the parameter's own for others."""
+    return torch.promote_types(parameter.dtype, torch.float32)
+
+
+def working(tensors: Iterable[Tensor]) -> list[Tensor]:
+    """Returns the tensors in their working dtype and contiguous: themselves where they are so, else copies."""
+    return [tensor.detach().to(working_dtype(tensor)).contiguous() for tensor in tensors]
+
+
+def write_back(parameters: Sequence[Tensor], values: Sequence[Tensor]) -> None:
+    """Rounds ``values``, made of ``parameters`` by :func:`working`, back into them where they are copies."""
+    for parameter, value in zip(parameters, values, strict=True):
+        if parameter.dtype is not value.dtype or not parameter.is_contiguous():
+            parameter.copy_(value)
+
+
+def gradients(parameters: Iterable[Tensor]) -> list[Tensor]:
+    """Returns the gradients in their working dtype, contiguous."""
+    return working(parameter.grad for parameter in parameters if parameter.grad is not None)

@@ -1,0 +1,93 @@
+"""GaLore with Adafactor: its factored second moment is kept in the subspace.
+
+GaLore: Memory-Efficient LLM Training by Gradient Low-Rank Projection, https://arxiv.org/abs/2403.03507.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from lightning_optim.optimizers.adafactor import Adafactor
+from lightning_optim.optimizers.base import OwnOptimizer, gradients, working
+from lightning_optim.optimizers.galore import add_to_weights
+from lightning_optim.optimizers.low_rank import LowRankOptimizer, as_matrices
+from lightning_optim.optimizers.projection import ProjectionMethod, ProjectionType, project
+
+
+class GaLoreAdafactor(LowRankOptimizer, Adafactor):
+    """Adafactor whose moments live in a subspace of ``rank`` directions, found anew every ``update_proj_gap`` steps.
+
+    A projected matrix ``[m, n]``, ``m <= n``, keeps a basis of ``m * rank`` elements, means of ``rank`` rows and ``n``
+    columns and, with ``beta1``, a first moment of ``rank * n``.
+
+    Args:
+        params: Parameters or param groups; all arguments below may differ between groups.
+        lr: As of :class:`~lightning_optim.optimizers.adafactor.Adafactor`, like the arguments up to ``warmup_init``.
+        eps: See there; the least root mean square is that of the weights, not of their projection.
+        clip_threshold: See there; of the update in the subspace.
+        decay_rate: See there.
+        beta1: See there.
+        weight_decay: See there.
+        scale_parameter: See there.
+        relative_step: See there.
+        warmup_init: See there.
+        rank: Directions of the subspace; ``None``: the group is not projected.
+        update_proj_gap: Steps between two searches for the subspace.
+        scale: Factor on the update of projected parameters.
+        proj_type: Side to project, see :func:`~lightning_optim.optimizers.projection.sides`; ``"full"`` is both.
+        projection: ``"randomized"`` or ``"svd"``, see :func:`~lightning_optim.optimizers.projection.find_bases`.
+
+    Raises:
+        InvalidOption: If ``rank`` or ``update_proj_gap`` is no whole number of at least 1, or a group has
+            ``warmup_init`` without ``relative_step``.
+        InvalidParamGroups: If a parameter is complex or sharded, or a gradient is sparse.
+    """
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float | None = None,
+        eps: tuple[float, float] = (1e-30, 1e-3),
+        clip_threshold: float = 1.0,
+        decay_rate: float = -0.8,
+        beta1: float | None = None,
+        weight_decay: float = 0.0,
+        scale_parameter: bool = False,
+        relative_step: bool = False,
+        warmup_init: bool = False,
+        rank: int | None = None,
+        update_proj_gap: int = 200,
+        scale: float = 0.25,
+        proj_type: ProjectionType = "std",
+        projection: ProjectionMethod = "randomized",
+    ) -> None:
+        defaults = {
+            "lr": (1.0 if relative_step else 1e-3) if lr is None else lr,
+            "eps": eps,
+            "clip_threshold": clip_threshold,
+            "decay_rate": decay_rate,
+            "beta1": beta1,
+            "weight_decay": weight_decay,
+            "scale_parameter": scale_parameter,
+            "relative_step": relative_step,
+            "warmup_init": warmup_init,
+            "rank": rank,
+            "update_proj_gap": update_proj_gap,
+            "scale": scale,
+            "proj_type": proj_type,
+            "projection": projection,
+        }
+        OwnOptimizer.__init__(self, params, defaults)
+
+    _initial_moments = Adafactor._initial_moments
+    _step_plainly = Adafactor._update
+
+    def _step_projected(self, parameters: list[Tensor], step: int, group: dict[str, Any]) -> None:
+        gradient = as_matrices(gradients(parameters))
+        left, right = self._bases(parameters, gradient, step, group)
+        rate = self._rate(as_matrices(working(parameters)), step, group)
+        update = self._moved(parameters, project(gradient, left, right), rate, step, group)
+        beta = 1 - rate * group["weight_decay"]
+        add_to_weights(parameters, update, left, right, beta=beta, alpha=-group["scale"])

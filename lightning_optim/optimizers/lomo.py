@@ -1,0 +1,61 @@
+"""LOMO: stochastic gradient descent without state."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_optim.optimizers.base import OwnOptimizer, working_dtype
+
+
+def lomo_update(parameters: Sequence[Tensor], gradients: Sequence[Tensor], *, lr: float, weight_decay: float) -> None:
+    """Takes one step of gradient descent in place.
+
+    Args:
+        parameters: What to step; tensors of one dtype and device, float32 or float64.
+        gradients: Their gradients, of the same shapes, dtype and device.
+        lr: Learning rate.
+        weight_decay: Decoupled weight decay.
+    """
+    if weight_decay:
+        torch._foreach_mul_(list(parameters), 1 - lr * weight_decay)
+    torch._foreach_add_(list(parameters), list(gradients), alpha=-lr)
+
+
+class LOMO(OwnOptimizer):
+    """LOMO: stochastic gradient descent without state, made to be stepped during backward.
+
+    Full Parameter Fine-tuning for Large Language Models with Limited Resources, https://arxiv.org/abs/2306.09782.
+
+    It has no hooks of its own: the layerwise engine steps it during backward, which is the paper's point.
+    Parameters of two bytes per element are stepped in float32 and rounded once.
+
+    Args:
+        params: Parameters or param groups.
+        lr: Learning rate.
+        weight_decay: Decoupled weight decay.
+    """
+
+    sharded = True
+
+    def __init__(self, params: Any, lr: float = 1e-2, weight_decay: float = 0.0) -> None:
+        super().__init__(params, {"lr": lr, "weight_decay": weight_decay})
+
+    def _initial_state(self, parameter: Tensor, group: dict[str, Any]) -> dict[str, Any]:
+        return {}
+
+    def _update(self, parameters: list[Tensor], step: int, group: dict[str, Any]) -> None:
+        gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+        hyperparameters = {"lr": group["lr"], "weight_decay": group["weight_decay"]}
+        dtype = working_dtype(parameters[0])
+        if parameters[0].dtype is dtype:
+            lomo_update(parameters, gradients, **hyperparameters)
+            return
+        # One by one: float32 copies of all of them would take more memory than what LOMO saves.
+        for parameter, gradient in zip(parameters, gradients, strict=True):
+            value = parameter.to(dtype)
+            lomo_update([value], [gradient.to(dtype)], **hyperparameters)
+            parameter.copy_(value)

@@ -1,0 +1,121 @@
+"""Gradients in a low-rank subspace: its bases, into it and back.
+
+GaLore: Memory-Efficient LLM Training by Gradient Low-Rank Projection, https://arxiv.org/abs/2403.03507. The randomized
+bases follow Halko, Martinsson, Tropp, Finding Structure with Randomness, https://arxiv.org/abs/0909.4061, algorithms
+4.4 and 5.1.
+
+All functions take stacks: matrices of one shape along a first dimension.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+ProjectionType = Literal["std", "reverse_std", "right", "left", "full"]
+ProjectionMethod = Literal["svd", "randomized"]
+
+# Directions sought beyond the rank, and rounds of products with the gradient and its transpose that sharpen them:
+# enough for benchmarks/optimizers.py to find no difference in how a model trains.
+_OVERSAMPLING, _POWER_ITERATIONS = 8, 2
+
+
+def matrix_shape(shape: Sequence[int]) -> tuple[int, int]:
+    """Returns the shape of a parameter with two or more dimensions as a matrix: a convolution is ``[out, rest]``."""
+    return shape[0], math.prod(shape[1:])
+
+
+def sides(rows: int, columns: int, proj_type: ProjectionType) -> tuple[bool, bool]:
+    """Returns whether a matrix is projected from the left and from the right.
+
+    ``std`` projects the shorter side, ``reverse_std`` the longer one, of a square matrix the right and the left.
+    """
+    if proj_type == "full":
+        return True, True
+    right = proj_type == "right" or (proj_type != "left" and (rows >= columns) == (proj_type == "std"))
+    return not right, right
+
+
+def low_rank_shape(shape: Sequence[int], rank: int, proj_type: ProjectionType) -> tuple[int, int]:
+    """Returns the shape of a parameter's gradient in the subspace."""
+    rows, columns = matrix_shape(shape)
+    left, right = sides(rows, columns, proj_type)
+    rank = min(rank, rows, columns)
+    return rank if left else rows, rank if right else columns
+
+
+def base_shapes(shape: Sequence[int], rank: int, proj_type: ProjectionType) -> dict[str, tuple[int, int]]:
+    """Returns the shapes of the bases by their names in the state, ``"left"`` and ``"right"``."""
+    rows, columns = matrix_shape(shape)
+    rank = min(rank, rows, columns)
+    names = zip(("left", "right"), sides(rows, columns, proj_type), (rows, columns), strict=True)
+    return {name: (side, rank) for name, projects, side in names if projects}
+
+
+def find_bases(gradient: Tensor, rank: int, method: ProjectionMethod) -> dict[str, Tensor]:
+    """Returns orthonormal bases of the leading singular subspaces.
+
+    Args:
+        gradient: ``[batch, rows, columns]``, float32 or float64, finite.
+        rank: Number of directions.
+        method: ``"svd"``: exact. ``"randomized"``: a range finder, whose cost grows with the rank and not with the
+            shorter side.
+
+    Returns:
+        ``"left"``: ``[batch, rows, rank]``; ``"right"``: ``[batch, columns, rank]``.
+
+    Raises:
+        torch.linalg.LinAlgError: If the decomposition does not converge.
+    """
+    rows, columns = gradient.shape[-2:]
+    width = rank + _OVERSAMPLING
+    if method == "svd" or width >= min(rows, columns):
+        left, _, right = torch.linalg.svd(gradient, full_matrices=False)
+        return {"left": left[..., :rank], "right": right[..., :rank, :].mT}
+    found = gradient @ gaussian(0, columns, width, gradient)
+    for _ in range(_POWER_ITERATIONS):
+        # Orthonormal in between: else all directions would lean to the first.
+        found = gradient @ torch.linalg.qr(gradient.mT @ torch.linalg.qr(found)[0])[0]
+    basis = torch.linalg.qr(found)[0]
+    left, _, right = torch.linalg.svd(basis.mT @ gradient, full_matrices=False)
+    return {"left": basis @ left[..., :rank], "right": right[..., :rank, :].mT}
+
+
+def any_bases(rows: int, columns: int, rank: int, like: Tensor) -> dict[str, Tensor]:
+    """Returns orthonormal bases that know nothing of the gradient, for one whose decomposition failed; no batch."""
+    return {
+        name: torch.linalg.qr(gaussian(0, side, rank, like))[0] for name, side in (("left", rows), ("right", columns))
+    }
+
+
+def gaussian(seed: int, rows: int, columns: int, like: Tensor) -> Tensor:
+    """Returns a ``[rows, columns]`` matrix of standard normal numbers in ``like``'s dtype, on its device.
+
+    The same seed gives the same numbers on every kind of device, and the global generators are left alone.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(rows, columns, generator=generator, dtype=like.dtype).to(like.device)
+
+
+def project(gradient: Tensor, left: Tensor | None, right: Tensor | None) -> Tensor:
+    """Returns ``leftᵀ @ gradient @ right``; a side that is ``None`` is left alone."""
+    if left is not None:
+        gradient = left.mT @ gradient
+    return gradient if right is None else gradient @ right
+
+
+def add_projected_back_(
+    weights: Tensor, update: Tensor, left: Tensor | None, right: Tensor | None, *, beta: float = 1.0, alpha: float = 1.0
+) -> None:
+    """Computes ``weights = beta * weights + alpha * left @ update @ rightᵀ`` in place, in one pass over the weights."""
+    if left is None:
+        assert right is not None, "a projected matrix has a basis"
+        weights.baddbmm_(update, right.mT, beta=beta, alpha=alpha)
+    elif right is None:
+        weights.baddbmm_(left, update, beta=beta, alpha=alpha)
+    else:
+        weights.baddbmm_(left @ update, right.mT, beta=beta, alpha=alpha)

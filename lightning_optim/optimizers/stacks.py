@@ -1,0 +1,61 @@
+"""Tensors of one shape stacked, so that one operation serves them all."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+# A larger tensor keeps the machine busy by itself, and stacking would copy it.
+_LARGEST = 2**15
+# Kernels choose their path by alignment. Where each slice of a stack is aligned as a tensor of its own is, it gets the
+# same bits, so that stepping in buckets equals stepping at once.
+_ALIGNMENT = 64
+
+
+def batches(
+    tensors: Iterable[Tensor], shapes: Callable[[tuple[int, ...]], Iterable[tuple[int, ...]]]
+) -> Iterator[list[Tensor]]:
+    """Divides tensors into batches that can be stacked.
+
+    Args:
+        tensors: What to divide, with at least four bytes per element when it is stacked.
+        shapes: Tells from a tensor's shape the shapes of everything that will be stacked.
+
+    Yields:
+        Tensors of one shape: many if each of the stacked ones is small and fills whole cache lines, else one.
+    """
+    alike: dict[torch.Size, list[Tensor]] = {}
+    for tensor in tensors:
+        alike.setdefault(tensor.shape, []).append(tensor)
+    for shape, members in alike.items():
+        sizes = [math.prod(each) for each in shapes(tuple(shape))]
+        if max(sizes) <= _LARGEST and all(size * 4 % _ALIGNMENT == 0 for size in sizes):
+            yield members
+        else:
+            yield from ([member] for member in members)
+
+
+def stack(tensors: Sequence[Tensor]) -> Tensor:
+    """Returns the tensors along a new first dimension; a single one is not copied."""
+    return tensors[0].unsqueeze(0) if len(tensors) == 1 else torch.stack(list(tensors))
+
+
+def unstack(stacked: Tensor, tensors: Sequence[Tensor]) -> None:
+    """Writes a changed :func:`stack` back into the tensors it was made of."""
+    if len(tensors) > 1:
+        torch._foreach_copy_(list(tensors), list(stacked.unbind()))
+
+
+@contextmanager
+def stacked(states: Sequence[Mapping[str, Any]], names: Iterable[str]) -> Iterator[dict[str, Tensor]]:
+    """Stacks these tensors of several parameters' states by name, and writes what became of them back."""
+    tensors = {name: [state[name] for state in states] for name in names}
+    stacks = {name: stack(items) for name, items in tensors.items()}
+    yield stacks
+    for name, items in tensors.items():
+        unstack(stacks[name], items)

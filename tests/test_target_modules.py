@@ -1,0 +1,418 @@
+"""``optim_target_modules``: which matrices GaLore projects, by every kind of match, and how the setting gets there."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from torch import Tensor, nn
+from torch.nn.utils import parametrizations
+from torch.optim import Optimizer
+
+from lightning_optim import (
+    REGISTRY,
+    IncompatibleTrainer,
+    InvalidOption,
+    InvalidParamGroups,
+    OptimCallback,
+    OptimConfig,
+    build_optimizer,
+    report,
+)
+from lightning_optim.factory import resolve
+from lightning_optim.memory import measured_bytes, state_bytes
+from lightning_optim.options import Options
+from lightning_optim.param_groups import named_parameters
+from lightning_optim.target_modules import left_out
+from tests.models import ForeignTokens, LitTokens, TokenModel, loader, trainer
+
+NAME = "galore_adamw"
+PROJECTING = sorted(name for name in REGISTRY if REGISTRY[name].projects)
+
+
+class OwnLinear(nn.Linear):
+    """A subclass, as adapters bring them."""
+
+
+class Attention(nn.Module):
+    """A container with a parameter of its own beside its Linear layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q = nn.Linear(8, 8)
+        self.k = OwnLinear(8, 8, bias=False)
+        self.table = nn.Parameter(torch.ones(8, 8))
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(8)
+        self.attn = Attention()
+        self.mlp = nn.Sequential(nn.Linear(8, 16), nn.GELU(), nn.Linear(16, 8))
+
+
+class Model(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(16, 8)
+        self.stem = nn.Conv2d(3, 8, 3)
+        self.layers = nn.ModuleList(Block() for _ in range(2))
+        self.head = nn.Linear(8, 16)
+
+
+def tied() -> Model:
+    model = Model()
+    model.head.weight = model.embedding.weight
+    return model
+
+
+def frozen() -> Model:
+    model = Model()
+    model.layers[0].requires_grad_(False)
+    return model
+
+
+def shared() -> nn.Module:
+    model = nn.ModuleDict({"first": nn.Linear(4, 4), "norm": nn.LayerNorm(4)})
+    model["second"] = model["first"]
+    return model
+
+
+LINEAR = {f"layers.{i}.{name}.weight" for i in (0, 1) for name in ("attn.q", "attn.k", "mlp.0", "mlp.2")}
+ALL_LINEAR = LINEAR | {"head.weight"}
+ATTENTION = {name for name in LINEAR if "attn" in name}
+FIRST = {name for name in LINEAR if "layers.0" in name}
+
+
+def targets_of(optimizer: Optimizer, model: nn.Module) -> set[str]:
+    """The names of the projected parameters, which are the ones of groups that say so."""
+    names = {id(p): name for name, p in reversed(list(model.named_parameters(remove_duplicate=False)))}
+    for group in optimizer.param_groups:
+        assert (group["rank"] is not None) == ("low_rank" in group["name"].split("/"))
+    return {names[id(p)] for group in optimizer.param_groups if group["rank"] is not None for p in group["params"]}
+
+
+def group_of(optimizer: Optimizer, parameter: Tensor) -> dict[str, Any]:
+    (group,) = [group for group in optimizer.param_groups if any(p is parameter for p in group["params"])]
+    return group
+
+
+# --- what matches ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("create", "setting", "expected"),
+    [
+        pytest.param(Model, None, ALL_LINEAR, id="default"),
+        pytest.param(Model, "all-linear", ALL_LINEAR, id="all-linear"),
+        pytest.param(Model, "all_linear", ALL_LINEAR, id="all_linear"),
+        pytest.param(Model, ["all-linear"], ALL_LINEAR, id="all-linear as a list"),
+        pytest.param(Model, r"layers[.]\d+[.]attn[.]q", {n for n in LINEAR if "attn.q" in n}, id="expression"),
+        pytest.param(Model, ".*", ALL_LINEAR | {"stem.weight"}, id="everything"),
+        pytest.param(Model, ["layers.0.attn.q"], {"layers.0.attn.q.weight"}, id="name"),
+        pytest.param(Model, ["attn"], ATTENTION, id="part of a name"),
+        pytest.param(Model, ["layers.0"], FIRST, id="container"),
+        pytest.param(Model, ["attn", "head"], ATTENTION | {"head.weight"}, id="several"),
+        pytest.param(Model, ("attn", "head"), ATTENTION | {"head.weight"}, id="tuple"),
+        pytest.param(Model, [r"layers[.]0[.].*"], FIRST, id="expression in a list"),
+        pytest.param(Model, ["stem", "head"], {"stem.weight", "head.weight"}, id="convolution"),
+        pytest.param(tied, None, LINEAR, id="tied to an embedding"),
+        pytest.param(tied, ["head", "attn"], ATTENTION, id="tied to an embedding, by name"),
+        pytest.param(frozen, None, (LINEAR - FIRST) | {"head.weight"}, id="frozen"),
+        pytest.param(frozen, ["attn"], ATTENTION - FIRST, id="frozen, by name"),
+        pytest.param(shared, ["second"], {"first.weight"}, id="shared, by its other name"),
+        pytest.param(lambda: nn.Linear(4, 4), None, {"weight"}, id="the model itself"),
+        pytest.param(lambda: nn.Linear(4, 4), ".*", {"weight"}, id="the model itself, by expression"),
+        pytest.param(lambda: nn.MultiheadAttention(8, 2), None, {"out_proj.weight"}, id="attention of torch"),
+        pytest.param(
+            lambda: nn.Sequential(nn.Conv1d(2, 2, 3), nn.ConvTranspose2d(2, 2, 3), nn.Conv3d(2, 2, 3)),
+            ["0", "1", "2"],
+            {"0.weight", "1.weight", "2.weight"},
+            id="convolutions of every dimension",
+        ),
+        pytest.param(
+            lambda: nn.Sequential(nn.Linear(4, 4), parametrizations.weight_norm(nn.Linear(4, 4))),
+            None,
+            {"0.weight"},
+            id="a parametrized Linear owns no weight",
+        ),
+    ],
+)
+def test_modules_are_named_by_what_matches(create: Callable[[], nn.Module], setting: Any, expected: set[str]) -> None:
+    model = create()
+    optimizer = build_optimizer(model, NAME, optim_target_modules=setting)
+    assert targets_of(optimizer, model) == expected
+    grouped = [id(p) for group in optimizer.param_groups for p in group["params"]]
+    assert sorted(grouped) == sorted(id(p) for p in model.parameters() if p.requires_grad)
+
+
+@pytest.mark.parametrize(
+    ("create", "setting", "parts"),
+    [
+        (
+            Model,
+            ["attn", "ffn", "conv"],
+            ["optim_target_modules: 'ffn', 'conv' matches no module", "'stem', 'layers.0.attn.q'", "'all-linear'"],
+        ),
+        (Model, "attn", ["'attn' matches no module that owns trainable parameters", "Write the list ['attn'] to"]),
+        (Model, "attn, mlp", ["'attn, mlp' matches no module", "Write the list ['attn', 'mlp'] to match parts"]),
+        (Model, "layers[.]0", ["'layers[.]0' matches no module that owns trainable parameters"]),
+        (frozen, ["layers.0"], ["'layers.0' matches no module that owns trainable parameters"]),
+        (Model, ["attn", "("], ["'(' matches no module"]),
+        (Model, "(", ["optim_target_modules='(' is no regular expression", "Write a list such as ['attn', 'mlp']"]),
+        (Model, ["attn", "all-linear"], ["['attn', 'all-linear']: 'all-linear' beside other entries", "alone"]),
+        (Model, ["norm"], ["optim_target_modules=['norm'] projects nothing", "nn.Linear and of convolutions"]),
+        (tied, ["head"], ["optim_target_modules=['head'] projects nothing", "unless tied to an embedding"]),
+        (lambda: nn.LayerNorm(4), None, ["=None, every nn.Linear, projects nothing", "optim='adamw_torch'"]),
+        (lambda: nn.Conv2d(2, 2, 2), "all-linear", ["'all-linear', every nn.Linear, projects nothing"]),
+        (
+            lambda: nn.Sequential(nn.Linear(2, 2), nn.Embedding(2, 2)).requires_grad_(False).append(nn.LayerNorm(2)),
+            "all_linear",
+            ["optim_target_modules='all_linear', every nn.Linear, projects nothing", "Modules here: '2'."],
+        ),
+    ],
+)
+def test_what_has_no_effect_is_refused(create: Callable[[], nn.Module], setting: Any, parts: list[str]) -> None:
+    with pytest.raises(InvalidParamGroups) as caught:
+        build_optimizer(create(), NAME, optim_target_modules=setting)
+    assert all(part in str(caught.value) for part in parts), caught.value
+
+
+def test_pairs_are_known_by_their_names() -> None:
+    model = Model()
+
+    def targets(setting: Any) -> set[str]:
+        return targets_of(build_optimizer(model.named_parameters(), NAME, optim_target_modules=setting), model)
+
+    # Nothing tells an embedding or a convolution from a Linear.
+    matrices = {name for name, p in model.named_parameters() if p.ndim > 1 and not name.endswith("bias")}
+    assert targets(None) == matrices > ALL_LINEAR
+    assert targets(["layers.0"]) == FIRST | {"layers.0.attn.table"}
+    assert targets(r"layers[.]0[.]attn") == {"layers.0.attn.table"}
+    with pytest.raises(InvalidParamGroups, match="'weight' matches no module"):
+        build_optimizer(nn.Linear(2, 2).named_parameters(), NAME, optim_target_modules=["weight"])
+
+
+def test_bare_parameters_are_projected_all_or_refused() -> None:
+    model = Model()
+    optimizer = build_optimizer(model.parameters(), NAME, optim_target_modules="all-linear")
+    assert targets_of(optimizer, model) == {name for name, p in model.named_parameters() if p.ndim > 1}
+    with pytest.raises(InvalidParamGroups, match=r"=\['attn'\] needs names to match; pass the module or"):
+        build_optimizer(model.parameters(), NAME, optim_target_modules=["attn"])
+
+
+# --- groups ----------------------------------------------------------------------------------------------------------
+
+
+def test_the_decay_split_stays() -> None:
+    model = Model()
+    optimizer = build_optimizer(model, NAME, weight_decay=0.1, optim_args="rank=4")
+    values = {
+        group["name"]: (len(group["params"]), group["weight_decay"], group["rank"]) for group in optimizer.param_groups
+    }
+    assert values == {"decay": (4, 0.1, None), "decay/low_rank": (9, 0.1, 4), "no_decay": (12, 0.0, None)}
+
+
+def test_layer_decay_and_targets_do_not_disturb_each_other() -> None:
+    model = Model()
+    optimizer = build_optimizer(model, NAME, lr=1.0, layer_decay=0.5, optim_target_modules=["attn"])
+    assert targets_of(optimizer, model) == ATTENTION
+    group = group_of(optimizer, model.layers[0].attn.q.weight)
+    assert (group["name"], group["lr"], group["weight_decay"]) == ("layer_1/decay/low_rank", 0.25, 0.0)
+    assert group_of(optimizer, model.layers[0].attn.table)["name"] == "layer_1/decay"
+    assert group_of(optimizer, model.layers[1].mlp[0].weight)["lr"] == 0.5
+
+
+def test_patterns_set_the_rank_of_targets() -> None:
+    model = Model()
+    optimizer = build_optimizer(
+        model, NAME, param_groups={"head.*": {"rank": 2, "scale": 1.0, "lr": 0.5}, ".*mlp.*": {"weight_decay": 0.5}}
+    )
+    head = group_of(optimizer, model.head.weight)
+    assert (head["name"], head["rank"], head["scale"], head["lr"]) == ("head.*/decay/low_rank", 2, 1.0, 0.5)
+    # The pattern matches the bias, too, which no rank can reach.
+    bias = group_of(optimizer, model.head.bias)
+    assert (bias["name"], bias["rank"], bias["lr"]) == ("head.*/no_decay", None, 0.5)
+    mlp = group_of(optimizer, model.layers[0].mlp[0].weight)
+    assert (mlp["name"], mlp["rank"], mlp["weight_decay"]) == (".*mlp.*/low_rank", 128, 0.5)
+    assert targets_of(optimizer, model) == ALL_LINEAR
+
+
+@pytest.mark.parametrize(
+    ("setting", "pattern", "name"),
+    [
+        (["attn"], "head.*", "head.weight"),
+        (None, "embedding.*", "embedding.weight"),
+        (None, "stem.*", "stem.weight"),
+        (["attn"], r"layers[.].*", "layers.0.attn.table"),
+    ],
+)
+def test_a_rank_for_what_is_not_projected_is_refused(setting: Any, pattern: str, name: str) -> None:
+    with pytest.raises(InvalidParamGroups) as caught:
+        build_optimizer(Model(), NAME, optim_target_modules=setting, param_groups={pattern: {"rank": 2}})
+    expected = f"param_groups[{pattern!r}] sets rank=2 for {name!r}, which is not projected. Name its module in"
+    assert expected in str(caught.value)
+
+
+@pytest.mark.parametrize("name", PROJECTING)
+def test_every_projecting_row_steps_and_stores_what_it_says(name: str) -> None:
+    """The estimate knows which parameters are projected."""
+    spec, sizes = REGISTRY[name], {}
+    for setting in ("all-linear", ["linear"]):
+        model = TokenModel()
+        optimizer = build_optimizer(model, name, lr=1e-2, optim_args="rank=4", optim_target_modules=setting)
+        before = {key: value.clone() for key, value in model.state_dict().items()}
+        model(torch.arange(16).reshape(2, 8)).square().mean().backward()
+        optimizer.step()
+        assert not any(torch.equal(before[key], value) for key, value in model.state_dict().items())
+        options: Options = spec.options(rank=4)  # type: ignore[call-arg]
+        sizes[str(setting)] = measured_bytes(optimizer.state_dict())
+        assert state_bytes(spec, options, optimizer.param_groups) == sizes[str(setting)]
+    if name != "galore_adafactor":  # Adafactor's moments of a whole matrix are smaller than a basis.
+        assert sizes["all-linear"] < sizes["['linear']"]
+
+
+@pytest.mark.parametrize("name", [name for name in PROJECTING if REGISTRY[name].bits])
+def test_embeddings_keep_32_bits(name: str) -> None:
+    model = TokenModel()
+    optimizer = build_optimizer(model, name)
+    found = {group["name"]: (group["rank"], group["optim_bits"]) for group in optimizer.param_groups}
+    bits = REGISTRY[name].bits
+    assert found == {"decay/32bit": (None, 32), "decay/low_rank": (128, bits), "no_decay": (None, bits)}
+
+
+# --- the report ------------------------------------------------------------------------------------------------------
+
+
+def test_what_is_named_in_vain_is_one_line_of_the_report(caplog: pytest.LogCaptureFixture) -> None:
+    def report(**optim: Any) -> list[str]:
+        caplog.clear()
+        with caplog.at_level(logging.INFO):
+            trainer(max_steps=1).fit(LitTokens(optim=NAME, **optim), loader())
+        (text,) = (record.getMessage() for record in caplog.records if "optim=" in record.getMessage())
+        return [line.strip() for line in text.splitlines() if "not projected" in line]
+
+    (line,) = report(optim_target_modules=["norm", "embed", "linear"])
+    expected = "(2): model.embedding: Embedding, model.norm: LayerNorm"
+    assert line == f"named by optim_target_modules, but not projected {expected}"
+    assert not report(optim_target_modules=["linear"])
+    assert not report()
+
+
+def test_the_report_names_a_few_of_many(caplog: pytest.LogCaptureFixture) -> None:
+    class Deep(LitTokens):
+        def __init__(self, **optim: Any) -> None:
+            super().__init__(**optim)
+            self.norms = nn.ModuleList(nn.LayerNorm(2) for _ in range(300))
+
+    with caplog.at_level(logging.INFO):
+        trainer(max_steps=1).fit(Deep(optim=NAME, optim_target_modules=".*"), loader())
+    (text,) = (record.getMessage() for record in caplog.records if "optim=" in record.getMessage())
+    (line,) = (line for line in text.splitlines() if "not projected" in line)
+    assert (
+        "(302): model.embedding: Embedding, model.norm: LayerNorm, norms.0: LayerNorm, norms.1: LayerNorm, ..." in line
+    )
+
+
+@pytest.mark.parametrize(
+    ("create", "setting", "expected"),
+    [
+        (
+            Model,
+            ["0.attn", "norm"],
+            {"layers.0.norm": "LayerNorm", "layers.0.attn": "Attention", "layers.1.norm": "LayerNorm"},
+        ),
+        (tied, ["head", "attn.q"], {"head": "Linear tied to an embedding"}),
+        (tied, None, {}),
+        (Model, "all-linear", {}),
+        (lambda: nn.MultiheadAttention(8, 2), ".*", {"": "MultiheadAttention"}),
+    ],
+)
+def test_what_is_left_out(create: Callable[[], nn.Module], setting: Any, expected: dict[str, str]) -> None:
+    assert left_out(named_parameters(create()), setting) == expected
+
+
+# --- the ways in -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("setting", ["all-linear", ["linear", "head"], r"model[.]linear"])
+def test_the_setting_survives_saving_and_loading(setting: Any, tmp_path: Path) -> None:
+    model = LitTokens(optim=NAME, optim_args={"rank": 4}, optim_target_modules=setting)
+    run = trainer(max_steps=2)
+    run.fit(model, loader())
+    run.save_checkpoint(tmp_path / "model.ckpt")
+    assert torch.load(tmp_path / "model.ckpt", weights_only=True)["hyper_parameters"]["optim_target_modules"] == setting
+    loaded = LitTokens.load_from_checkpoint(tmp_path / "model.ckpt")
+    assert loaded.optim_config == model.optim_config
+    again = trainer(max_steps=4)
+    again.fit(loaded, loader(), ckpt_path=tmp_path / "model.ckpt")
+    assert again.global_step == 4
+
+
+def test_own_targets_are_build_optimizers_defaults() -> None:
+    model = LitTokens(optim=NAME, optim_target_modules=["linear"])
+    assert targets_of(model.build_optimizer(), model) == {"model.linear.weight"}
+    head = model.build_optimizer(optim_target_modules=["head"])
+    assert targets_of(head, model) == {"model.head.weight"}
+    # Another optimizer has its own arguments.
+    assert model.build_optimizer(model.model, "sgd").param_groups
+
+
+def test_the_callback_projects_in_any_module() -> None:
+    model = ForeignTokens()
+    run = trainer(max_steps=2, callbacks=[OptimCallback(NAME, optim_target_modules="model[.]linear")])
+    run.fit(model, loader())
+    assert targets_of(run.optimizers[0], model) == {"model.linear.weight"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["--optim_target_modules", "all-linear"], "all-linear"),
+        (["--optim_target_modules", "[linear, head]"], ["linear", "head"]),
+        (["--optim_target_modules+=linear", "--optim_target_modules+=head"], ["linear", "head"]),
+        (["--optim_target_modules", "model[.](linear|head)"], "model[.](linear|head)"),
+    ],
+)
+@pytest.mark.parametrize("kind", ["mixin", "foreign", "plain"])
+def test_the_command_line_and_its_saved_config(
+    kind: str, arguments: list[str], expected: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from tests.test_cli import FAST, run
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["train.py"])
+    if kind == "plain":
+        arguments = [argument.replace("--optim", "--model.optim") for argument in arguments]
+    optim = "--model.optim" if kind == "plain" else "--optim"
+    logged = ("--trainer.default_root_dir", "first", *FAST[:2])
+    first = run(kind, "fit", optim, NAME, *arguments, *logged)
+    (config,) = tmp_path.rglob("config.yaml")
+    section = yaml.safe_load(config.read_text())
+    assert (section["model"] if kind == "plain" else section)["optim_target_modules"] == expected
+    second = run(kind, "fit", "--config", str(config), *FAST)
+    for cli in (first, second):
+        assert targets_of(cli.trainer.optimizers[0], cli.model) == {"model.linear.weight", "model.head.weight"}
+
+
+def test_a_setting_that_nothing_reads_is_refused() -> None:
+    with pytest.raises(IncompatibleTrainer, match=r"\['attn'\] beside optim='adamw_torch', which projects nothing"):
+        LitTokens(optim="adamw_torch", optim_target_modules=["attn"])
+    with pytest.raises(InvalidOption, match=r"optim_target_modules=1 \(int\)"):
+        OptimCallback(NAME, optim_target_modules=1)  # type: ignore[arg-type]
+    assert OptimConfig(NAME, optim_target_modules=["attn"]).replace(lr=1.0).optim_target_modules == ["attn"]
+
+
+@pytest.mark.parametrize(("rank", "told"), [(128, True), (4, False)])
+def test_the_report_tells_where_a_rank_saves_nothing(rank: int, told: bool) -> None:
+    model = LitTokens(optim="galore_adamw", optim_args={"rank": rank})
+    text = report.describe(resolve(model, model.optim_config), "galore_adamw", "none")
+    line = "rank is not below the shorter side of 2 matrices (as few as 16): no memory is saved there"
+    assert (line in text) == told

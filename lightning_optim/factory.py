@@ -14,7 +14,8 @@ from lightning_optim.errors import IncompatibleTrainer
 from lightning_optim.layerwise.engine import Layerwise
 from lightning_optim.memory import state_bytes
 from lightning_optim.options import Options, parse
-from lightning_optim.param_groups import GroupPolicy, Target, make_groups, named_parameters
+from lightning_optim.param_groups import GroupPolicy, make_groups
+from lightning_optim.parameters import Target, named_parameters
 from lightning_optim.registry import REGISTRY
 from lightning_optim.spec import OptimizerSpec
 from lightning_optim.target_modules import TargetModules, left_out

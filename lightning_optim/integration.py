@@ -18,7 +18,7 @@ from lightning_optim.catalog.layerwise import LayerwiseOptions
 from lightning_optim.config import OptimConfig
 from lightning_optim.factory import ResolvedOptimizer, resolve
 from lightning_optim.options import parse
-from lightning_optim.param_groups import Target
+from lightning_optim.parameters import Target
 from lightning_optim.rules import TrainerFacts
 from lightning_optim.schedules import PlateauOptions, build_schedule, get_schedule, resolve_warmup
 

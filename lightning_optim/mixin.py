@@ -18,7 +18,7 @@ from lightning_optim.callbacks.old_checkpoints import OldCheckpoints, import_tor
 from lightning_optim.callbacks.used import OptimIsUsed
 from lightning_optim.config import OptimConfig
 from lightning_optim.errors import IncompatibleTrainer
-from lightning_optim.param_groups import Target
+from lightning_optim.parameters import Target
 from lightning_optim.target_modules import TargetModules
 
 if TYPE_CHECKING:

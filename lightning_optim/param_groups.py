@@ -14,63 +14,15 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _NormBase
-from torch.nn.parameter import is_lazy
-
 from lightning_optim.errors import InvalidOption, InvalidParamGroups, close_names, listing
 from lightning_optim.options import NON_NEGATIVE, Options, as_number, coerce, describe
+from lightning_optim.parameters import NamedParameter
 from lightning_optim.spec import OptimizerSpec
 from lightning_optim.target_modules import TargetModules, projected
-
-_NORMS = (_NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
-_EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)
-
-Target = nn.Module | Iterable[Any]
-
-
-@dataclass(frozen=True)
-class NamedParameter:
-    """A trainable parameter with all its names and the modules that own it.
-
-    A tied parameter has several names and owners but appears once.
-    """
-
-    parameter: Tensor
-    names: tuple[str, ...] = ()
-    owners: tuple[nn.Module, ...] = ()
-
-    @property
-    def name(self) -> str:
-        """The first of its names, or its shape if it has none."""
-        return self.names[0] if self.names else f"<unnamed {tuple(self.parameter.shape)}>"
-
-    @property
-    def modules(self) -> tuple[tuple[str, nn.Module | None], ...]:
-        """The names of the modules it belongs to with the modules, which are ``None`` if only names were given."""
-        prefixes = [name.rpartition(".")[0] for name in self.names or ("",)]
-        return tuple(zip(prefixes, self.owners or (None,) * len(prefixes), strict=True))
-
-    @property
-    def is_matrix(self) -> bool:
-        """Whether it is a weight of at least two dimensions and no bias."""
-        # Not all biases have one dimension: those of experts are stacked, attention's bias_k is (1, 1, width).
-        is_bias = any("bias" in name.rpartition(".")[2].split("_") for name in self.names)
-        return self.parameter.ndim >= 2 and not is_bias
-
-    @property
-    def decays(self) -> bool:
-        """Whether weight decay makes sense: no bias, no norm, at least two dimensions."""
-        return self.is_matrix and not any(map(_is_norm, self.owners))
-
-    @property
-    def is_embedding(self) -> bool:
-        """Whether an embedding owns it."""
-        return any(isinstance(owner, _EMBEDDINGS) for owner in self.owners)
 
 
 @dataclass(frozen=True)
@@ -92,32 +44,6 @@ class GroupPolicy:
     layer_decay: float | None = None
     layer_pattern: str | None = None
     target_modules: TargetModules = None
-
-
-def named_parameters(target: Target) -> list[NamedParameter]:
-    """Collects the trainable parameters of a module, or of an iterable of parameters or of (name, parameter) pairs.
-
-    Raises:
-        InvalidParamGroups: If nothing is trainable, a parameter is not yet initialized, or ``target`` is none of these.
-    """
-    found: dict[int, NamedParameter] = {}
-    for name, parameter, owner in _walk(target):
-        if is_lazy(parameter):
-            raise InvalidParamGroups(
-                f"{name!r} is not initialized yet (a Lazy module); run one batch through the model before the "
-                "optimizer is built, for instance in setup()"
-            )
-        if parameter.requires_grad:
-            known = found.get(id(parameter), NamedParameter(parameter))
-            found[id(parameter)] = NamedParameter(
-                parameter, known.names + ((name,) if name else ()), known.owners + ((owner,) if owner else ())
-            )
-    if not found:
-        raise InvalidParamGroups(
-            "no parameter to optimize: all are frozen (requires_grad=False) or there are none. If configure_model() or "
-            "setup() creates the layers, build the optimizer after it."
-        )
-    return list(found.values())
 
 
 def make_groups(
@@ -195,34 +121,6 @@ def override_keys(spec: OptimizerSpec) -> tuple[str, ...]:
     decay = ("weight_decay",) if spec.decays else ()
     bits = ("optim_bits",) if spec.bits else ()
     return ("lr", *decay, *bits, *(info.name for info in describe(spec.options) if info.scope == "group"))
-
-
-def _walk(target: Target) -> Iterator[tuple[str, Tensor, nn.Module | None]]:
-    """Yields (name, parameter, owner), tied parameters once per name."""
-    if isinstance(target, nn.Module):
-        for prefix, module in target.named_modules(remove_duplicate=False):
-            for name, parameter in module._parameters.items():
-                if parameter is not None:
-                    yield f"{prefix}.{name}" if prefix else name, parameter, module
-        return
-    if isinstance(target, (Tensor, str, Mapping)) or not isinstance(target, Iterable):
-        raise InvalidParamGroups(
-            "expected a module, parameters or (name, parameter) pairs such as model.named_parameters(), "
-            f"got {type(target).__name__}"
-        )
-    for item in target:
-        name, parameter = item if isinstance(item, tuple) and len(item) == 2 else ("", item)
-        if not isinstance(parameter, Tensor):
-            hint = " (for groups of your own use param_groups={pattern: {...}})" if isinstance(item, dict) else ""
-            raise InvalidParamGroups(
-                f"expected parameters or (name, parameter) pairs, got an item of type {type(item).__name__}{hint}"
-            )
-        yield name, parameter, None
-
-
-def _is_norm(module: nn.Module) -> bool:
-    # Many models bring their own norm layers (LlamaRMSNorm, LayerNorm2d, T5LayerNorm): the name tells.
-    return isinstance(module, _NORMS) or re.search(r"Norm(\d+d)?$", type(module).__name__) is not None
 
 
 def _checked(pattern: str, values: Mapping[str, Any], spec: OptimizerSpec, options: Options) -> dict[str, Any]:

@@ -5,15 +5,13 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
 from lightning_optim.errors import InvalidOption, InvalidParamGroups, listing
-
-if TYPE_CHECKING:
-    from lightning_optim.param_groups import NamedParameter
+from lightning_optim.parameters import NamedParameter
 
 TargetModules = str | Sequence[str] | None
 ALL_LINEAR = "all-linear"

@@ -20,8 +20,8 @@ ROOT = Path(lightning_optim.__file__).parent
 # for all its modules, unless one is named.
 LAYERS = (
     ("errors",),
-    ("availability", "options", "target_modules"),
-    ("spec",),
+    ("availability", "options", "parameters"),
+    ("spec", "target_modules"),
     ("optimizers",),
     ("adapters", "catalog"),
     ("registry",),

@@ -12,7 +12,8 @@ from lightning_optim import REGISTRY, OptimConfig
 from lightning_optim.factory import ResolvedOptimizer, resolve
 from lightning_optim.memory import measured_bytes, state_bytes
 from lightning_optim.options import parse
-from lightning_optim.param_groups import GroupPolicy, make_groups, named_parameters
+from lightning_optim.param_groups import GroupPolicy, make_groups
+from lightning_optim.parameters import named_parameters
 from tests.cases import BY_NAME, NAMES
 from tests.models import TokenModel
 

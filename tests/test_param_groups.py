@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_optim import REGISTRY, InvalidOption, InvalidParamGroups, build_optimizer
-from lightning_optim.param_groups import named_parameters
+from lightning_optim.parameters import named_parameters
 from tests.models import LitTokens, TokenModel, loader, trainer
 
 QUANTIZED = [name for name in REGISTRY if REGISTRY[name].bits]

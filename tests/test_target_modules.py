@@ -28,7 +28,7 @@ from lightning_optim import (
 from lightning_optim.factory import resolve
 from lightning_optim.memory import measured_bytes, state_bytes
 from lightning_optim.options import Options
-from lightning_optim.param_groups import named_parameters
+from lightning_optim.parameters import named_parameters
 from lightning_optim.target_modules import left_out
 from tests.models import ForeignTokens, LitTokens, TokenModel, loader, trainer
 

@@ -100,9 +100,8 @@ class Adafactor(OwnOptimizer):
         }
         super().__init__(params, defaults)
 
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        super().add_param_group(param_group)
-        group = self.param_groups[-1]
+    def _check_group(self, group: dict[str, Any]) -> None:
+        super()._check_group(group)
         if group["warmup_init"] and not group["relative_step"]:
             raise InvalidOption("warmup_init=True warms up the rate of relative_step: add relative_step=True")
 

@@ -101,10 +101,10 @@ class ApolloAdamW(LowRankAdamW):
         super().__setstate__(state)
         self._forget_projections()
 
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        super().add_param_group(param_group)
+    def _check_group(self, group: dict[str, Any]) -> None:
+        super()._check_group(group)
         for name, allowed in _CHOICES.items():
-            value = self.param_groups[-1][name]
+            value = group[name]
             if value not in allowed:
                 raise InvalidOption(
                     f"{name}={value!r} of {type(self).__name__} is unknown; use one of {listing(allowed)}"

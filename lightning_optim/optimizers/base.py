@@ -57,10 +57,18 @@ class OwnOptimizer(Optimizer):
         """Returns the parameters to step, of one group and with gradients."""
         return parameters
 
+    def _check_group(self, group: dict[str, Any]) -> None:
+        """Raises what the class says about a group that cannot be stepped as its values ask."""
+        for parameter in group["params"]:
+            self._check(parameter)
+
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         super().add_param_group(param_group)
-        for parameter in self.param_groups[-1]["params"]:
-            self._check(parameter)
+        try:
+            self._check_group(self.param_groups[-1])
+        except ValueError:
+            self.param_groups.pop()
+            raise
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:

@@ -49,9 +49,8 @@ class LowRankOptimizer(OwnOptimizer):
         """Steps projected parameters of one kind and of one shape."""
         raise NotImplementedError
 
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        super().add_param_group(param_group)
-        group = self.param_groups[-1]
+    def _check_group(self, group: dict[str, Any]) -> None:
+        super()._check_group(group)
         for name in ("rank", "update_proj_gap"):
             value = group[name]
             if not (isinstance(value, int) and value >= 1) and not (name == "rank" and value is None):

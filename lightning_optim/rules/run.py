@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from lightning_optim.param_groups import NamedParameter
+from lightning_optim.parameters import NamedParameter
 from lightning_optim.rules.request import Request
 from lightning_optim.schedules import get_schedule
 from lightning_optim.spec import OptimizerSpec

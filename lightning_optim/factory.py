@@ -13,6 +13,7 @@ from lightning_optim.config import OptimConfig
 from lightning_optim.errors import IncompatibleTrainer
 from lightning_optim.layerwise.engine import Layerwise
 from lightning_optim.memory import state_bytes
+from lightning_optim.optimizers.base import MEMBERS, OwnOptimizer
 from lightning_optim.options import Options, parse
 from lightning_optim.param_groups import GroupPolicy, make_groups
 from lightning_optim.parameters import Target, named_parameters
@@ -77,14 +78,19 @@ def resolve(
     groups = make_groups(parameters, spec, options, policy)
     rules.check_run(rules.Run(rules.Request(spec, config, options), parameters, groups, trainer))
 
+    names = {parameter.parameter: parameter.name for parameter in parameters}
+    if issubclass(optimizer_class, OwnOptimizer):
+        groups = [{**group, MEMBERS: [names[parameter] for parameter in group["params"]]} for group in groups]
     arguments = {"lr": lr, **options.select("group", "constructor"), **spec.fixed}
+    if spec.projects:
+        # The groups say it; what is added to the optimizer later (finetuning callbacks) is not projected.
+        del arguments["rank"]
     if spec.decays:
         arguments["weight_decay"] = weight_decay
     if spec.warmup == "optimizer":
         arguments["warmup_steps"] = warmup_steps
     optimizer = optimizer_class(groups, **arguments)
     if spec.layerwise:
-        names = {parameter.parameter: parameter.name for parameter in parameters}
         Layerwise(optimizer, options.select("layerwise")["bucket_mb"], names=names)
     not_projected = left_out(parameters, config.optim_target_modules) if spec.projects else {}
     size = state_bytes(spec, options, groups)

@@ -64,6 +64,8 @@ class Options:
 
     #: Shown in error texts: which identifier or schedule the options belong to.
     kind: ClassVar[str] = "optim_args"
+    #: Names of options that only matter for parameters whose gradients are projected.
+    only_projected: ClassVar[frozenset[str]] = frozenset()
 
     def check(self) -> None:
         """Raises :class:`InvalidOption` for combinations of values that cannot work together."""

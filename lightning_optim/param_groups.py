@@ -53,8 +53,8 @@ def make_groups(
 
     Returns:
         Param groups with ``name``, ``params``, ``lr``, ``weight_decay`` (if the class decays), ``optim_bits`` (if its
-        states are quantized), the overridden options and, where a projecting class is to leave them alone,
-        ``rank=None``.
+        states are quantized), ``rank`` (if the class projects; ``None`` where it is to leave them alone) and the
+        overridden options.
 
     Raises:
         InvalidParamGroups: If a pattern is malformed, matches nothing or only what an earlier pattern took, or if
@@ -65,13 +65,14 @@ def make_groups(
     pattern_of = _assign(parameters, overrides)
     depths = _layer_depths(parameters, policy) if policy.layer_decay is not None else {}
     targets = projected(parameters, policy.target_modules) if spec.projects else set()
+    _check_projected(parameters, pattern_of, overrides, targets, options)
     groups: dict[tuple[Any, ...], dict[str, Any]] = {}
     for parameter in parameters:
         identity = id(parameter.parameter)
         pattern = pattern_of.get(identity)
         override = overrides[pattern] if pattern is not None else {}
         labels = [pattern] if pattern is not None else []
-        group = {"lr": policy.lr}
+        group: dict[str, Any] = {"lr": policy.lr}
         if identity in depths:
             layer, from_top = depths[identity]
             labels.append(f"layer_{layer}")
@@ -85,9 +86,10 @@ def make_groups(
             labels += ["32bit"] if keep and "optim_bits" not in override else []
         if identity in targets:
             labels.append("low_rank")
+            group["rank"] = options.rank  # type: ignore[attr-defined]
         elif spec.projects:
-            _check_unprojected(parameter, pattern, override)
-            override = {**override, "rank": None}
+            override = {name: value for name, value in override.items() if name not in options.only_projected}
+            group["rank"] = None
         name = "/".join(labels) or "all"
         # The pattern is part of the key: a pattern "decay" must not meet the group of that name.
         key = (pattern, name)
@@ -97,14 +99,25 @@ def make_groups(
     return sorted(groups.values(), key=lambda group: "no_decay" in group["name"].split("/"))
 
 
-def _check_unprojected(parameter: NamedParameter, pattern: str | None, override: Mapping[str, Any]) -> None:
-    """Refuses a rank for a matrix that is not projected; a pattern may well match the bias beside a weight."""
-    if "rank" in override and parameter.decays:
-        raise InvalidParamGroups(
-            f"param_groups[{pattern!r}] sets rank={override['rank']!r} for {parameter.name!r}, which is not projected. "
-            "Name its module in optim_target_modules (nn.Linear and convolutions can be projected), or narrow the "
-            "pattern"
-        )
+def _check_projected(
+    parameters: list[NamedParameter],
+    pattern_of: Mapping[int, str],
+    overrides: Mapping[str, Mapping[str, Any]],
+    targets: set[int],
+    options: Options,
+) -> None:
+    """Refuses options of the projection for what is not projected; a pattern may match the bias beside a weight."""
+    for pattern, values in overrides.items():
+        matched = [p for p in parameters if pattern_of.get(id(p.parameter)) == pattern]
+        without = [p for p in matched if id(p.parameter) not in targets]
+        stray = next((p for p in without if p.decays or len(without) == len(matched)), None)
+        wanted = next((name for name in values if name in options.only_projected), None)
+        if stray is not None and wanted is not None:
+            raise InvalidParamGroups(
+                f"param_groups[{pattern!r}] sets {wanted}={values[wanted]!r} for {stray.name!r}, which is not "
+                "projected. Name its module in optim_target_modules (nn.Linear and convolutions can be projected), or "
+                "narrow the pattern"
+            )
 
 
 def _make_unique(groups: list[dict[str, Any]]) -> None:

@@ -80,7 +80,9 @@ class Registry(Mapping[str, OptimizerSpec]):
         if suffix and not base.endswith(SUFFIX) and (base in self._specs or "." in base):
             return layerwise_row(self[base])
         if "." in name:
-            return spec_from_path(name)
+            # A class of ours that projects has to be told what: its row does that.
+            rows = (spec for spec in self._specs.values() if spec.projects)
+            return next((spec for spec in rows if spec.implementation == name), None) or spec_from_path(name)
         near = [other + suffix for other in close_names(base, self._specs)]
         hint = (
             f"Close names: {listing(near)}." if near else f"Names: {listing(other + suffix for other in self._specs)}."

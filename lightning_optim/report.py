@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor
 
 from lightning_optim.factory import ResolvedOptimizer
 from lightning_optim.layerwise.engine import Layerwise
-from lightning_optim.optimizers.projection import matrix_shape
+from lightning_optim.memory import state_bytes
 
 # How many of the modules that are not projected the report names.
 _NAMED = 4
@@ -30,7 +30,7 @@ def describe(resolved: ResolvedOptimizer, identifier: str, schedule: str) -> str
     if resolved.not_projected:
         lines.append(f"  {_not_projected_text(resolved.not_projected)}")
     if spec.projects:
-        lines += _wide_ranks(groups)
+        lines += _wide_ranks(resolved)
     if spec.note:
         lines.append(f"  note: {spec.note}")
     return "\n".join(lines)
@@ -70,19 +70,23 @@ def _not_projected_text(modules: Mapping[str, str]) -> str:
     return f"named by optim_target_modules, but not projected ({len(named)}): {shown}"
 
 
-def _wide_ranks(groups: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Returns a line if matrices are projected to no fewer dimensions than they have."""
-    sides = [
-        min(matrix_shape(parameter.shape))
-        for group in groups
-        if group["rank"] is not None
-        for parameter in group["params"]
-        if parameter.ndim >= 2 and min(matrix_shape(parameter.shape)) <= group["rank"]
-    ]
-    if not sides:
+def _wide_ranks(resolved: ResolvedOptimizer) -> list[str]:
+    """Returns a line if projected matrices keep more state than they would if they were not projected."""
+    with_rank = without = matrices = 0
+    for group in resolved.optimizer.param_groups:
+        for parameter in group["params"] if group["rank"] is not None else ():
+            one, other = (
+                state_bytes(resolved.spec, resolved.options, [{**group, "params": [parameter], "rank": rank}]) or 0
+                for rank in (group["rank"], None)
+            )
+            if one > other:
+                with_rank, without, matrices = with_rank + one, without + other, matrices + 1
+    if not matrices:
         return []
-    which = f"{len(sides)} matrices (as few as {min(sides)})"
-    return [f"  rank is not below the shorter side of {which}: no memory is saved there"]
+    return [
+        f"  {matrices} projected matrices keep more state than they would unprojected ({_size_text(with_rank)}, "
+        f"{_size_text(without)}): use a smaller rank, or leave them out of optim_target_modules"
+    ]
 
 
 def _elements(group: Mapping[str, Any]) -> int:

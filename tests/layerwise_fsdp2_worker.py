@@ -47,6 +47,8 @@ RESUMED = [
     for whole_file in (False, True)
     for first, second in (("", "_layerwise"), ("_layerwise", ""), ("_layerwise", "_layerwise"))
 ]
+# Their states and groups hold integers, strings and None besides tensors.
+RESUMED += [("grokadamw", "grokadamw_layerwise", False), ("adamw_anyprecision_layerwise", "adamw_anyprecision", True)]
 
 
 class Sharded(LitTokens):

@@ -262,10 +262,6 @@ class TestDtypes:
         assert torch.equal(parameter, torch.ones(4, dtype=dtype))
 
 
-def test_the_closure_s_loss_is_returned() -> None:
-    assert AnyPrecisionAdamW(make()).step(lambda: 3.5) == 3.5
-
-
 @pytest.fixture
 def one_process() -> Iterator[None]:
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)

@@ -4,31 +4,25 @@ from __future__ import annotations
 
 import copy
 import importlib
-import io
 import math
 import os
-import pickle
 import subprocess
 import sys
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 import pytest
 import torch
-import torch.distributed as dist
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from torch import Tensor, nn
-from torch.distributed.tensor import Shard, distribute_tensor, init_device_mesh
 from torch.nn import functional as F
 
 from lightning_optim import IncompatibleTrainer, InvalidOption, Layerwise
 from lightning_optim.callbacks.grokking import GrokkingSignal
 from lightning_optim.catalog.adamw_variants import ROWS
-from lightning_optim.layerwise.split_step import SplitStep
-from lightning_optim.memory import measured_bytes, parameter_bytes
 from lightning_optim.optimizers.grokadamw import GrokAdamW, grokking_signal
 from lightning_optim.options import parse
 from tests.models import TokenModel, loader, trainer
@@ -36,7 +30,6 @@ from tests.test_anyprecision import assert_same, make, set_gradients, train
 
 ROW = next(row for row in ROWS if row.name == "grokadamw")
 LOSSES = {"train_loss": 0.5, "eval_loss": 2.0}
-STATES = ("exp_avg", "exp_avg_sq", "grok_ema")
 
 
 def package(parameters: Sequence[Tensor], **options: Any) -> torch.optim.Optimizer:
@@ -202,56 +195,6 @@ def test_the_signal(train_loss: float | None, eval_loss: float | None, signal: f
 # --- the state -------------------------------------------------------------------------------------------------------
 
 
-def build(dtype: torch.dtype = torch.float32) -> GrokAdamW:
-    parameters = make(dtype)
-    optimizer = GrokAdamW([{"params": parameters[:4]}, {"params": parameters[4:], "lr": 1e-2}], weight_decay=0.1)
-    tell(optimizer, LOSSES)
-    return optimizer
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
-def test_any_partition_gives_the_same_bits(dtype: torch.dtype) -> None:
-    plain, split = build(dtype), build(dtype)
-    parameters = [parameter for group in split.param_groups for parameter in group["params"]]
-    for step in range(6):
-        for optimizer in (plain, split):
-            own = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-            set_gradients(own, step)
-            own[step % len(own)].grad = None
-        plain.step()
-        order = torch.randperm(len(parameters), generator=torch.Generator().manual_seed(step)).tolist()
-        run = SplitStep(split)
-        for bucket in (order[:1], order[1:4], order[4:]):
-            run.inner([parameters[index] for index in bucket]).step()
-        run.commit()
-    assert_same([p.detach() for group in plain.param_groups for p in group["params"]], [p.detach() for p in parameters])
-    assert [group["eval_loss"] for group in split.param_groups] == [2.0, 2.0]
-
-
-def through_a_file(optimizer: GrokAdamW) -> GrokAdamW:
-    file = io.BytesIO()
-    torch.save(optimizer.state_dict(), file)
-    file.seek(0)
-    groups = [{"params": [nn.Parameter(p.detach().clone()) for p in g["params"]]} for g in optimizer.param_groups]
-    fresh = GrokAdamW(groups, lr=0.5)
-    fresh.load_state_dict(torch.load(file, weights_only=True))
-    return fresh
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("carry", [through_a_file, copy.deepcopy, lambda o: pickle.loads(pickle.dumps(o))])
-def test_a_copy_continues_exactly(carry: Any, dtype: torch.dtype) -> None:
-    """Different from the package, which resumes with empty states in silence."""
-    optimizer = build(dtype)
-    train(optimizer, 5)
-    other = carry(optimizer)
-    assert [group["train_loss"] for group in other.param_groups] == [0.5, 0.5]
-    assert_same(train(optimizer, 5, start=5), train(other, 5, start=5))
-    for state in other.state.values():
-        assert {name: state[name].dtype for name in STATES} == dict.fromkeys(STATES, torch.float32)
-        assert type(state["step"]) is int
-
-
 def test_groups_added_later_count_on_their_own() -> None:
     first, second = make(), make()
     optimizer = GrokAdamW(first)
@@ -260,44 +203,11 @@ def test_groups_added_later_count_on_their_own() -> None:
     assert_same(weights[: len(first)], train(GrokAdamW(make())))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_state_bytes_are_as_estimated(dtype: torch.dtype) -> None:
-    parsed = parse(ROW.options, None, ROW.name)
-    parameters = make(dtype)
-    optimizer = ROW.load()(parameters, **parsed.select("group", "constructor"))
-    train(optimizer, 1)
-    expected = sum(parameter_bytes(ROW, parsed, tuple(p.shape), p.element_size()) for p in parameters)
-    assert measured_bytes(optimizer.state_dict()) == expected > 0
-
-
 def test_own_clipping_is_refused() -> None:
     with pytest.raises(InvalidOption, match=r"gradient_clipping=1 .* Trainer\(gradient_clip_val=1\)"):
         parse(ROW.options, "alpha_init=0.9,lamb=1,gamma=0.2,gradient_clipping=1.0", ROW.name)
     options = parse(ROW.options, "beta1=0.8,gradient_clipping=0", ROW.name)
     assert "gradient_clipping" not in options.select("group", "constructor")
-
-
-@pytest.fixture
-def one_process() -> Iterator[None]:
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
-
-
-@pytest.mark.usefixtures("one_process")
-def test_sharded_parameters_give_the_same_bits() -> None:
-    mesh = init_device_mesh("cpu", (1,))
-    plain = make(shapes=((5,), (4, 3), (2, 3, 4)))
-    sharded = [nn.Parameter(distribute_tensor(p.detach().clone(), mesh, [Shard(0)])) for p in plain]
-    one, other = GrokAdamW(plain, weight_decay=0.1), GrokAdamW(sharded, weight_decay=0.1)
-    for step in range(4):
-        set_gradients(plain, step)
-        for parameter, shard in zip(plain, sharded, strict=True):
-            assert parameter.grad is not None
-            shard.grad = distribute_tensor(parameter.grad, mesh, [Shard(0)])
-        one.step()
-        other.step()
-    assert_same([p.detach() for p in plain], [p.full_tensor().detach() for p in sharded])  # type: ignore[attr-defined]
 
 
 # --- the callback ----------------------------------------------------------------------------------------------------

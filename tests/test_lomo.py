@@ -116,24 +116,6 @@ class TestDeliberateDifferences:
             assert not torch.equal(old, right)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
-def test_lomo_steps_parameters_in_any_partition_to_the_same_bits(dtype: torch.dtype) -> None:
-    shapes = (*SHAPES, *MORE, (300, 200), (0, 3))
-    together, apart = weights(shapes, dtype), weights(shapes, dtype)
-    for params in (together, apart):
-        params[8] = nn.Parameter(params[8].detach().t())
-    train(LOMO(together.parameters(), weight_decay=0.1), together)
-    for start in range(3):
-        part = nn.ParameterList(list(apart)[start::3])
-        optimizer = LOMO(part.parameters(), weight_decay=0.1)
-        for step, lr in enumerate(SCHEDULE):
-            apart.zero_grad()
-            loss(apart, step).backward()
-            optimizer.param_groups[0]["lr"] = lr
-            optimizer.step()
-    assert_equal(list(apart), list(together), "weights")
-
-
 def test_lomo_has_no_state() -> None:
     spec = next(row for row in ROWS if row.name == "lomo")
     params = weights(SHAPES + MORE)

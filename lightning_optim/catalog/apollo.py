@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from lightning_optim.catalog.low_rank import left_elements, moment_elements, right_elements
 from lightning_optim.options import AT_LEAST_ONE, NON_NEGATIVE, POSITIVE, UNIT, Options, option
@@ -13,6 +13,10 @@ from lightning_optim.spec import Buffer, OptimizerSpec, StateLayout
 @dataclass(frozen=True)
 class ApolloOptions(Options):
     """Options of ``lightning_optim.optimizers.apollo.ApolloAdamW``."""
+
+    only_projected: ClassVar = frozenset(
+        {"rank", "update_proj_gap", "scale", "proj_type", "proj", "scale_type", "norm_growth_limit", "seed"}
+    )
 
     rank: int = option(128, "directions of the subspace", AT_LEAST_ONE)
     update_proj_gap: int = option(200, "steps between two subspaces", AT_LEAST_ONE)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from lightning_optim.catalog.bitsandbytes import REQUIREMENTS as BITSANDBYTES
 from lightning_optim.catalog.lean import AdafactorOptions
@@ -24,6 +24,8 @@ _NOTE = (
 @dataclass(frozen=True)
 class GaLoreOptions(Options):
     """Options of the projection."""
+
+    only_projected: ClassVar = frozenset({"rank", "update_proj_gap", "scale", "proj_type", "projection"})
 
     rank: int = option(128, "directions of the subspace", AT_LEAST_ONE)
     update_proj_gap: int = option(200, "steps between two searches for the subspace", AT_LEAST_ONE)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable, Sequence
+from itertools import zip_longest
 from typing import Any, ClassVar
 
 import torch
@@ -12,6 +14,13 @@ from torch.optim import Optimizer
 from lightning_optim.errors import InvalidOption, InvalidParamGroups
 
 _FORMAT = "format"
+#: Key of a group for the names of its parameters, in order. Not torch's ``param_names``: with that key all groups must
+#: have names, also those that a finetuning callback adds.
+MEMBERS = "members"
+# What schedules and callbacks change while training.
+_CHANGING = frozenset(
+    {"params", "name", MEMBERS, "lr", "initial_lr", "betas", "weight_decay", "train_loss", "eval_loss"}
+)
 
 
 class OwnOptimizer(Optimizer):
@@ -92,24 +101,60 @@ class OwnOptimizer(Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Loads as torch does, but every state tensor keeps its dtype.
 
+        As torch has it, hyperparameters come from the state dict; a warning names those that were asked for otherwise.
+
         Raises:
-            InvalidOption: If another optimizer, or a newer version of this one, wrote ``state_dict``.
+            InvalidOption: If another optimizer, or a newer version of this one, wrote ``state_dict``, or if its groups
+                held other parameters (where the groups name them in ``"members"``).
         """
-        for group in state_dict["param_groups"]:
-            if group.get(_FORMAT) != self._format():
-                written = repr(group[_FORMAT]) if _FORMAT in group else "unknown: another optimizer wrote it"
-                raise InvalidOption(
-                    f"the format of the optimizer's state is {written}; {type(self).__name__} reads {self._format()!r}."
-                    " Resume with the optimizer (and the version of lightning_optim) that wrote the checkpoint, or "
-                    "start anew from its weights: LitModel.load_from_checkpoint(path)."
-                )
+        self._check_state_dict(state_dict)
+        asked = [dict(group) for group in self.param_groups]
         super().load_state_dict(state_dict)
+        self._say_replaced(asked)
         ids = [identity for group in state_dict["param_groups"] for identity in group["params"]]
         parameters = [parameter for group in self.param_groups for parameter in group["params"]]
         for identity, parameter in zip(ids, parameters, strict=True):
             for name, value in state_dict["state"].get(identity, {}).items():
                 if isinstance(value, Tensor):
                     self.state[parameter][name] = value.detach().to(parameter.device, copy=True)
+
+    def _check_state_dict(self, state_dict: dict[str, Any]) -> None:
+        anew = "or start anew from its weights: LitModel.load_from_checkpoint(path)."
+        for group in state_dict["param_groups"]:
+            if group.get(_FORMAT) != self._format():
+                written = repr(group[_FORMAT]) if _FORMAT in group else "unknown: another optimizer wrote it"
+                raise InvalidOption(
+                    f"the format of the optimizer's state is {written}; {type(self).__name__} reads {self._format()!r}."
+                    f" Resume with the optimizer (and the version of lightning_optim) that wrote the checkpoint, {anew}"
+                )
+        # A state is found by its parameter's position: other groups would hand it to another parameter.
+        for own, group in zip(self.param_groups, state_dict["param_groups"], strict=False):
+            if MEMBERS not in own or MEMBERS not in group:
+                continue
+            names = zip_longest(own[MEMBERS], group[MEMBERS], fillvalue="nothing")
+            for here, there in names:
+                if _plain(here) != _plain(there):
+                    raise InvalidOption(
+                        f"the optimizer's state belongs to other groups: {here!r} stands where the checkpoint has "
+                        f"{there!r}. Resume with the optim_target_modules, the param_groups and the frozen parameters "
+                        f"of the run that wrote it, {anew}"
+                    )
+
+    def _say_replaced(self, asked: list[dict[str, Any]]) -> None:
+        replaced = {
+            f"{name}={before[name]!r} by {after[name]!r}"
+            for before, after in zip(asked, self.param_groups, strict=True)
+            for name in before
+            if name not in _CHANGING and name in after and before[name] != after[name]
+        }
+        if replaced:
+            warnings.warn(
+                f"{type(self).__name__} resumes with the checkpoint's hyperparameters, which replace "
+                f"{', '.join(sorted(replaced))}. To train with what was asked, start from the checkpoint's weights: "
+                "LitModel.load_from_checkpoint(path).",
+                UserWarning,
+                stacklevel=3,
+            )
 
     def _begin(self, parameter: Tensor, group: dict[str, Any]) -> int:
         """Counts a step of a parameter, the first one from its initial state."""
@@ -139,12 +184,17 @@ class OwnOptimizer(Optimizer):
         if type(parameter.data).__name__ == "DTensor" and not self.sharded:
             raise InvalidParamGroups(
                 f"{type(self).__name__} looks at whole matrices and cannot step a sharded parameter (DTensor). Use "
-                "optim='adamw_torch', or Trainer(strategy='ddp')."
+                "optim='adamw_torch', or a strategy that does not shard."
             )
 
     @classmethod
     def _format(cls) -> str:
         return f"{cls.__name__}/{cls.version}"
+
+
+def _plain(name: str) -> str:
+    """Returns a parameter's name without what torch.compile adds to it."""
+    return name.replace("_orig_mod.", "")
 
 
 def working_dtype(parameter: Tensor) -> torch.dtype:

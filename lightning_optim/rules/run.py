@@ -134,9 +134,10 @@ def _sharded_parameters(run: Run) -> str | None:
     found = [parameter for parameter in run.parameters if type(parameter.parameter.data).__name__ == "DTensor"]
     if not found or run.spec.sharded:
         return None
+    ddp = "layerwise_ddp" if run.spec.layerwise else "ddp"
     return (
         f"optim={run.name!r} cannot step sharded parameters (DTensor), and {found[0].name!r} is one. Use "
-        "optim='adamw_torch' or 'adamw_torch_8bit', or Trainer(strategy='ddp')."
+        f"optim='adamw_torch' or 'adamw_torch_8bit', or Trainer(strategy={ddp!r})."
     )
 
 

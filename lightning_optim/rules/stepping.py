@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from lightning_optim.registry import REGISTRY
+
 
 @dataclass(frozen=True)
 class Stepping:
@@ -38,7 +40,11 @@ class Stepping:
         if not self.name.startswith("optim="):
             return f"a Trainer without {self.name}"
         base = self.name.replace("_layerwise'", "'")
-        return base if base != self.name else "an optimizer that is stepped after backward, such as optim='adafactor'"
+        if base != self.name:
+            return base
+        # What steps in backward under its own name is stepped after it by its class's path.
+        row = REGISTRY[self.name.removeprefix("optim=").strip("'")]
+        return f"optim={row.target.replace(':', '.')!r}"
 
     @property
     def as_ddp(self) -> str:

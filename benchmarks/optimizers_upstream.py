@@ -218,7 +218,7 @@ def give_bases(optimizer: Optimizer, load: Load) -> None:
     projector_class = import_module("galore_torch.galore_projector").GaLoreProjector
     (group,) = optimizer.param_groups
     for parameter, gradient in zip(group["params"], load.gradients, strict=True):
-        basis = find_bases(gradient.unsqueeze(0), load.rank, "randomized")["right"][0]
+        basis = find_bases(gradient, load.rank, "randomized")["right"]
         projector = projector_class(load.rank, update_proj_gap=NEVER, scale=group["scale"])
         projector.ortho_matrix = basis.mT.contiguous()
         optimizer.state[parameter].update(step=1, projector=projector)  # at step 0 it would find its own

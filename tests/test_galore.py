@@ -61,10 +61,11 @@ class TestEqualToGaloreTorch:
     """Contract C2, over several projections, with betas and decay that Hugging Face never hands on."""
 
     def both(self, proj_type: str, eps: float, decay: float, **options: Any) -> float:
-        ours, theirs = weights(), weights()
+        ours, theirs = weights((*SHAPES, (30,))), weights((*SHAPES, (30,)))
         hyperparameters: dict[str, Any] = {"lr": 1e-2, "betas": (0.8, 0.95), "eps": eps, "weight_decay": decay}
-        one = GaLoreAdamW(projected(ours, proj_type, projection="svd", **options), **hyperparameters)
-        other = UpstreamAdamW(projected(theirs, proj_type), no_deprecation_warning=True, **hyperparameters)
+        groups = [[*projected(model[:-1], proj_type), {"params": model[-1:]}] for model in (ours, theirs)]
+        one = GaLoreAdamW(groups[0], projection="svd", **options, **hyperparameters)
+        other = UpstreamAdamW(groups[1], no_deprecation_warning=True, **hyperparameters)
         for step in range(STEPS):
             give_gradients(step, ours, theirs)
             one.step()
@@ -72,6 +73,7 @@ class TestEqualToGaloreTorch:
         return difference(ours, theirs)
 
     def test_with_its_semantics(self, proj_type: str) -> None:
+        """Also of what is not projected."""
         assert self.both(proj_type, 1e-3, 0.1, match_galore_torch=True) < TOLERANCE
 
     def test_ours_differ_in_the_epsilon_and_the_order_of_the_decay_alone(self, proj_type: str) -> None:
@@ -168,14 +170,14 @@ class TestSubspace:
         generator = torch.Generator().manual_seed(0)
         # A gradient's spectrum: falling, without a gap at the rank.
         left, right = (torch.linalg.qr(torch.randn(side, 200, generator=generator))[0] for side in shape)
-        gradient = (left * torch.arange(1, 201) ** -0.5 @ right.mT).unsqueeze(0)
+        gradient = left * torch.arange(1, 201) ** -0.5 @ right.mT
         exact, randomized = (find_bases(gradient, 32, method) for method in ("svd", "randomized"))
         for name in ("left", "right"):
             energies = []
             for bases in (exact, randomized):
-                basis = bases[name][0]
+                basis = bases[name]
                 assert torch.allclose(basis.mT @ basis, torch.eye(32), atol=1e-5)
-                matrix = gradient[0] if name == "left" else gradient[0].mT
+                matrix = gradient if name == "left" else gradient.mT
                 energies.append((basis.mT @ matrix).square().sum())
             assert energies[1] > 0.99 * energies[0]
 
@@ -226,7 +228,13 @@ class TestSubspace:
         optimizer.step()
         assert optimizer.state[weight]["left"].shape == (6, 6)
 
-    @pytest.mark.parametrize(("name", "value"), [("rank", 0), ("rank", 2.5), ("update_proj_gap", 0)])
+    @pytest.mark.parametrize(
+        ("name", "value"),
+        [
+            *(("rank", 0), ("rank", 2.5), ("update_proj_gap", 0), ("proj_type", "both"), ("projection", "exact")),
+            *(("lr", -1.0), ("eps", -1.0), ("betas", (0.9, 1.0)), ("weight_decay", -0.1)),
+        ],
+    )
     def test_nonsense_is_refused(self, name: str, value: Any) -> None:
         with pytest.raises(InvalidOption, match=name):
             GaLoreAdamW([{"params": weights(), name: value}])
@@ -297,26 +305,65 @@ class TestUnusableGradients:
             assert torch.equal(basis_of(state), basis)
             assert not torch.equal(parameter, old)
 
-    def test_a_first_decomposition_that_fails_takes_any_projection(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    @pytest.mark.parametrize("raises", [True, False])
+    def test_a_first_decomposition_that_fails_takes_any_projection(
+        self, raises: bool, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
         params = weights(((16, 16), (16, 16)))
         optimizer = GaLoreAdamW(projected(params, "std"))
-        tried: list[int] = []
 
-        def only_alone(gradient: Tensor, rank: int, method: Any) -> dict[str, Tensor]:
-            tried.append(len(gradient))
-            if len(gradient) > 1:
-                raise torch.linalg.LinAlgError("one of them did not converge")
-            return {name: torch.full((1, 16, rank), math.nan) for name in ("left", "right")}
+        def fails(gradient: Tensor, rank: int, method: Any) -> dict[str, Tensor]:
+            if raises:
+                raise torch.linalg.LinAlgError("did not converge")
+            return {name: torch.full((16, rank), math.nan) for name in ("left", "right")}
 
-        monkeypatch.setattr(low_rank, "find_bases", only_alone)
+        monkeypatch.setattr(low_rank, "find_bases", fails)
         give_gradients(0, params)
         with pytest.warns(RuntimeWarning, match="decomposition"):
             optimizer.step()
-        assert tried == [2, 1, 1]
         for parameter in params:
             basis = optimizer.state[parameter]["right"]
             assert torch.allclose(basis.mT @ basis, torch.eye(RANK), atol=1e-5)
             assert torch.isfinite(parameter).all()
+
+    def test_a_zero_gradient_decides_no_subspace(self) -> None:
+        """Outputs that start at zero and experts without tokens have one; the next gradient that is none decides."""
+        (weight,) = weights(((16, 16),))
+        optimizer = GaLoreAdamW(projected([weight], "std"))
+        bases = []
+        for step in range(4):
+            give_gradients(step, [weight])
+            if step < 2:
+                weight.grad = torch.zeros_like(weight)
+            optimizer.step()
+            bases.append(optimizer.state[weight]["right"])
+        assert torch.equal(bases[0], bases[1])
+        assert not torch.equal(bases[1], bases[2])
+        assert torch.equal(bases[2], bases[3])
+        assert optimizer.state[weight]["found"] is True
+
+    @pytest.mark.parametrize("change", [{"rank": 8}, {"rank": 2}, {"proj_type": "left"}])
+    def test_a_rank_changed_after_the_first_step_is_refused(self, change: dict[str, Any]) -> None:
+        """The kernels would write beyond the moments."""
+        for cls in (GaLoreAdamW, GaLoreAdamW8bit):
+            (weight,) = weights(((64, 48),))
+            optimizer = cls([{"params": [weight], "rank": RANK, "update_proj_gap": 1}])
+            give_gradients(0, [weight])
+            optimizer.step()
+            optimizer.param_groups[0].update(change)
+            with pytest.raises(InvalidOption, match="rank or proj_type was changed after the first step"):
+                optimizer.step()
+
+    def test_the_state_of_other_shapes_is_refused(self) -> None:
+        small, large = weights(((64, 48), (5,))), weights(((640, 480), (50,)))
+        saved = GaLoreAdamW(projected(small, "std"))
+        give_gradients(0, small)
+        saved.step()
+        optimizer = GaLoreAdamW(projected(large, "std"))
+        optimizer.load_state_dict(saved.state_dict())
+        give_gradients(0, large)
+        with pytest.raises((InvalidOption, RuntimeError)):
+            optimizer.step()
 
 
 @pytest.mark.parametrize("shape", [(1024, 1024), (512, 2048), (2048, 512)])

@@ -250,6 +250,106 @@ def test_any_partition_steps_to_the_same_bits(name: str, buckets: int, dtype: to
         assert torch.equal(left, right), tuple(left.shape)
 
 
+# Ranks for which products of stacks are rounded otherwise than products of matrices.
+@pytest.mark.parametrize("rank", [1, 2, 5, 7, 9, 15, 17, 24])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("name", [name for name in OWN if REGISTRY[name].projects])
+def test_any_rank_steps_to_the_same_bits(name: str, dtype: torch.dtype, rank: int) -> None:
+    shapes = ((64, 64),) * 3 + ((48, 336),) * 3 + ((128, 32),) * 3
+    for proj_type in ("std", "reverse_std"):
+        together, apart = parameters(dtype, shapes), parameters(dtype, shapes)
+        one, other = (build(name, params, rank=rank, proj_type=proj_type) for params in (together, apart))
+        for step in range(4):
+            for params in (together, apart):
+                give_gradients(params, step)
+            one.step()
+            split = SplitStep(other)
+            for parameter in apart:
+                split.inner([parameter]).step()
+            split.commit()
+        for left, right in zip(together, apart, strict=True):
+            assert torch.equal(left, right), (proj_type, tuple(left.shape))
+
+
+@pytest.mark.parametrize("name", OWN)
+class TestSurroundings:
+    """The same bits whatever a program sets around a step; Lightning steps inside training_step if that is manual."""
+
+    def result(self, name: str, shapes: tuple[tuple[int, ...], ...] = ((64, 64), (16, 96), (40,))) -> dict[str, Any]:
+        params = parameters(shapes=shapes)
+        optimizer = build(name, params)
+        train(optimizer, params, range(3))
+        return {"weights": params, "state": optimizer.state_dict()}
+
+    def test_autocast(self, name: str) -> None:
+        expected = self.result(name)
+        params = parameters(shapes=((64, 64), (16, 96), (40,)))
+        optimizer = build(name, params)
+        for step in range(3):
+            give_gradients(params, step)
+            with torch.autocast("cpu", dtype=torch.bfloat16):
+                optimizer.step()
+        assert_equal({"weights": params, "state": optimizer.state_dict()}, expected, name)
+
+    @pytest.mark.parametrize("default", [torch.bfloat16, torch.float64])
+    def test_default_dtype(self, name: str, default: torch.dtype) -> None:
+        expected = self.result(name)
+        params = parameters(shapes=((64, 64), (16, 96), (40,)))
+        gradients = []
+        for step in range(3):
+            give_gradients(params, step)
+            gradients.append([parameter.grad for parameter in params])
+        torch.set_default_dtype(default)
+        try:
+            optimizer = build(name, params)
+            for step in range(3):
+                for parameter, gradient in zip(params, gradients[step], strict=True):
+                    parameter.grad = gradient
+                optimizer.step()
+        finally:
+            torch.set_default_dtype(torch.float32)
+        assert_equal({"weights": params, "state": optimizer.state_dict()}, expected, name)
+
+    def test_default_device(self, name: str) -> None:
+        params = parameters(shapes=((64, 64), (40,)))
+        optimizer = build(name, params)
+        give_gradients(params, 0)
+        with torch.device("meta"):
+            optimizer.step()
+        assert all(torch.isfinite(parameter).all() for parameter in params)
+
+    def test_gradients_of_another_dtype(self, name: str) -> None:
+        weight = torch.ones(8, 8, dtype=torch.float64, requires_grad=True)
+        weight.grad_dtype = None
+        weight.grad = torch.ones(8, 8)
+        build(name, [weight]).step()
+        assert torch.isfinite(weight).all()
+
+
+@pytest.mark.parametrize("name", OWN)
+def test_hooks_see_and_may_translate_what_is_loaded(name: str) -> None:
+    params = parameters(shapes=((16, 16), (12,)))
+    saved = build(name, params)
+    train(saved, params, range(2))
+    optimizer = build(name, params)
+
+    def translate(_: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
+        zeroed = {
+            index: {key: torch.zeros_like(value) if isinstance(value, Tensor) else 7 for key, value in state.items()}
+            for index, state in state_dict["state"].items()
+        }
+        return {**state_dict, "state": zeroed}
+
+    seen: list[dict[str, Any]] = []
+    optimizer.register_load_state_dict_pre_hook(translate)
+    optimizer.register_load_state_dict_post_hook(lambda loaded: seen.append(loaded.state_dict()))
+    optimizer.load_state_dict(saved.state_dict())
+    for states in (optimizer.state_dict(), *seen):
+        for state in states["state"].values():
+            assert all(not value.any() if isinstance(value, Tensor) else value == 7 for value in state.values())
+            assert state.keys() == saved.state_dict()["state"][0].keys() or len(states["state"]) > 1
+
+
 @pytest.mark.parametrize("name", OWN)
 def test_a_closure_runs_with_gradients_and_its_loss_comes_back(name: str) -> None:
     weight = torch.ones(4, 4, requires_grad=True)

@@ -15,6 +15,7 @@ import bitsandbytes.functional as bnb
 import torch
 from torch import Tensor
 
+from lightning_optim.optimizers.adamw import check_moment
 from lightning_optim.optimizers.galore import GaLoreAdamW
 from lightning_optim.optimizers.projection import ProjectionMethod, ProjectionType
 
@@ -83,7 +84,10 @@ class GaLoreAdamW8bit(GaLoreAdamW):
         moments: dict[str, Any] = {}
         for name in _MOMENTS:
             moments[name] = torch.zeros(shape, dtype=torch.uint8, device=parameter.device)
-            moments[f"{name}_absmax"] = torch.zeros(-(-elements // _BLOCK), device=parameter.device)
+            # The kernels take float32, whatever the default dtype is (Lightning's bf16-true changes it).
+            moments[f"{name}_absmax"] = torch.zeros(
+                -(-elements // _BLOCK), dtype=torch.float32, device=parameter.device
+            )
         return moments
 
     def _adamw(
@@ -121,6 +125,7 @@ class GaLoreAdamW8bit(GaLoreAdamW):
     ) -> None:
         """Adds Adam's update to ``weight`` with the quantized moments that the state keeps for ``parameter``."""
         state = self.state[parameter]
+        check_moment(gradient, state["exp_avg"])
         bnb.optimizer_update_8bit_blockwise(
             "adam",
             gradient,
@@ -143,5 +148,11 @@ class GaLoreAdamW8bit(GaLoreAdamW):
 @functools.cache
 def _code(signed: bool, device: torch.device) -> Tensor:
     """Returns the 256 float32 values that the codes stand for, one table per device."""
-    table: Tensor = bnb.create_dynamic_map(signed=signed).to(device)
-    return table
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32)
+    try:
+        with torch.device("cpu"):
+            table: Tensor = bnb.create_dynamic_map(signed=signed)
+    finally:
+        torch.set_default_dtype(default)
+    return table.to(device)

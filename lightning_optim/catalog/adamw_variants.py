@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from lightning_optim.errors import InvalidOption
-from lightning_optim.optimizers.anyprecision import StateDtype
+from lightning_optim.optimizers.anyprecision import StateDtype, check_epsilon
 from lightning_optim.options import NON_NEGATIVE, UNIT, Options, Range, option
 from lightning_optim.spec import Buffer, OptimizerSpec, StateLayout
 
@@ -50,12 +50,7 @@ class AnyPrecisionAdamWOptions(Options):
     compensation_buffer_dtype: StateDtype = option("bfloat16", "dtype of what rounding took")
 
     def check(self) -> None:
-        smallest = torch.finfo(torch.float16).smallest_normal * torch.finfo(torch.float16).eps
-        if self.variance_dtype == "float16" and self.eps < smallest:
-            raise InvalidOption(
-                f"eps={self.eps:g} rounds to 0 beside variance_dtype='float16', so that parameters become NaN; set "
-                f"eps={smallest:.0e} or larger, or variance_dtype='bfloat16'"
-            )
+        check_epsilon(self.eps, self.variance_dtype)
 
 
 def _bytes(dtype: str) -> int:

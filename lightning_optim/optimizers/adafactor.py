@@ -115,7 +115,8 @@ class Adafactor(OwnOptimizer):
 
     def _update(self, parameters: list[Tensor], step: int, group: dict[str, Any]) -> None:
         for batch in batches(parameters, _shapes):
-            values, gradients = working([stack(batch), stack([p.grad for p in batch if p.grad is not None])])
+            (values,) = working([stack(batch)])
+            gradients = stack([p.grad for p in batch if p.grad is not None]).to(values.dtype).contiguous()
             rate = self._rate(values, step, group)
             update = self._moved(batch, gradients, rate, step, group)
             if group["weight_decay"]:
@@ -126,12 +127,17 @@ class Adafactor(OwnOptimizer):
             else:
                 write_back(batch, values.unbind())
 
-    def _rate(self, values: Tensor, step: int, group: dict[str, Any]) -> float | Tensor:
-        """Returns the learning rate of each of a stack of parameters ``[B, *shape]``, or one for all."""
+    def _rate(self, parameters: Tensor | None, step: int, group: dict[str, Any]) -> float | Tensor:
+        """Returns the learning rate of each of a stack of parameters ``[B, *shape]``, or one for all.
+
+        The parameters are needed with ``scale_parameter`` alone.
+        """
         lr = float(group["lr"])
         if group["relative_step"]:
             lr *= min(1e-6 * step if group["warmup_init"] else 1e-2, 1 / math.sqrt(step))
-        return rms(values).clamp_(min=group["eps"][1]).mul_(lr) if group["scale_parameter"] else lr
+        if parameters is None or not group["scale_parameter"]:
+            return lr
+        return rms(parameters).clamp_(min=group["eps"][1]).mul_(lr)
 
     def _moved(
         self, parameters: list[Tensor], gradients: Tensor, rate: float | Tensor, step: int, group: dict[str, Any]

@@ -1,4 +1,4 @@
-"""The AdamW update that GaLore and APOLLO take in their subspaces.
+"""The AdamW update: GaLore and APOLLO take it in their subspaces and where they do not project, GrokAdamW everywhere.
 
 Decoupled Weight Decay Regularization, https://arxiv.org/abs/1711.05101, as ``torch.optim.AdamW`` has it.
 """
@@ -10,6 +10,8 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+
+from lightning_optim.errors import InvalidOption
 
 # Where torch has the kernel that reads and writes everything once.
 _FUSED = frozenset({"cpu", "cuda", "mps", "xpu"})
@@ -39,9 +41,14 @@ def adamw_update(
         betas: Decay rates of the moments.
         eps: Added to the denominator.
         weight_decay: Decoupled weight decay.
+
+    Raises:
+        InvalidOption: If a moment is not of its parameter's shape; torch's kernel would write beyond it.
     """
     if not parameters:
         return
+    for parameter, moment in zip(parameters, exp_avgs, strict=True):
+        check_moment(parameter, moment)
     beta1, beta2 = betas
     device = parameters[0].device
     if device.type in _FUSED:
@@ -71,3 +78,13 @@ def adamw_update(
     torch._foreach_div_(denominators, math.sqrt(1 - beta2**step))
     torch._foreach_add_(denominators, eps)
     torch._foreach_addcdiv_(list(parameters), list(exp_avgs), denominators, -lr / (1 - beta1**step))
+
+
+def check_moment(gradient: Tensor, moment: Tensor) -> None:
+    """Raises :class:`InvalidOption` for a moment that cannot be of this gradient."""
+    if gradient.shape != moment.shape:
+        raise InvalidOption(
+            f"the optimizer keeps moments of shape {tuple(moment.shape)} for gradients of shape "
+            f"{tuple(gradient.shape)}: rank or proj_type was changed after the first step, or the state is another "
+            "model's. Start with a new optimizer."
+        )

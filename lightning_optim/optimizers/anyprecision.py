@@ -77,6 +77,10 @@ class AnyPrecisionAdamW(OwnOptimizer):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         super().add_param_group(_with_dtype_names(param_group))
 
+    def _check_group(self, group: dict[str, Any]) -> None:
+        super()._check_group(group)
+        check_epsilon(group["eps"], group["variance_dtype"])
+
     def _initial_state(self, parameter: Tensor, group: dict[str, Any]) -> dict[str, Any]:
         state = {"exp_avg": group["momentum_dtype"], "exp_avg_sq": group["variance_dtype"]}
         if group["use_kahan_summation"]:
@@ -148,6 +152,17 @@ def anyprecision_update(
     torch._foreach_add_(parameters, compensations)
     torch._foreach_add_(arrived, parameters)
     torch._foreach_sub_(compensations, arrived)
+
+
+def check_epsilon(eps: float, variance_dtype: str) -> None:
+    """Raises :class:`InvalidOption` for an epsilon that the second moment's dtype rounds to 0: zeros divide by it."""
+    float16 = torch.finfo(torch.float16)
+    smallest = float16.smallest_normal * float16.eps
+    if variance_dtype == "float16" and eps < smallest:
+        raise InvalidOption(
+            f"eps={eps:g} rounds to 0 beside variance_dtype='float16', so that parameters become NaN; set "
+            f"eps={smallest:.0e} or larger, or variance_dtype='bfloat16'"
+        )
 
 
 def _scale_(tensors: list[Tensor], factor: float) -> None:

@@ -7,23 +7,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
-from lightning_optim.errors import InvalidOption, listing
-from lightning_optim.optimizers.base import gradients
-from lightning_optim.optimizers.low_rank import LowRankAdamW, as_matrices, weight_matrices
+from lightning_optim.optimizers.base import gradients, working, write_back
+from lightning_optim.optimizers.low_rank import LowRankAdamW, as_matrices
 from lightning_optim.optimizers.projection import gaussian, project, sides
-from lightning_optim.optimizers.stacks import stack, stacked
-
-_CHOICES = {
-    "proj": ("random", "svd"),
-    # Not "full": a channel is what is left of a row or a column, so one side stays as it is.
-    "proj_type": ("std", "reverse_std", "right", "left"),
-    "scale_type": ("channel", "tensor"),
-}
+from lightning_optim.optimizers.stacks import stack, stacked, unstack
 
 # Elements whose squares stay in the cache; fewer would begin and end all threads more often.
 _BLOCK = 2**22
@@ -64,6 +56,13 @@ class ApolloAdamW(LowRankAdamW):
         InvalidParamGroups: If a parameter is complex or sharded, or a gradient is sparse.
     """
 
+    choices: ClassVar = {
+        "proj": ("random", "svd"),
+        # Not "full": a channel is what is left of a row or a column, so one side stays as it is.
+        "proj_type": ("std", "reverse_std", "right", "left"),
+        "scale_type": ("channel", "tensor"),
+    }
+
     def __init__(
         self,
         params: Any,
@@ -101,19 +100,11 @@ class ApolloAdamW(LowRankAdamW):
         super().__setstate__(state)
         self._forget_projections()
 
-    def _check_group(self, group: dict[str, Any]) -> None:
-        super()._check_group(group)
-        for name, allowed in _CHOICES.items():
-            value = group[name]
-            if value not in allowed:
-                raise InvalidOption(
-                    f"{name}={value!r} of {type(self).__name__} is unknown; use one of {listing(allowed)}"
-                )
-
     def _step_projected(self, parameters: list[Tensor], step: int, group: dict[str, Any]) -> None:
-        gradient = as_matrices(gradients(parameters))
-        left, right = self._bases(parameters, gradient, step, group)
-        low = project(gradient, left, right)
+        matrices = as_matrices(gradients(parameters))
+        left, right = self._bases(parameters, matrices, step, group)
+        low = project(matrices, left, right)
+        gradient = stack(matrices)
         update = self._adamw_of(parameters, low, step, group)
         scaled = (1, 2) if group["scale_type"] == "tensor" else (1,) if right is None else (2,)
         # A zero divided by zero, or a moment that outlasts its gradient.
@@ -123,10 +114,13 @@ class ApolloAdamW(LowRankAdamW):
             scaling *= self._limited(parameters, norm, group["norm_growth_limit"]).unsqueeze(2)
 
         lr = float(group["lr"])
-        with weight_matrices(parameters) as weights:
-            if group["weight_decay"]:
-                weights.mul_(1 - lr * group["weight_decay"])
-            weights.addcmul_(gradient, scaling, value=-lr * math.sqrt(group["scale"]))
+        weights = working(parameters)
+        stepped = stack(as_matrices(weights))
+        if group["weight_decay"]:
+            stepped.mul_(1 - lr * group["weight_decay"])
+        stepped.addcmul_(gradient, scaling, value=-lr * math.sqrt(group["scale"]))
+        unstack(stepped, as_matrices(weights))
+        write_back(parameters, weights)
 
     def _limited(self, parameters: Sequence[Tensor], norm: Tensor, growth: float) -> Tensor:
         """Returns factors ``[batch, 1]`` that limit the growth of the updates' norms, and notes the limited norms."""
@@ -142,21 +136,21 @@ class ApolloAdamW(LowRankAdamW):
         return (limited / norm).nan_to_num_(0.0)
 
     def _bases(
-        self, parameters: Sequence[Tensor], gradient: Tensor, step: int, group: dict[str, Any]
-    ) -> tuple[Tensor | None, Tensor | None]:
+        self, parameters: Sequence[Tensor], gradients: Sequence[Tensor], step: int, group: dict[str, Any]
+    ) -> tuple[list[Tensor] | None, list[Tensor] | None]:
         if group["proj"] == "svd":
-            return super()._bases(parameters, gradient, step, {**group, "projection": "svd"})
+            return super()._bases(parameters, gradients, step, {**group, "projection": "svd"})
         states = [self.state[parameter] for parameter in parameters]
         if (step - 1) % group["update_proj_gap"] == 0:
             for state in states:
                 state["seed"] = state["seed"] + 1 if "seed" in state else group["seed"]
-        rows, columns = gradient.shape[-2:]
+        rows, columns = gradients[0].shape
         rank = min(group["rank"], rows, columns)
         left, _ = sides(rows, columns, group["proj_type"])
-        seeds = [state["seed"] for state in states]
-        found = {seed: self._projection(seed, rows if left else columns, rank, gradient) for seed in set(seeds)}
-        # One serves the whole stack, unless the gap was changed while some parameters had no gradient.
-        bases = stack([found[seed] for seed in (seeds if len(found) > 1 else seeds[:1])])
+        side, seeds = rows if left else columns, [state["seed"] for state in states]
+        # One for all, unless the gap was changed while some parameters had no gradient.
+        found = {seed: self._projection(seed, side, rank, gradients[0]) for seed in set(seeds)}
+        bases = [found[seed] for seed in seeds]
         return (bases, None) if left else (None, bases)
 
     def _projection(self, seed: int, side: int, rank: int, like: Tensor) -> Tensor:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from itertools import zip_longest
 from typing import Any, ClassVar
 
@@ -21,6 +22,8 @@ MEMBERS = "members"
 _CHANGING = frozenset(
     {"params", "name", MEMBERS, "lr", "initial_lr", "betas", "weight_decay", "train_loss", "eval_loss"}
 )
+# Elements of the parameters that are updated together.
+_TEMPORARY = 2**24
 
 
 class OwnOptimizer(Optimizer):
@@ -52,6 +55,8 @@ class OwnOptimizer(Optimizer):
     sharded: ClassVar[bool] = False
 
     def __init__(self, params: Any, defaults: dict[str, Any]) -> None:
+        # The state dict that is being loaded.
+        self._taken: dict[str, Any] | None = None
         super().__init__(params, {**defaults, _FORMAT: self._format()})
 
     def _initial_state(self, parameter: Tensor, group: dict[str, Any]) -> dict[str, Any]:
@@ -68,6 +73,12 @@ class OwnOptimizer(Optimizer):
 
     def _check_group(self, group: dict[str, Any]) -> None:
         """Raises what the class says about a group that cannot be stepped as its values ask."""
+        for name in ("lr", "eps", "weight_decay", "betas"):
+            value = group.get(name, 0.0)
+            numbers = value if isinstance(value, (tuple, list)) else (value,)
+            if not all(number >= 0 and (name != "betas" or number < 1) for number in numbers):
+                allowed = "0 <= value < 1" if name == "betas" else "0 <= value"
+                raise InvalidOption(f"{name}={value!r} of {type(self).__name__} is out of range: {allowed}")
         for parameter in group["params"]:
             self._check(parameter)
 
@@ -94,8 +105,11 @@ class OwnOptimizer(Optimizer):
                 # By type: a DTensor and a plain tensor do not go into one operation.
                 kind = self._begin(parameter, group), parameter.device, parameter.dtype, type(parameter)
                 kinds.setdefault(kind, []).append(parameter)
-            for (step, *_), parameters in kinds.items():
-                self._update(parameters, step, group)
+            for (step, device, *_), parameters in kinds.items():
+                # Stepped inside training_step (manual optimization), there may be an autocast around.
+                with _without_autocast(device.type):
+                    for part in _parts(parameters):
+                        self._update(part, step, group)
         return loss
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -107,14 +121,38 @@ class OwnOptimizer(Optimizer):
             InvalidOption: If another optimizer, or a newer version of this one, wrote ``state_dict``, or if its groups
                 held other parameters (where the groups name them in ``"members"``).
         """
-        self._check_state_dict(state_dict)
         asked = [dict(group) for group in self.param_groups]
-        super().load_state_dict(state_dict)
+        # After the hooks of others, which may translate a state dict.
+        handle = self.register_load_state_dict_pre_hook(OwnOptimizer._take_tensors)
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            handle.remove()
+            self._taken = None
         self._say_replaced(asked)
-        ids = [identity for group in state_dict["param_groups"] for identity in group["params"]]
+
+    @staticmethod
+    def _take_tensors(optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
+        """Checks a state dict and hands it on without its tensors, which torch would cast."""
+        assert isinstance(optimizer, OwnOptimizer)
+        optimizer._check_state_dict(state_dict)
+        optimizer._taken = state_dict
+        plain = {
+            identity: {name: value for name, value in state.items() if not isinstance(value, Tensor)}
+            for identity, state in state_dict["state"].items()
+        }
+        return {**state_dict, "state": plain}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        taken = vars(self).setdefault("_taken", None)
+        if taken is None:
+            return
+        # load_state_dict is under way: hooks that follow see the whole state.
+        ids = [identity for group in taken["param_groups"] for identity in group["params"]]
         parameters = [parameter for group in self.param_groups for parameter in group["params"]]
         for identity, parameter in zip(ids, parameters, strict=True):
-            for name, value in state_dict["state"].get(identity, {}).items():
+            for name, value in taken["state"].get(identity, {}).items():
                 if isinstance(value, Tensor):
                     self.state[parameter][name] = value.detach().to(parameter.device, copy=True)
 
@@ -167,7 +205,7 @@ class OwnOptimizer(Optimizer):
 
     def _refuse_sparse(self, parameters: Iterable[Tensor]) -> None:
         for parameter in parameters:
-            if parameter.grad is not None and parameter.grad.is_sparse:
+            if parameter.grad is not None and parameter.grad.layout is not torch.strided:
                 raise InvalidParamGroups(
                     f"{type(self).__name__} cannot step the sparse gradient of a parameter of shape "
                     f"{tuple(parameter.shape)}. Create its embedding with sparse=False, or use optim='adagrad' or "
@@ -204,7 +242,7 @@ def working_dtype(parameter: Tensor) -> torch.dtype:
 
 def working(tensors: Iterable[Tensor]) -> list[Tensor]:
     """Returns the tensors in their working dtype and contiguous: themselves where they are so, else copies."""
-    return [tensor.detach().to(working_dtype(tensor)).contiguous() for tensor in tensors]
+    return [_converted(tensor, working_dtype(tensor)) for tensor in tensors]
 
 
 def write_back(parameters: Sequence[Tensor], values: Sequence[Tensor]) -> None:
@@ -215,5 +253,29 @@ def write_back(parameters: Sequence[Tensor], values: Sequence[Tensor]) -> None:
 
 
 def gradients(parameters: Iterable[Tensor]) -> list[Tensor]:
-    """Returns the gradients in their working dtype, contiguous."""
-    return working(parameter.grad for parameter in parameters if parameter.grad is not None)
+    """Returns the gradients in their parameters' working dtype, contiguous."""
+    return [_converted(p.grad, working_dtype(p)) for p in parameters if p.grad is not None]
+
+
+def _converted(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    # Asked first: operations that do nothing take most of the time of a step over many small tensors.
+    return tensor if tensor.dtype is dtype and tensor.is_contiguous() else tensor.detach().to(dtype).contiguous()
+
+
+def _parts(parameters: list[Tensor]) -> Iterator[list[Tensor]]:
+    """Divides parameters so that temporary copies of a part stay small, unless a single one is large."""
+    part: list[Tensor] = []
+    elements = 0
+    for parameter in parameters:
+        if part and elements + parameter.numel() > _TEMPORARY:
+            yield part
+            part, elements = [], 0
+        part.append(parameter)
+        elements += parameter.numel()
+    yield part
+
+
+def _without_autocast(device_type: str) -> AbstractContextManager[Any]:
+    if torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type):
+        return torch.autocast(device_type, enabled=False)
+    return nullcontext()

@@ -11,12 +11,12 @@ from typing import Any
 
 from torch import Tensor
 
-from lightning_optim.optimizers.base import gradients
-from lightning_optim.optimizers.low_rank import LowRankAdamW, as_matrices, weight_matrices
+from lightning_optim.optimizers.base import gradients, working, write_back
+from lightning_optim.optimizers.low_rank import LowRankAdamW, as_matrices
 from lightning_optim.optimizers.projection import (
     ProjectionMethod,
     ProjectionType,
-    add_projected_back_,
+    products,
     project,
 )
 
@@ -77,40 +77,59 @@ class GaLoreAdamW(LowRankAdamW):
         }
         super().__init__(params, {**defaults, **(_more or {})})
 
+    def _step_plainly(self, parameters: list[Tensor], step: int, group: dict[str, Any]) -> None:
+        if not group["match_galore_torch"]:
+            super()._step_plainly(parameters, step, group)
+            return
+        super()._step_plainly(parameters, step, {**_as_upstream(group, step), "weight_decay": 0.0})
+        for parameter in parameters:
+            parameter.mul_(1 - float(group["lr"]) * group["weight_decay"])
+
     def _step_projected(self, parameters: list[Tensor], step: int, group: dict[str, Any]) -> None:
-        gradient = as_matrices(gradients(parameters))
-        left, right = self._bases(parameters, gradient, step, group)
-        low = project(gradient, left, right)
+        matrices = as_matrices(gradients(parameters))
+        left, right = self._bases(parameters, matrices, step, group)
+        low = project(matrices, left, right)
         lr, match = float(group["lr"]), group["match_galore_torch"]
         if match:
-            # What is added to the uncorrected denominator is this much more beside the corrected one.
-            group = {**group, "eps": group["eps"] / math.sqrt(1 - group["betas"][1] ** step)}
+            group = _as_upstream(group, step)
         update = self._adamw_of(parameters, low, step, group, lr * group["scale"])
         decay = 1 - lr * group["weight_decay"]
         add_to_weights(parameters, update, left, right, beta=decay, alpha=decay if match else 1.0)
 
 
+def _as_upstream(group: dict[str, Any], step: int) -> dict[str, Any]:
+    """Returns the group with the epsilon that amounts, beside the corrected denominator, to ``eps`` before it."""
+    return {**group, "eps": group["eps"] / math.sqrt(1 - group["betas"][1] ** step)}
+
+
 def add_to_weights(
     parameters: Sequence[Tensor],
     update: Tensor,
-    left: Tensor | None,
-    right: Tensor | None,
+    left: Sequence[Tensor] | None,
+    right: Sequence[Tensor] | None,
     *,
     beta: float | Tensor,
     alpha: float = 1.0,
 ) -> None:
-    """Computes ``beta * parameter + alpha * (update projected back)`` for parameters of one shape, in place.
+    """Computes ``beta * parameter + alpha * left @ update @ rightᵀ`` for parameters of one shape, in place.
 
     Args:
         parameters: Weights of one shape.
         update: ``[batch, ...]`` in the subspace, in the working dtype.
         left: Left bases or ``None``.
         right: Right bases or ``None``.
-        beta: Factor on the weights; a tensor ``[batch]`` has one for each.
+        beta: Factor on the weights; a tensor ``[batch, 1, 1]`` has one for each.
         alpha: Factor on the update.
     """
-    with weight_matrices(parameters) as weights:
+    if left is not None and right is not None:
+        update, left = products(left, update.unbind()), None
+    # The factors of each product, of which one is the update.
+    one: Sequence[Tensor] = update.unbind() if left is None else left
+    other: Sequence[Tensor] = update.unbind() if right is None else [basis.mT for basis in right]
+    weights = working(parameters)
+    # In one pass over the weights, if all have the same factor.
+    for index, (weight, first, second) in enumerate(zip(as_matrices(weights), one, other, strict=True)):
         if isinstance(beta, Tensor):
-            weights.mul_(beta.view(-1, 1, 1))
-            beta = 1.0
-        add_projected_back_(weights, update, left, right, beta=beta, alpha=alpha)
+            weight.mul_(beta[index])
+        weight.addmm_(first, second, beta=1.0 if isinstance(beta, Tensor) else beta, alpha=alpha)
+    write_back(parameters, weights)

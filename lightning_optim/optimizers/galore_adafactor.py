@@ -14,6 +14,7 @@ from lightning_optim.optimizers.base import OwnOptimizer, gradients, working
 from lightning_optim.optimizers.galore import add_to_weights
 from lightning_optim.optimizers.low_rank import LowRankOptimizer, as_matrices
 from lightning_optim.optimizers.projection import ProjectionMethod, ProjectionType, project
+from lightning_optim.optimizers.stacks import stack
 
 
 class GaLoreAdafactor(LowRankOptimizer, Adafactor):
@@ -85,9 +86,10 @@ class GaLoreAdafactor(LowRankOptimizer, Adafactor):
     _step_plainly = Adafactor._update
 
     def _step_projected(self, parameters: list[Tensor], step: int, group: dict[str, Any]) -> None:
-        gradient = as_matrices(gradients(parameters))
-        left, right = self._bases(parameters, gradient, step, group)
-        rate = self._rate(as_matrices(working(parameters)), step, group)
-        update = self._moved(parameters, project(gradient, left, right), rate, step, group)
+        matrices = as_matrices(gradients(parameters))
+        left, right = self._bases(parameters, matrices, step, group)
+        weights = stack(as_matrices(working(parameters))) if group["scale_parameter"] else None
+        rate = self._rate(weights, step, group)
+        update = self._moved(parameters, project(matrices, left, right), rate, step, group)
         beta = 1 - rate * group["weight_decay"]
         add_to_weights(parameters, update, left, right, beta=beta, alpha=-group["scale"])

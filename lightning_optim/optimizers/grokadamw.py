@@ -168,8 +168,7 @@ def grokadamw_update(
     """
     torch._foreach_lerp_(grok_emas, gradients, 1 - alpha)
     amplified = torch._foreach_add(gradients, grok_emas, alpha=lamb)
-    # One by one where decay rates differ: no operation over lists takes several, and one that reads and writes
-    # everything once gains more than lists do.
+    # One by one, because decay rates differ: a kernel that reads and writes everything once gains more than lists do.
     for tensors in zip(beta1s, parameters, amplified, exp_avgs, exp_avg_sqs, strict=True):
         beta1, lists = tensors[0], [[tensor] for tensor in tensors[1:]]
         adamw_update(*lists, step=step, lr=lr, betas=(beta1, beta2), eps=eps, weight_decay=weight_decay)

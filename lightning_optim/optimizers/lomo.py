@@ -49,7 +49,7 @@ class LOMO(OwnOptimizer):
 
     def _update(self, parameters: list[Tensor], step: int, group: dict[str, Any]) -> None:
         gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-        hyperparameters = {"lr": group["lr"], "weight_decay": group["weight_decay"]}
+        hyperparameters = {"lr": float(group["lr"]), "weight_decay": group["weight_decay"]}
         dtype = working_dtype(parameters[0])
         if parameters[0].dtype is dtype:
             lomo_update(parameters, gradients, **hyperparameters)

@@ -4,24 +4,26 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from typing import Any
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from numbers import Integral
+from typing import Any, ClassVar, get_args
 
 import torch
 from torch import Tensor
 
-from lightning_optim.errors import InvalidOption
+from lightning_optim.errors import InvalidOption, listing
 from lightning_optim.optimizers.adamw import adamw_update
 from lightning_optim.optimizers.base import OwnOptimizer, gradients, working, working_dtype, write_back
 from lightning_optim.optimizers.projection import (
+    ProjectionMethod,
+    ProjectionType,
     any_bases,
     base_shapes,
     find_bases,
     low_rank_shape,
     matrix_shape,
 )
-from lightning_optim.optimizers.stacks import batches, stack, stacked, unstack
+from lightning_optim.optimizers.stacks import batches, stacked
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -34,7 +36,8 @@ class LowRankOptimizer(OwnOptimizer):
 
     A parameter whose gradient is not finite is not stepped: its weights, its state and its projection stay as they
     are, its state counts it (``"skipped"``) and a warning says so. If a decomposition fails, the last projection stays
-    (``"kept"`` counts).
+    (``"kept"`` counts). If a gradient is zero when its subspace is due, the next one that is not is asked
+    (``"found"`` is false until then).
     """
 
     def _initial_moments(self, parameter: Tensor, shape: tuple[int, ...], group: dict[str, Any]) -> dict[str, Any]:
@@ -49,11 +52,22 @@ class LowRankOptimizer(OwnOptimizer):
         """Steps projected parameters of one kind and of one shape."""
         raise NotImplementedError
 
+    #: The values that the arguments which are words may have.
+    choices: ClassVar[Mapping[str, tuple[str, ...]]] = {
+        "proj_type": get_args(ProjectionType),
+        "projection": get_args(ProjectionMethod),
+    }
+
     def _check_group(self, group: dict[str, Any]) -> None:
         super()._check_group(group)
+        for name, allowed in self.choices.items():
+            if group[name] not in allowed:
+                raise InvalidOption(
+                    f"{name}={group[name]!r} of {type(self).__name__} is unknown; use one of {listing(allowed)}"
+                )
         for name in ("rank", "update_proj_gap"):
             value = group[name]
-            if not (isinstance(value, int) and value >= 1) and not (name == "rank" and value is None):
+            if not (isinstance(value, Integral) and int(value) >= 1) and not (name == "rank" and value is None):
                 raise InvalidOption(f"{name}={value!r} of {type(self).__name__} is no whole number of at least 1")
 
     def _initial_state(self, parameter: Tensor, group: dict[str, Any]) -> dict[str, Any]:
@@ -61,13 +75,14 @@ class LowRankOptimizer(OwnOptimizer):
         if not _is_projected(parameter, group):
             return {**counts, **self._initial_moments(parameter, tuple(parameter.shape), group)}
         shape = low_rank_shape(parameter.shape, group["rank"], group["proj_type"])
-        return {**counts, "kept": 0, **self._initial_moments(parameter, shape, group)}
+        return {**counts, "kept": 0, "found": False, **self._initial_moments(parameter, shape, group)}
 
     def _steppable(self, parameters: list[Tensor]) -> list[Tensor]:
         found = [parameter.grad for parameter in parameters if parameter.grad is not None]
         norms = torch._foreach_norm(found)
+        device = norms[0].device
         # One answer from the device for all of them.
-        if bool(torch.stack([norm.to(norms[0].device, torch.float32) for norm in norms]).isfinite().all()):
+        if bool(torch.stack([norm if norm.device == device else norm.to(device) for norm in norms]).isfinite().all()):
             return parameters
         # A norm may overflow where the gradient is finite.
         finite = {p: bool(torch.isfinite(gradient).all()) for p, gradient in zip(parameters, found, strict=True)}
@@ -76,7 +91,8 @@ class LowRankOptimizer(OwnOptimizer):
             state = self.state[parameter]
             state["skipped"] = state.get("skipped", 0) + 1
         if skipped:
-            self._say("skipped", f"{len(skipped)} parameters whose gradients are not finite were not stepped", skipped)
+            count = max(self.state[parameter]["skipped"] for parameter in skipped)
+            self._say(f"{len(skipped)} parameters whose gradients are not finite were not stepped", count)
         return [parameter for parameter in parameters if finite[parameter]]
 
     def _update(self, parameters: list[Tensor], step: int, group: dict[str, Any]) -> None:
@@ -91,41 +107,41 @@ class LowRankOptimizer(OwnOptimizer):
             self._step_projected(batch, step, group)
 
     def _bases(
-        self, parameters: Sequence[Tensor], gradient: Tensor, step: int, group: dict[str, Any]
-    ) -> tuple[Tensor | None, Tensor | None]:
-        """Returns the bases to project with, stacked; finds new ones from ``gradient`` where that is due."""
+        self, parameters: Sequence[Tensor], gradients: Sequence[Tensor], step: int, group: dict[str, Any]
+    ) -> tuple[list[Tensor] | None, list[Tensor] | None]:
+        """Returns the left and the right bases to project with; finds new ones from the gradients where that is due."""
         names = base_shapes(parameters[0].shape, group["rank"], group["proj_type"])
-        if (step - 1) % group["update_proj_gap"] == 0:
-            self._refresh(parameters, gradient, group, tuple(names))
-        stacked = {name: stack([self.state[parameter][name] for parameter in parameters]) for name in names}
-        return stacked.get("left"), stacked.get("right")
+        due = (step - 1) % group["update_proj_gap"] == 0
+        states = [self.state[parameter] for parameter in parameters]
+        for state, gradient in zip(states, gradients, strict=True):
+            if due or not (state.get("found") and names.keys() <= state.keys()):
+                state.update(self._found(state, gradient, names, group))
+        left, right = ([state[name] for state in states] if name in names else None for name in ("left", "right"))
+        return left, right
 
-    def _refresh(
-        self, parameters: Sequence[Tensor], gradient: Tensor, group: dict[str, Any], names: tuple[str, ...]
-    ) -> None:
-        rows, columns = gradient.shape[-2:]
+    def _found(
+        self, state: Mapping[str, Any], gradient: Tensor, names: Collection[str], group: dict[str, Any]
+    ) -> dict[str, Any]:
+        """Returns what a search for the subspace changes in the state."""
+        rows, columns = gradient.shape
         rank = min(group["rank"], rows, columns)
-        try:
-            bases = find_bases(gradient, rank, group["projection"])
-        except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
-            if len(parameters) > 1:
-                for index, parameter in enumerate(parameters):
-                    self._refresh([parameter], gradient[index : index + 1], group, names)
-                return
-            bases = {name: gradient.new_full((1, 1, 1), math.nan) for name in names}
-        for index, parameter in enumerate(parameters):
-            state = self.state[parameter]
-            found = {name: bases[name][index] for name in names}
-            if not all(bool(basis.isfinite().all()) for basis in found.values()):
-                state["kept"] += 1
-                self._say("kept", "the decomposition of a gradient failed; its last projection stays", [parameter])
-                if names[0] in state:
-                    continue
-                found = {name: any_bases(rows, columns, rank, gradient)[name] for name in names}
-            state.update({name: basis.clone(memory_format=torch.contiguous_format) for name, basis in found.items()})
+        found = bool(gradient.any())  # else it is looked for again in the next step
+        if found:
+            try:
+                bases = find_bases(gradient, rank, group["projection"])
+            except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
+                bases = {}
+            if bases and all(bool(bases[name].isfinite().all()) for name in names):
+                kept = {name: bases[name].clone(memory_format=torch.contiguous_format) for name in names}
+                return {"found": True, **kept}
+        changed: dict[str, Any] = {"found": found, "kept": state["kept"] + found}
+        if found:
+            self._say("the decomposition of a gradient failed; its last projection stays", changed["kept"])
+        if not set(names) <= state.keys():
+            changed |= {name: any_bases(rows, columns, rank, gradient)[name] for name in names}
+        return changed
 
-    def _say(self, counter: str, what: str, parameters: Any) -> None:
-        count = max(self.state[parameter][counter] for parameter in parameters)
+    def _say(self, what: str, count: int) -> None:
         if math.log2(count).is_integer():
             warnings.warn(
                 f"{type(self).__name__}: {what} (time number {count}; said again when that has doubled)",
@@ -187,20 +203,9 @@ class LowRankAdamW(LowRankOptimizer):
         )
 
 
-def as_matrices(tensors: Sequence[Tensor]) -> Tensor:
-    """Returns contiguous tensors of one shape as a stack of matrices ``[batch, rows, columns]``."""
-    return stack([tensor.view(matrix_shape(tensor.shape)) for tensor in tensors])
-
-
-@contextmanager
-def weight_matrices(parameters: Sequence[Tensor]) -> Iterator[Tensor]:
-    """Gives parameters of one shape as matrices in the working dtype, and writes back what became of them."""
-    weights = working(parameters)
-    matrices = [weight.view(matrix_shape(weight.shape)) for weight in weights]
-    stacked = stack(matrices)
-    yield stacked
-    unstack(stacked, matrices)
-    write_back(parameters, weights)
+def as_matrices(tensors: Iterable[Tensor]) -> list[Tensor]:
+    """Returns contiguous tensors as matrices, views of those that are none."""
+    return [tensor if tensor.ndim == 2 else tensor.view(matrix_shape(tensor.shape)) for tensor in tensors]
 
 
 def _is_projected(parameter: Tensor, group: dict[str, Any]) -> bool:

@@ -4,7 +4,8 @@ GaLore: Memory-Efficient LLM Training by Gradient Low-Rank Projection, https://a
 bases follow Halko, Martinsson, Tropp, Finding Structure with Randomness, https://arxiv.org/abs/0909.4061, algorithms
 4.4 and 5.1.
 
-All functions take stacks: matrices of one shape along a first dimension.
+Products and decompositions are made matrix by matrix: those of a stack at once may be rounded in another way, and
+stepping in buckets is to equal stepping at once.
 """
 
 from __future__ import annotations
@@ -57,36 +58,36 @@ def base_shapes(shape: Sequence[int], rank: int, proj_type: ProjectionType) -> d
 
 
 def find_bases(gradient: Tensor, rank: int, method: ProjectionMethod) -> dict[str, Tensor]:
-    """Returns orthonormal bases of the leading singular subspaces.
+    """Returns orthonormal bases of the leading singular subspaces of a matrix.
 
     Args:
-        gradient: ``[batch, rows, columns]``, float32 or float64, finite.
+        gradient: ``[rows, columns]``, float32 or float64, finite.
         rank: Number of directions.
         method: ``"svd"``: exact. ``"randomized"``: a range finder, whose cost grows with the rank and not with the
             shorter side.
 
     Returns:
-        ``"left"``: ``[batch, rows, rank]``; ``"right"``: ``[batch, columns, rank]``.
+        ``"left"``: ``[rows, rank]``; ``"right"``: ``[columns, rank]``.
 
     Raises:
         torch.linalg.LinAlgError: If the decomposition does not converge.
     """
-    rows, columns = gradient.shape[-2:]
+    rows, columns = gradient.shape
     width = rank + _OVERSAMPLING
     if method == "svd" or width >= min(rows, columns):
         left, _, right = torch.linalg.svd(gradient, full_matrices=False)
-        return {"left": left[..., :rank], "right": right[..., :rank, :].mT}
+        return {"left": left[:, :rank], "right": right[:rank].mT}
     found = gradient @ gaussian(0, columns, width, gradient)
     for _ in range(_POWER_ITERATIONS):
         # Orthonormal in between: else all directions would lean to the first.
         found = gradient @ torch.linalg.qr(gradient.mT @ torch.linalg.qr(found)[0])[0]
     basis = torch.linalg.qr(found)[0]
     left, _, right = torch.linalg.svd(basis.mT @ gradient, full_matrices=False)
-    return {"left": basis @ left[..., :rank], "right": right[..., :rank, :].mT}
+    return {"left": basis @ left[:, :rank], "right": right[:rank].mT}
 
 
 def any_bases(rows: int, columns: int, rank: int, like: Tensor) -> dict[str, Tensor]:
-    """Returns orthonormal bases that know nothing of the gradient, for one whose decomposition failed; no batch."""
+    """Returns orthonormal bases that know nothing of the gradient, for one that has none or cannot be decomposed."""
     return {
         name: torch.linalg.qr(gaussian(0, side, rank, like))[0] for name, side in (("left", rows), ("right", columns))
     }
@@ -97,25 +98,22 @@ def gaussian(seed: int, rows: int, columns: int, like: Tensor) -> Tensor:
 
     The same seed gives the same numbers on every kind of device, and the global generators are left alone.
     """
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(rows, columns, generator=generator, dtype=like.dtype).to(like.device)
+    generator = torch.Generator("cpu").manual_seed(seed)
+    return torch.randn(rows, columns, generator=generator, dtype=like.dtype, device="cpu").to(like.device)
 
 
-def project(gradient: Tensor, left: Tensor | None, right: Tensor | None) -> Tensor:
-    """Returns ``leftᵀ @ gradient @ right``; a side that is ``None`` is left alone."""
-    if left is not None:
-        gradient = left.mT @ gradient
-    return gradient if right is None else gradient @ right
-
-
-def add_projected_back_(
-    weights: Tensor, update: Tensor, left: Tensor | None, right: Tensor | None, *, beta: float = 1.0, alpha: float = 1.0
-) -> None:
-    """Computes ``weights = beta * weights + alpha * left @ update @ rightᵀ`` in place, in one pass over the weights."""
+def project(gradients: Sequence[Tensor], left: Sequence[Tensor] | None, right: Sequence[Tensor] | None) -> Tensor:
+    """Returns ``leftᵀ @ gradient @ right`` of each matrix, stacked; a side that is ``None`` is left alone."""
     if left is None:
         assert right is not None, "a projected matrix has a basis"
-        weights.baddbmm_(update, right.mT, beta=beta, alpha=alpha)
-    elif right is None:
-        weights.baddbmm_(left, update, beta=beta, alpha=alpha)
-    else:
-        weights.baddbmm_(left @ update, right.mT, beta=beta, alpha=alpha)
+        return products(gradients, right)
+    low = products([basis.mT for basis in left], gradients)
+    return low if right is None else products(low.unbind(), right)
+
+
+def products(one: Sequence[Tensor], other: Sequence[Tensor]) -> Tensor:
+    """Returns the products of pairs of matrices of the same shapes, stacked."""
+    stacked = one[0].new_empty(len(one), one[0].shape[0], other[0].shape[1])
+    for product, first, second in zip(stacked.unbind(), one, other, strict=True):
+        torch.mm(first, second, out=product)
+    return stacked

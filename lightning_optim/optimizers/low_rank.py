@@ -134,7 +134,7 @@ class LowRankOptimizer(OwnOptimizer):
             if bases and all(bool(bases[name].isfinite().all()) for name in names):
                 kept = {name: bases[name].clone(memory_format=torch.contiguous_format) for name in names}
                 return {"found": True, **kept}
-        changed: dict[str, Any] = {"found": found, "kept": state["kept"] + found}
+        changed: dict[str, Any] = {"found": found, "kept": state.get("kept", 0) + found}
         if found:
             self._say("the decomposition of a gradient failed; its last projection stays", changed["kept"])
         if not set(names) <= state.keys():

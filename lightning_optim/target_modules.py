@@ -99,7 +99,7 @@ def _is_projectable(module: nn.Module | None) -> bool:
 
 def _is_all_linear(setting: TargetModules) -> bool:
     entries = [setting] if isinstance(setting, str) else setting or (ALL_LINEAR,)
-    return len(entries) == 1 and entries[0].replace("_", "-") == ALL_LINEAR
+    return len(entries) == 1 and entries[0].lower().replace("_", "-") == ALL_LINEAR
 
 
 def _named(modules: _Modules, setting: TargetModules) -> list[str]:

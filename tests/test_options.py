@@ -515,7 +515,6 @@ NOT_OFFERED = {
     "fused": "a row of its own: adamw_torch_fused",
     "args": "bitsandbytes: a namespace in place of keyword arguments",
     "optim_bits": "what param groups say",
-    "_more": "of subclasses",
     "gradient_release": "optimi: stepping in backward, incompatible with a closure and so with Lightning",
 }
 # bitsandbytes ignores amsgrad, and min_8bit_size where states have 32 bits; torch refuses foreach beside fused.

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from lightning_optim.optimizers.adamw import check_moment
+from lightning_optim.optimizers.base import OwnOptimizer, hyperparameters
 from lightning_optim.optimizers.galore import GaLoreAdamW
 from lightning_optim.optimizers.projection import ProjectionMethod, ProjectionType
 
@@ -61,20 +62,7 @@ class GaLoreAdamW8bit(GaLoreAdamW):
         min_8bit_size: int = 4096,
         optim_bits: int = 8,
     ) -> None:
-        super().__init__(
-            params,
-            lr,
-            betas,
-            eps,
-            weight_decay,
-            rank,
-            update_proj_gap,
-            scale,
-            proj_type,
-            projection,
-            match_galore_torch,
-            _more={"min_8bit_size": min_8bit_size, "optim_bits": optim_bits},
-        )
+        OwnOptimizer.__init__(self, params, hyperparameters(locals()))
 
     def _initial_moments(self, parameter: Tensor, shape: tuple[int, ...], group: dict[str, Any]) -> dict[str, Any]:
         elements = math.prod(shape)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from lightning_optim.errors import InvalidOption
-from lightning_optim.optimizers.base import OwnOptimizer, working, working_dtype, write_back
+from lightning_optim.optimizers.base import OwnOptimizer, hyperparameters, working, working_dtype, write_back
 from lightning_optim.optimizers.factored import factored_update, moment_shapes, rms
 from lightning_optim.optimizers.stacks import batches, stack, stacked, unstack
 
@@ -49,6 +49,11 @@ def adafactor_update(
         gradients, moments, step=step, eps=eps, clip_threshold=clip_threshold, decay_rate=decay_rate, scale=rate
     )
     return update if beta1 is None else moments["exp_avg"].lerp_(update, 1 - beta1)
+
+
+def default_lr(relative_step: bool) -> float:
+    """Returns the learning rate where none is given; with ``relative_step`` it is a factor."""
+    return 1.0 if relative_step else 1e-3
 
 
 class Adafactor(OwnOptimizer):
@@ -87,18 +92,8 @@ class Adafactor(OwnOptimizer):
         relative_step: bool = False,
         warmup_init: bool = False,
     ) -> None:
-        defaults = {
-            "lr": (1.0 if relative_step else 1e-3) if lr is None else lr,
-            "eps": eps,
-            "clip_threshold": clip_threshold,
-            "decay_rate": decay_rate,
-            "beta1": beta1,
-            "weight_decay": weight_decay,
-            "scale_parameter": scale_parameter,
-            "relative_step": relative_step,
-            "warmup_init": warmup_init,
-        }
-        super().__init__(params, defaults)
+        lr = default_lr(relative_step) if lr is None else lr
+        super().__init__(params, hyperparameters(locals()))
 
     def _check_group(self, group: dict[str, Any]) -> None:
         super()._check_group(group)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from lightning_optim.errors import InvalidOption, listing
-from lightning_optim.optimizers.base import OwnOptimizer
+from lightning_optim.optimizers.base import OwnOptimizer, hyperparameters
 from lightning_optim.options import convert
 
 #: The dtypes that states may have, by name.
@@ -62,17 +62,7 @@ class AnyPrecisionAdamW(OwnOptimizer):
         variance_dtype: str | torch.dtype = "float32",
         compensation_buffer_dtype: str | torch.dtype = "bfloat16",
     ) -> None:
-        defaults = {
-            "lr": lr,
-            "betas": betas,
-            "eps": eps,
-            "weight_decay": weight_decay,
-            "use_kahan_summation": use_kahan_summation,
-            "momentum_dtype": momentum_dtype,
-            "variance_dtype": variance_dtype,
-            "compensation_buffer_dtype": compensation_buffer_dtype,
-        }
-        super().__init__(params, _with_dtype_names(defaults))
+        super().__init__(params, _with_dtype_names(hyperparameters(locals())))
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         super().add_param_group(_with_dtype_names(param_group))

@@ -12,7 +12,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from lightning_optim.optimizers.base import gradients, working, write_back
+from lightning_optim.optimizers.base import gradients, hyperparameters, working, write_back
 from lightning_optim.optimizers.low_rank import LowRankAdamW, as_matrices
 from lightning_optim.optimizers.projection import gaussian, project, sides
 from lightning_optim.optimizers.stacks import stack, stacked, unstack
@@ -79,20 +79,7 @@ class ApolloAdamW(LowRankAdamW):
         norm_growth_limit: float | None = 1.01,
         seed: int = 0,
     ) -> None:
-        defaults = {
-            "lr": lr,
-            "betas": betas,
-            "eps": eps,
-            "weight_decay": weight_decay,
-            "rank": rank,
-            "update_proj_gap": update_proj_gap,
-            "scale": scale,
-            "proj_type": proj_type,
-            "proj": proj,
-            "scale_type": scale_type,
-            "norm_growth_limit": norm_growth_limit,
-            "seed": seed,
-        }
+        defaults = hyperparameters(locals())
         self._forget_projections()
         super().__init__(params, defaults)
 

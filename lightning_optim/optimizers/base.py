@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from itertools import zip_longest
 from typing import Any, ClassVar
@@ -228,6 +228,11 @@ class OwnOptimizer(Optimizer):
     @classmethod
     def _format(cls) -> str:
         return f"{cls.__name__}/{cls.version}"
+
+
+def hyperparameters(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the arguments of a constructor, its ``locals()``, as defaults of the groups under the same names."""
+    return {name: value for name, value in arguments.items() if name not in ("self", "params", "__class__")}
 
 
 def _plain(name: str) -> str:

@@ -6,12 +6,12 @@ GaLore: Memory-Efficient LLM Training by Gradient Low-Rank Projection, https://a
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
 
-from lightning_optim.optimizers.base import gradients, working, write_back
+from lightning_optim.optimizers.base import gradients, hyperparameters, working, write_back
 from lightning_optim.optimizers.low_rank import LowRankAdamW, as_matrices
 from lightning_optim.optimizers.projection import (
     ProjectionMethod,
@@ -60,22 +60,8 @@ class GaLoreAdamW(LowRankAdamW):
         proj_type: ProjectionType = "std",
         projection: ProjectionMethod = "randomized",
         match_galore_torch: bool = False,
-        *,
-        _more: Mapping[str, Any] | None = None,
     ) -> None:
-        defaults = {
-            "lr": lr,
-            "betas": betas,
-            "eps": eps,
-            "weight_decay": weight_decay,
-            "rank": rank,
-            "update_proj_gap": update_proj_gap,
-            "scale": scale,
-            "proj_type": proj_type,
-            "projection": projection,
-            "match_galore_torch": match_galore_torch,
-        }
-        super().__init__(params, {**defaults, **(_more or {})})
+        super().__init__(params, hyperparameters(locals()))
 
     def _step_plainly(self, parameters: list[Tensor], step: int, group: dict[str, Any]) -> None:
         if not group["match_galore_torch"]:

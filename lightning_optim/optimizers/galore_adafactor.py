@@ -9,8 +9,8 @@ from typing import Any
 
 from torch import Tensor
 
-from lightning_optim.optimizers.adafactor import Adafactor
-from lightning_optim.optimizers.base import OwnOptimizer, gradients, working
+from lightning_optim.optimizers.adafactor import Adafactor, default_lr
+from lightning_optim.optimizers.base import OwnOptimizer, gradients, hyperparameters, working
 from lightning_optim.optimizers.galore import add_to_weights
 from lightning_optim.optimizers.low_rank import LowRankOptimizer, as_matrices
 from lightning_optim.optimizers.projection import ProjectionMethod, ProjectionType, project
@@ -64,23 +64,8 @@ class GaLoreAdafactor(LowRankOptimizer, Adafactor):
         proj_type: ProjectionType = "std",
         projection: ProjectionMethod = "randomized",
     ) -> None:
-        defaults = {
-            "lr": (1.0 if relative_step else 1e-3) if lr is None else lr,
-            "eps": eps,
-            "clip_threshold": clip_threshold,
-            "decay_rate": decay_rate,
-            "beta1": beta1,
-            "weight_decay": weight_decay,
-            "scale_parameter": scale_parameter,
-            "relative_step": relative_step,
-            "warmup_init": warmup_init,
-            "rank": rank,
-            "update_proj_gap": update_proj_gap,
-            "scale": scale,
-            "proj_type": proj_type,
-            "projection": projection,
-        }
-        OwnOptimizer.__init__(self, params, defaults)
+        lr = default_lr(relative_step) if lr is None else lr
+        OwnOptimizer.__init__(self, params, hyperparameters(locals()))
 
     _initial_moments = Adafactor._initial_moments
     _step_plainly = Adafactor._update

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from lightning_optim.optimizers.adamw import adamw_update
-from lightning_optim.optimizers.base import OwnOptimizer, gradients, working, working_dtype, write_back
+from lightning_optim.optimizers.base import OwnOptimizer, gradients, hyperparameters, working, working_dtype, write_back
 
 
 class GrokAdamW(OwnOptimizer):
@@ -61,19 +61,7 @@ class GrokAdamW(OwnOptimizer):
         gamma: float = 0.1,
         grokking_signal_decay_rate: float = 0.1,
     ) -> None:
-        defaults = {
-            "lr": lr,
-            "betas": betas,
-            "eps": eps,
-            "weight_decay": weight_decay,
-            "alpha_init": alpha_init,
-            "lamb": lamb,
-            "gamma": gamma,
-            "grokking_signal_decay_rate": grokking_signal_decay_rate,
-            "train_loss": None,
-            "eval_loss": None,
-        }
-        super().__init__(params, defaults)
+        super().__init__(params, {**hyperparameters(locals()), "train_loss": None, "eval_loss": None})
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_optim.optimizers.base import OwnOptimizer, working_dtype
+from lightning_optim.optimizers.base import OwnOptimizer, hyperparameters, working_dtype
 
 
 def lomo_update(parameters: Sequence[Tensor], gradients: Sequence[Tensor], *, lr: float, weight_decay: float) -> None:
@@ -42,7 +42,7 @@ class LOMO(OwnOptimizer):
     sharded = True
 
     def __init__(self, params: Any, lr: float = 1e-2, weight_decay: float = 0.0) -> None:
-        super().__init__(params, {"lr": lr, "weight_decay": weight_decay})
+        super().__init__(params, hyperparameters(locals()))
 
     def _initial_state(self, parameter: Tensor, group: dict[str, Any]) -> dict[str, Any]:
         return {}

@@ -59,6 +59,12 @@ class NamedParameter:
         return any(isinstance(owner, _EMBEDDINGS) for owner in self.owners)
 
 
+def is_sharded(parameter: Tensor) -> bool:
+    """Whether a parameter is a DTensor, as FSDP2 and tensor parallelism make it."""
+    # By name: importing DTensor costs, and one cannot exist before torch.distributed.tensor is imported.
+    return type(parameter.data).__name__ == "DTensor"
+
+
 def named_parameters(target: Target) -> list[NamedParameter]:
     """Collects the trainable parameters of a module, or of an iterable of parameters or of (name, parameter) pairs.
 

@@ -18,10 +18,10 @@ from torch import Tensor
 from lightning_optim.optimizers.adamw import check_moment
 from lightning_optim.optimizers.base import OwnOptimizer, hyperparameters
 from lightning_optim.optimizers.galore import GaLoreAdamW
+from lightning_optim.optimizers.low_rank import MOMENTS
 from lightning_optim.optimizers.projection import ProjectionMethod, ProjectionType
 
 _BLOCK = 256  # what the kernels are compiled for
-_MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 class GaLoreAdamW8bit(GaLoreAdamW):
@@ -70,7 +70,7 @@ class GaLoreAdamW8bit(GaLoreAdamW):
         if group["optim_bits"] == 32 or elements < group["min_8bit_size"] or parameter.dtype is torch.float64:
             return super()._initial_moments(parameter, shape, group)
         moments: dict[str, Any] = {}
-        for name in _MOMENTS:
+        for name in MOMENTS:
             moments[name] = torch.zeros(shape, dtype=torch.uint8, device=parameter.device)
             # The kernels take float32, whatever the default dtype is (Lightning's bf16-true changes it).
             moments[f"{name}_absmax"] = torch.zeros(

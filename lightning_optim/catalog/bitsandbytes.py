@@ -20,7 +20,8 @@ REQUIREMENTS = (
         broken_reason="has a known bug in its 8-bit optimizers (they diverge)",
     ),
 )
-_QUANTIZATION = Quantization(bits=8, block_size=256, min_size="min_8bit_size")
+DEVICES = frozenset({"cpu", "cuda", "xpu"})
+QUANTIZATION = Quantization(bits=8, block_size=256, min_size="min_8bit_size")
 
 
 @dataclass(frozen=True)
@@ -178,8 +179,8 @@ def _row(
         extra="bitsandbytes",
         fixed=MappingProxyType(fixed),
         aliases=aliases,
-        state=StateLayout(algorithm.buffers, quantization=_QUANTIZATION if bits == 8 else None),
-        devices=frozenset({"cpu", "cuda", "xpu"}),
+        state=StateLayout(algorithm.buffers, quantization=QUANTIZATION if bits == 8 else None),
+        devices=DEVICES,
         half_weights=True,
         note="without CUDA the states are ordinary, unpaged tensors" if paged else "",
     )

@@ -7,12 +7,12 @@ import math
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from lightning_optim.catalog.bitsandbytes import REQUIREMENTS as BITSANDBYTES
+from lightning_optim.catalog import bitsandbytes
 from lightning_optim.catalog.lean import AdafactorOptions
 from lightning_optim.optimizers.factored import column_elements, full_elements, row_elements
 from lightning_optim.optimizers.projection import ProjectionMethod, ProjectionType, base_shapes, low_rank_shape
 from lightning_optim.options import AT_LEAST_ONE, NON_NEGATIVE, UNIT, Options, option
-from lightning_optim.spec import Buffer, OptimizerSpec, Quantization, StateLayout
+from lightning_optim.spec import Buffer, OptimizerSpec, StateLayout
 
 _PAPER = "GaLore: Memory-Efficient LLM Training by Gradient Low-Rank Projection, https://arxiv.org/abs/2403.03507"
 _NOTE = (
@@ -127,10 +127,10 @@ ROWS = (
         summary="AdamW in a low-rank subspace of the gradient, 8-bit moments",
         source=f"{_PAPER}; lightning_optim.adapters.galore.GaLoreAdamW8bit",
         options=GaLoreAdamW8bitOptions,
-        state=StateLayout(_MOMENTS + _BASES, quantization=Quantization(8, block_size=256, min_size="min_8bit_size")),
-        requirements=BITSANDBYTES,
+        state=StateLayout(_MOMENTS + _BASES, quantization=bitsandbytes.QUANTIZATION),
+        requirements=bitsandbytes.REQUIREMENTS,
         extra="bitsandbytes",
-        devices=frozenset({"cpu", "cuda", "xpu"}),
+        devices=bitsandbytes.DEVICES,
     ),
     dataclasses.replace(
         _GALORE_ADAMW,

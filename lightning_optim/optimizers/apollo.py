@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lightning_optim.optimizers.base import gradients, hyperparameters, working, write_back
 from lightning_optim.optimizers.low_rank import LowRankAdamW, as_matrices
-from lightning_optim.optimizers.projection import gaussian, project, sides
+from lightning_optim.optimizers.projection import base_shapes, gaussian, project
 from lightning_optim.optimizers.stacks import stack, stacked, unstack
 
 # Elements whose squares stay in the cache; fewer would begin and end all threads more often.
@@ -131,14 +131,12 @@ class ApolloAdamW(LowRankAdamW):
         if (step - 1) % group["update_proj_gap"] == 0:
             for state in states:
                 state["seed"] = state["seed"] + 1 if "seed" in state else group["seed"]
-        rows, columns = gradients[0].shape
-        rank = min(group["rank"], rows, columns)
-        left, _ = sides(rows, columns, group["proj_type"])
-        side, seeds = rows if left else columns, [state["seed"] for state in states]
+        ((name, (side, rank)),) = base_shapes(gradients[0].shape, group["rank"], group["proj_type"]).items()
+        seeds = [state["seed"] for state in states]
         # One for all, unless the gap was changed while some parameters had no gradient.
         found = {seed: self._projection(seed, side, rank, gradients[0]) for seed in set(seeds)}
         bases = [found[seed] for seed in seeds]
-        return (bases, None) if left else (None, bases)
+        return (bases, None) if name == "left" else (None, bases)
 
     def _projection(self, seed: int, side: int, rank: int, like: Tensor) -> Tensor:
         """Returns the transposed random projection ``[side, rank]`` of a seed; draws none that was used last."""

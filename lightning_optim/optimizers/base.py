@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_optim.errors import InvalidOption, InvalidParamGroups
+from lightning_optim.parameters import is_sharded
 
 _FORMAT = "format"
 #: Key of a group for the names of its parameters, in order. Not torch's ``param_names``: with that key all groups must
@@ -218,8 +219,7 @@ class OwnOptimizer(Optimizer):
                 f"{type(self).__name__} cannot step a {parameter.dtype} parameter. Use optim='adamw_torch', or store "
                 "real and imaginary parts (torch.view_as_real)."
             )
-        # By name: importing DTensor costs, and one cannot exist before torch.distributed.tensor is imported.
-        if type(parameter.data).__name__ == "DTensor" and not self.sharded:
+        if is_sharded(parameter) and not self.sharded:
             raise InvalidParamGroups(
                 f"{type(self).__name__} looks at whole matrices and cannot step a sharded parameter (DTensor). Use "
                 "optim='adamw_torch', or a strategy that does not shard."

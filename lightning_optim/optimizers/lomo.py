@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_optim.optimizers.base import OwnOptimizer, hyperparameters, working_dtype
+from lightning_optim.optimizers.base import OwnOptimizer, gradients, hyperparameters, working, write_back
 
 
 def lomo_update(parameters: Sequence[Tensor], gradients: Sequence[Tensor], *, lr: float, weight_decay: float) -> None:
@@ -48,14 +48,6 @@ class LOMO(OwnOptimizer):
         return {}
 
     def _update(self, parameters: list[Tensor], step: int, group: dict[str, Any]) -> None:
-        gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-        hyperparameters = {"lr": float(group["lr"]), "weight_decay": group["weight_decay"]}
-        dtype = working_dtype(parameters[0])
-        if parameters[0].dtype is dtype:
-            lomo_update(parameters, gradients, **hyperparameters)
-            return
-        # One by one: float32 copies of all of them would take more memory than what LOMO saves.
-        for parameter, gradient in zip(parameters, gradients, strict=True):
-            value = parameter.to(dtype)
-            lomo_update([value], [gradient.to(dtype)], **hyperparameters)
-            parameter.copy_(value)
+        values = working(parameters)
+        lomo_update(values, gradients(parameters), lr=float(group["lr"]), weight_decay=group["weight_decay"])
+        write_back(parameters, values)

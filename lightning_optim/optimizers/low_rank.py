@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from numbers import Integral
 from typing import Any, ClassVar, get_args
 
@@ -25,7 +25,8 @@ from lightning_optim.optimizers.projection import (
 )
 from lightning_optim.optimizers.stacks import batches, stacked
 
-_MOMENTS = ("exp_avg", "exp_avg_sq")
+#: Names of AdamW's moments in the state.
+MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 class LowRankOptimizer(OwnOptimizer):
@@ -71,11 +72,10 @@ class LowRankOptimizer(OwnOptimizer):
                 raise InvalidOption(f"{name}={value!r} of {type(self).__name__} is no whole number of at least 1")
 
     def _initial_state(self, parameter: Tensor, group: dict[str, Any]) -> dict[str, Any]:
-        counts = {"skipped": 0}
         if not _is_projected(parameter, group):
-            return {**counts, **self._initial_moments(parameter, tuple(parameter.shape), group)}
+            return {"skipped": 0, **self._initial_moments(parameter, tuple(parameter.shape), group)}
         shape = low_rank_shape(parameter.shape, group["rank"], group["proj_type"])
-        return {**counts, "kept": 0, "found": False, **self._initial_moments(parameter, shape, group)}
+        return {"skipped": 0, "kept": 0, "found": False, **self._initial_moments(parameter, shape, group)}
 
     def _steppable(self, parameters: list[Tensor]) -> list[Tensor]:
         found = [parameter.grad for parameter in parameters if parameter.grad is not None]
@@ -96,8 +96,11 @@ class LowRankOptimizer(OwnOptimizer):
         return [parameter for parameter in parameters if finite[parameter]]
 
     def _update(self, parameters: list[Tensor], step: int, group: dict[str, Any]) -> None:
-        projected = [parameter for parameter in parameters if _is_projected(parameter, group)]
-        self._step_plainly([parameter for parameter in parameters if not _is_projected(parameter, group)], step, group)
+        projected: list[Tensor] = []
+        others: list[Tensor] = []
+        for parameter in parameters:
+            (projected if _is_projected(parameter, group) else others).append(parameter)
+        self._step_plainly(others, step, group)
 
         def shapes(shape: tuple[int, ...]) -> tuple[tuple[int, ...], ...]:
             bases = base_shapes(shape, group["rank"], group["proj_type"])
@@ -110,35 +113,34 @@ class LowRankOptimizer(OwnOptimizer):
         self, parameters: Sequence[Tensor], gradients: Sequence[Tensor], step: int, group: dict[str, Any]
     ) -> tuple[list[Tensor] | None, list[Tensor] | None]:
         """Returns the left and the right bases to project with; finds new ones from the gradients where that is due."""
-        names = base_shapes(parameters[0].shape, group["rank"], group["proj_type"])
+        shapes = base_shapes(parameters[0].shape, group["rank"], group["proj_type"])
         due = (step - 1) % group["update_proj_gap"] == 0
         states = [self.state[parameter] for parameter in parameters]
         for state, gradient in zip(states, gradients, strict=True):
-            if due or not (state.get("found") and names.keys() <= state.keys()):
-                state.update(self._found(state, gradient, names, group))
-        left, right = ([state[name] for state in states] if name in names else None for name in ("left", "right"))
+            if due or not (state.get("found") and shapes.keys() <= state.keys()):
+                state.update(self._found(state, gradient, shapes, group))
+        left, right = ([state[name] for state in states] if name in shapes else None for name in ("left", "right"))
         return left, right
 
     def _found(
-        self, state: Mapping[str, Any], gradient: Tensor, names: Collection[str], group: dict[str, Any]
+        self, state: Mapping[str, Any], gradient: Tensor, shapes: Mapping[str, tuple[int, int]], group: dict[str, Any]
     ) -> dict[str, Any]:
-        """Returns what a search for the subspace changes in the state."""
-        rows, columns = gradient.shape
-        rank = min(group["rank"], rows, columns)
+        """Returns what a search for bases of these shapes changes in the state."""
         found = bool(gradient.any())  # else it is looked for again in the next step
         if found:
+            (_, rank), *_ = shapes.values()
             try:
                 bases = find_bases(gradient, rank, group["projection"])
             except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
                 bases = {}
-            if bases and all(bool(bases[name].isfinite().all()) for name in names):
-                kept = {name: bases[name].clone(memory_format=torch.contiguous_format) for name in names}
+            if bases and all(bool(bases[name].isfinite().all()) for name in shapes):
+                kept = {name: bases[name].clone(memory_format=torch.contiguous_format) for name in shapes}
                 return {"found": True, **kept}
         changed: dict[str, Any] = {"found": found, "kept": state.get("kept", 0) + found}
         if found:
             self._say("the decomposition of a gradient failed; its last projection stays", changed["kept"])
-        if not set(names) <= state.keys():
-            changed |= {name: any_bases(rows, columns, rank, gradient)[name] for name in names}
+        if not shapes.keys() <= state.keys():
+            changed |= any_bases(shapes, gradient)
         return changed
 
     def _say(self, what: str, count: int) -> None:
@@ -154,7 +156,7 @@ class LowRankAdamW(LowRankOptimizer):
     """A low-rank optimizer whose moments are AdamW's, in the working dtype."""
 
     def _initial_moments(self, parameter: Tensor, shape: tuple[int, ...], group: dict[str, Any]) -> dict[str, Any]:
-        return {name: torch.zeros(shape, dtype=working_dtype(parameter), device=parameter.device) for name in _MOMENTS}
+        return {name: torch.zeros(shape, dtype=working_dtype(parameter), device=parameter.device) for name in MOMENTS}
 
     def _step_plainly(self, parameters: list[Tensor], step: int, group: dict[str, Any]) -> None:
         weights = working(parameters)
@@ -167,7 +169,7 @@ class LowRankAdamW(LowRankOptimizer):
         """Returns what AdamW adds to zeros for a stack of gradients in the subspace, and advances the moments."""
         update = torch.zeros_like(low)
         # As one tensor: the fused kernel starts and joins the threads once for each.
-        with stacked([self.state[parameter] for parameter in parameters], _MOMENTS) as moments:
+        with stacked([self.state[parameter] for parameter in parameters], MOMENTS) as moments:
             adamw_update(
                 [update],
                 [low],

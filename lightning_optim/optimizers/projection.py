@@ -11,7 +11,7 @@ stepping in buckets is to equal stepping at once.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Literal
 
 import torch
@@ -86,11 +86,9 @@ def find_bases(gradient: Tensor, rank: int, method: ProjectionMethod) -> dict[st
     return {"left": basis @ left[:, :rank], "right": right[:rank].mT}
 
 
-def any_bases(rows: int, columns: int, rank: int, like: Tensor) -> dict[str, Tensor]:
-    """Returns orthonormal bases that know nothing of the gradient, for one that has none or cannot be decomposed."""
-    return {
-        name: torch.linalg.qr(gaussian(0, side, rank, like))[0] for name, side in (("left", rows), ("right", columns))
-    }
+def any_bases(shapes: Mapping[str, tuple[int, int]], like: Tensor) -> dict[str, Tensor]:
+    """Returns orthonormal bases of these shapes that know nothing of the gradient, for one that decides none."""
+    return {name: torch.linalg.qr(gaussian(0, side, rank, like))[0] for name, (side, rank) in shapes.items()}
 
 
 def gaussian(seed: int, rows: int, columns: int, like: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from lightning_optim.parameters import NamedParameter
+from lightning_optim.parameters import NamedParameter, is_sharded
 from lightning_optim.rules.request import Request
 from lightning_optim.schedules import get_schedule
 from lightning_optim.spec import OptimizerSpec
@@ -130,8 +130,7 @@ def _half_weights(run: Run) -> str | None:
 
 
 def _sharded_parameters(run: Run) -> str | None:
-    # By name: importing DTensor costs, and a DTensor cannot exist before torch.distributed.tensor is imported.
-    found = [parameter for parameter in run.parameters if type(parameter.parameter.data).__name__ == "DTensor"]
+    found = [parameter for parameter in run.parameters if is_sharded(parameter.parameter)]
     if not found or run.spec.sharded:
         return None
     ddp = "layerwise_ddp" if run.spec.layerwise else "ddp"

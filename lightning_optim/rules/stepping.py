@@ -44,7 +44,7 @@ class Stepping:
             return base
         # What steps in backward under its own name is stepped after it by its class's path.
         row = REGISTRY[self.name.removeprefix("optim=").strip("'")]
-        return f"optim={row.target.replace(':', '.')!r}"
+        return f"optim={row.implementation!r}"
 
     @property
     def as_ddp(self) -> str:

@@ -2,8 +2,9 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+XLA_VENV := .venv-xla
 
-.PHONY: venv demo test lint docs benchmarks clean
+.PHONY: venv demo test test-npu-contract test-gpu test-xla lint docs benchmarks clean
 
 venv: $(VENV)/.installed
 
@@ -22,6 +23,31 @@ demo: venv
 test: venv
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
+# Needs a CUDA GPU and a torch built for it, and fails without.
+test-gpu: venv
+	LIGHTNING_OPTIM_GPU_TESTS_DEVICE=cuda $(BIN)/python -m pytest tests/gpu
+
+# Reads the real torch_npu without importing it: without Ascend's CANN it cannot be imported. 43 MB.
+test-npu-contract: venv
+	$(BIN)/python -m pip download --quiet --no-deps --dest build/torch_npu torch-npu==2.13.0
+	TORCH_NPU_WHEEL=$$(ls build/torch_npu/*.whl) $(BIN)/python -m pytest tests/test_npu.py -k real_one
+
+# Trains on an XLA device, PJRT on the host's CPU: torch_xla needs a torch of its own, hence an environment of its own.
+# Some files of the ordinary tests show that the package works with that torch, too.
+test-xla: $(XLA_VENV)/.installed
+	CUDA_VISIBLE_DEVICES= LIGHTNING_OPTIM_XLA_TESTS=1 $(XLA_VENV)/bin/python -m pytest tests/xla \
+	    tests/test_imports.py tests/test_registry.py tests/test_config.py tests/test_anyprecision.py tests/test_schedule_free.py \
+	    tests/test_adafactor.py tests/test_fused.py tests/test_xla_absent.py \
+	    tests/test_layerwise.py::TestClipping tests/test_layerwise.py::TestLiveGradients
+
+# 4.9 GB. torch is linked against CUDA's libraries; cuDNN's parts are opened only when a GPU computes, 1 GB less.
+$(XLA_VENV)/.installed: requirements-xla.txt
+	test -x $(XLA_VENV)/bin/python || $(PYTHON) -m venv $(XLA_VENV)
+	$(XLA_VENV)/bin/python -m pip install --quiet --no-cache-dir --no-deps --no-compile --requirement requirements-xla.txt
+	$(XLA_VENV)/bin/python -m pip install --quiet --no-deps --editable .
+	rm -f $(XLA_VENV)/lib/python*/site-packages/nvidia/cudnn/lib/libcudnn_*
+	touch $@
+
 lint: venv
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -39,4 +65,4 @@ benchmarks: venv
 	$(BIN)/python benchmarks/optimizers.py
 
 clean:
-	rm -rf $(VENV) docs/_build docs/generated demo_output
+	rm -rf $(VENV) $(XLA_VENV) docs/_build docs/generated demo_output

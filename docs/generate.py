@@ -22,6 +22,9 @@ SIDE = 1024
 ELEMENTS, ELEMENT_SIZE = SIDE * SIDE, 4
 PROVIDERS = {
     "torch": "PyTorch",
+    "torch_xla": "torch_xla",
+    "torch_npu": "torch_npu",
+    "apex": "apex",
     "torchao": "torchao",
     "bitsandbytes": "bitsandbytes",
     "lightning_optim": "Our own",

@@ -11,6 +11,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from lightning_optim.accelerators import NPUAccelerator, PJRTAccelerator
+from lightning_optim.accelerators import register as _register_accelerators
 from lightning_optim.availability import Requirement
 from lightning_optim.callbacks.grokking import GrokkingSignal
 from lightning_optim.callbacks.optim import OptimCallback
@@ -34,7 +36,19 @@ from lightning_optim.options import Options, option
 from lightning_optim.registry import REGISTRY, register
 from lightning_optim.schedules import build_schedule
 from lightning_optim.spec import Buffer, OptimizerSpec, Quantization, StateLayout
-from lightning_optim.strategies import LayerwiseDDPStrategy, LayerwiseFSDP2Strategy, LayerwiseStrategy
+from lightning_optim.strategies import (
+    FusedDDPStrategy,
+    FusedMixedPrecision,
+    FusedStrategy,
+    LayerwiseDDPStrategy,
+    LayerwiseFSDP2Strategy,
+    LayerwiseStrategy,
+    NPUDDPStrategy,
+    NPUStrategy,
+    SingleDeviceXLASyncFreeStrategy,
+    XLASyncFreePrecision,
+    XLASyncFreeStrategy,
+)
 from lightning_optim.strategies import register as _register_strategies
 
 if TYPE_CHECKING:
@@ -47,6 +61,9 @@ __all__ = [
     "Buffer",
     "Clipping",
     "DuplicateOptimizer",
+    "FusedDDPStrategy",
+    "FusedMixedPrecision",
+    "FusedStrategy",
     "GrokkingSignal",
     "IncompatibleTrainer",
     "InvalidOption",
@@ -56,24 +73,32 @@ __all__ = [
     "LayerwiseFSDP2Strategy",
     "LayerwiseStrategy",
     "MissingDependency",
+    "NPUAccelerator",
+    "NPUDDPStrategy",
+    "NPUStrategy",
     "OptimCallback",
     "OptimConfig",
     "OptimMixin",
     "OptimizerSpec",
     "Options",
+    "PJRTAccelerator",
     "Quantization",
     "Replicas",
     "Requirement",
     "ScheduleFreeCallback",
+    "SingleDeviceXLASyncFreeStrategy",
     "StateLayout",
     "UnknownOptimizer",
     "UnknownSchedule",
+    "XLASyncFreePrecision",
+    "XLASyncFreeStrategy",
     "build_optimizer",
     "build_schedule",
     "option",
     "register",
 ]
 
+_register_accelerators()
 _register_strategies()
 
 

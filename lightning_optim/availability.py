@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from packaging.specifiers import SpecifierSet
@@ -22,6 +23,11 @@ class Requirement:
         versions: PEP 440 specifier of the versions our adapter works with.
         broken: PEP 440 specifier of versions that are known to give wrong results; may be empty.
         broken_reason: What is wrong in the ``broken`` versions.
+        same_minor_as: A distribution whose major and minor version this one has to share, because it was built
+            against it; may be empty.
+        namesake: What the distribution is if it has no such module; empty means a broken installation.
+        command: What to type to install it; empty means ``pip install`` of the distribution.
+        device: The type of device that torch knows only with this package; may be empty.
     """
 
     distribution: str
@@ -29,11 +35,15 @@ class Requirement:
     versions: str = ""
     broken: str = ""
     broken_reason: str = ""
+    same_minor_as: str = ""
+    namesake: str = ""
+    command: str = ""
+    device: str = ""
 
     @property
     def install_command(self) -> str:
         """The command that satisfies this requirement."""
-        return f"pip install --upgrade '{self.distribution}{self.versions}'"
+        return self.command or f"pip install --upgrade '{self.distribution}{self.versions}'"
 
     def installed_version(self) -> str | None:
         """Returns the version of the installed distribution, or ``None``."""
@@ -51,7 +61,16 @@ class Requirement:
             return f"{self.distribution} {version} {self.broken_reason}: {self.install_command}"
         if self.versions and Version(version) not in SpecifierSet(self.versions, prereleases=True):
             return f"{self.distribution} {version} is installed, {self.versions} is needed: {self.install_command}"
+        if self.same_minor_as:
+            other = importlib.metadata.version(self.same_minor_as)
+            if Version(other).release[:2] != Version(version).release[:2]:
+                return (
+                    f"{self.distribution} {version} needs {self.same_minor_as} of the same version, and {other} is "
+                    f"installed: {self.install_command}"
+                )
         if importlib.util.find_spec(self.module) is None:
+            if self.namesake:
+                return f"the package {self.distribution!r} that is installed is {self.namesake}: {self.install_command}"
             return (
                 f"{self.distribution} {version} is installed but has no module {self.module!r} "
                 f"(a broken installation): {self.install_command} --force-reinstall"
@@ -76,8 +95,20 @@ def check(requirements: tuple[Requirement, ...]) -> Availability:
     return Availability(not reasons, reasons)
 
 
-def ensure(name: str, requirements: tuple[Requirement, ...]) -> None:
-    """Raises :class:`MissingDependency` with the commands to type if ``name`` cannot run here."""
+def ensure(name: str, requirements: tuple[Requirement, ...], nearest: Sequence[str] = ()) -> None:
+    """Raises :class:`MissingDependency` if ``name`` cannot run here, with the commands to type.
+
+    Args:
+        name: The identifier.
+        requirements: What it needs.
+        nearest: Identifiers to offer in its place, the best first.
+    """
     availability = check(requirements)
     if not availability:
-        raise MissingDependency(f"optim={name!r} cannot run here: " + "; ".join(availability.reasons))
+        raise missing(name, availability.reasons, nearest)
+
+
+def missing(name: str, reasons: Sequence[str], nearest: Sequence[str] = ()) -> MissingDependency:
+    """Returns the error that says why ``name`` cannot run here and what to use in its place."""
+    instead = f". Or use optim={nearest[0]!r} (optim_fallback=True does so by itself)" if nearest else ""
+    return MissingDependency(f"optim={name!r} cannot run here: {'; '.join(reasons)}{instead}")

@@ -8,13 +8,13 @@ from typing import Any
 
 from jsonargparse import ArgumentParser, Namespace
 from lightning.pytorch import Trainer
+from lightning.pytorch.accelerators import AcceleratorRegistry
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, LRSchedulerTypeTuple
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.trainer.connectors.accelerator_connector import _AcceleratorConnector
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning_utilities.core.rank_zero import rank_zero_info
 
-from lightning_optim import availability
 from lightning_optim.callbacks.optim import OptimCallback
 from lightning_optim.config import OptimConfig
 from lightning_optim.errors import (
@@ -51,10 +51,27 @@ _ARGUMENTS: dict[str, tuple[Any, str]] = {
     "lr_scheduler": (str | None, "Learning-rate schedule by name: linear, cosine, ..."),
     "lr_scheduler_args": (dict[str, Any] | str | None, "Options of the schedule."),
     "warmup_steps": (int | float | None, "Warm-up in optimizer steps, or a fraction of the training below 1."),
+    "optim_fallback": (bool | None, "Whether the nearest identifier that can run here may take the place of another."),
 }
 
 
-def _layerwise_strategy(config: dict[str, Any]) -> str | None:
+# The strategies for one and for several devices of the accelerators that Lightning does not know.
+_STRATEGIES = {"npu": ("npu", "npu_ddp"), "pjrt": ("single_xla_syncfree", "xla_syncfree")}
+
+
+def _for_accelerator(config: dict[str, Any]) -> str | None:
+    """Returns the strategy for an accelerator of ours; ``None`` for others, or if there is no such device."""
+    name = config.get("accelerator")
+    if name not in _STRATEGIES or not AcceleratorRegistry.get(name).is_available():
+        return None
+    accelerator = AcceleratorRegistry.get(name)
+    devices = config.get("devices", "auto")
+    given = accelerator.auto_device_count() if devices == "auto" else devices
+    alone, together = _STRATEGIES[name]
+    return alone if len(accelerator.get_parallel_devices(accelerator.parse_devices(given))) == 1 else together
+
+
+def _for_layerwise(config: dict[str, Any]) -> str | None:
     """Returns the strategy that steps during backward where the Trainer would choose one that does not, or ``None``."""
     choosing = ("accelerator", "devices", "num_nodes")
     chosen = _AcceleratorConnector(**{name: config[name] for name in choosing if name in config}).strategy
@@ -70,7 +87,8 @@ class OptimCLI(LightningCLI):
     gets an :class:`~lightning_optim.OptimCallback`. They are checked before anything is built; a mistake prints what is
     allowed and exits with status 2. Without ``--optim`` everything is as in ``LightningCLI``, except that
     ``--optimizer CLASS`` takes its scheduler from ``--torch_lr_scheduler``. An identifier that ends in ``_layerwise``
-    gets the strategy that it needs on several devices, unless one was given.
+    gets the strategy that it needs on several devices, and the accelerators ``npu`` and ``pjrt`` get theirs, unless one
+    was given.
 
     Example::
 
@@ -94,8 +112,7 @@ class OptimCLI(LightningCLI):
         try:
             self.optim_config = self._checked_config()
             if self.optim_config and self.config.get("subcommand") in (None, "fit"):
-                spec = REGISTRY[self.optim_config.optim]
-                availability.ensure(self.optim_config.optim, spec.requirements)
+                self.optim_config.ensure_available()
         except (UnknownOptimizer, UnknownSchedule, InvalidOption, IncompatibleTrainer, MissingDependency) as error:
             self.parser.error(str(error))
 
@@ -119,15 +136,22 @@ class OptimCLI(LightningCLI):
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         config = {**self._get(self.config_init, "trainer", default={}), **kwargs}
         name = self._optimizer_name()
-        if name and REGISTRY[name].layerwise and config.get("strategy", "auto") == "auto":
-            strategy = _layerwise_strategy(config)
-            if strategy is not None:
-                kwargs["strategy"] = strategy
-                rank_zero_info(f"OptimCLI chose --trainer.strategy {strategy} for optim={name!r}.")
-        return super().instantiate_trainer(**kwargs)
+        try:
+            if config.get("strategy", "auto") == "auto":
+                strategy, why = _for_accelerator(config), f"accelerator={config.get('accelerator')!r}"
+                if strategy is None and name and REGISTRY[name].layerwise:
+                    strategy, why = _for_layerwise(config), f"optim={name!r}"
+                if strategy is not None:
+                    kwargs["strategy"] = strategy
+                    rank_zero_info(f"OptimCLI chose --trainer.strategy {strategy} for {why}.")
+            return super().instantiate_trainer(**kwargs)
+        except (IncompatibleTrainer, MissingDependency) as error:
+            self.parser.error(str(error))
 
     def _optimizer_name(self) -> str | None:
-        """Returns the identifier that will train, whoever named it; ``None`` if the model decides by itself."""
+        """Returns the identifier that will train, whoever named it; ``None`` if the model decides or nothing trains."""
+        if self.config.get("subcommand") not in (None, "fit"):
+            return None
         if self.optim_config is not None:
             return self.optim_config.optim
         return self.model.optim_config.optim if isinstance(self.model, OptimMixin) else None

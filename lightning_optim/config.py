@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
-from lightning_optim import rules
+from lightning_optim import availability, rules
 from lightning_optim.errors import InvalidOption, MissingDependency
 from lightning_optim.options import NON_NEGATIVE, Range, as_mapping, as_number, parse
 from lightning_optim.registry import REGISTRY
@@ -39,6 +40,7 @@ class OptimConfig:
         lr_scheduler: Name of the learning-rate schedule; ``None`` for none.
         lr_scheduler_args: Options of the schedule.
         warmup_steps: Optimizer steps of warm-up, or a fraction of the training.
+        optim_fallback: Whether the nearest identifier that can run here takes the place of one that cannot.
 
     Raises:
         UnknownOptimizer, UnknownSchedule, InvalidOption, IncompatibleTrainer: See there.
@@ -55,6 +57,7 @@ class OptimConfig:
     lr_scheduler: str | None = None
     lr_scheduler_args: Mapping[str, Any] | str | None = None
     warmup_steps: int | float = 0
+    optim_fallback: bool = False
 
     def __post_init__(self) -> None:
         for name, bounds in (("lr", NON_NEGATIVE), ("weight_decay", NON_NEGATIVE), ("layer_decay", _LAYER_DECAY)):
@@ -64,6 +67,8 @@ class OptimConfig:
             raise InvalidOption(
                 f"param_groups={self.param_groups!r} is no mapping of patterns such as {{'embed.*': {{'lr': 1e-4}}}}"
             )
+        if not isinstance(self.optim_fallback, bool):
+            raise InvalidOption(f"optim_fallback={self.optim_fallback!r} is neither True nor False")
         check_target_modules(self.optim_target_modules)
         if self.lr_scheduler is not None:
             schedule = get_schedule(self.lr_scheduler)
@@ -75,6 +80,23 @@ class OptimConfig:
         self._absorb_weight_decay()
         options = parse(spec.options, self.optim_args, self.optim)
         rules.check_config(rules.Request(spec, self, options))
+
+    @property
+    def candidates(self) -> tuple[str, ...]:
+        """The identifiers to try in turn; the first that can run is built."""
+        names = (self.optim, *(REGISTRY[self.optim].fallbacks if self.optim_fallback else ()))
+        return tuple(dict.fromkeys(one for name in names for one in REGISTRY[name].choices or (name,)))
+
+    def ensure_available(self) -> None:
+        """Raises :class:`MissingDependency` if no candidate that takes these options has its packages here."""
+        for name in self.candidates:
+            with suppress(InvalidOption):
+                self.replace(optim=name)
+                if REGISTRY[name].availability():
+                    return
+        spec = REGISTRY[self.optim]
+        nearest = [name for name in spec.fallbacks if REGISTRY[name].availability()]
+        availability.ensure(self.optim, spec.requirements, nearest)
 
     def replace(self, **changes: Any) -> OptimConfig:
         """Returns a checked copy with some attributes changed."""

@@ -1,25 +1,36 @@
-"""The pipeline, top to bottom: identifier -> row -> package -> options -> groups -> rules -> optimizer -> layerwise."""
+"""The pipeline, top to bottom: identifier -> row -> package -> options -> groups -> rules -> optimizer -> layerwise.
+
+An identifier that stands for others (``adamw``), or one with a fallback, goes through it several times until one runs.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+import dataclasses
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch.optim import Optimizer
 
-from lightning_optim import rules
+from lightning_optim import availability, rules
 from lightning_optim.config import OptimConfig
-from lightning_optim.errors import IncompatibleTrainer
+from lightning_optim.errors import IncompatibleTrainer, InvalidOption, InvalidParamGroups, MissingDependency
 from lightning_optim.layerwise.engine import Layerwise
 from lightning_optim.memory import state_bytes
 from lightning_optim.optimizers.base import MEMBERS, OwnOptimizer
+from lightning_optim.optimizers.foreign import refuse_foreign_state
+from lightning_optim.optimizers.fused import SCALES
+from lightning_optim.optimizers.kernels import keep_kernel
 from lightning_optim.options import Options, parse
 from lightning_optim.param_groups import GroupPolicy, make_groups
-from lightning_optim.parameters import Target, named_parameters
+from lightning_optim.parameters import NamedParameter, Target, named_parameters
 from lightning_optim.registry import REGISTRY
 from lightning_optim.spec import OptimizerSpec
 from lightning_optim.target_modules import TargetModules, left_out
+
+# Wrong wherever it runs, if it is said of the identifier that was asked for.
+_MISTAKES = (InvalidOption, InvalidParamGroups)
 
 
 @dataclass(frozen=True)
@@ -27,6 +38,7 @@ class ResolvedOptimizer:
     """An optimizer and how it came about.
 
     Attributes:
+        name: The identifier that was built; another than the one asked for if that stands for others or cannot run.
         optimizer: The optimizer, ready to step.
         spec: Its row.
         options: Its options, defaults filled in.
@@ -34,8 +46,10 @@ class ResolvedOptimizer:
         weight_decay: Weight decay of the parameters that decay.
         state_bytes: Bytes of its full state, or ``None`` if the row does not say.
         not_projected: Modules that ``optim_target_modules`` names in vain, with what they are.
+        passed_over: Identifiers that were tried before, with the reason why they cannot run here.
     """
 
+    name: str
     optimizer: Optimizer
     spec: OptimizerSpec
     options: Options
@@ -43,12 +57,20 @@ class ResolvedOptimizer:
     weight_decay: float
     state_bytes: int | None
     not_projected: Mapping[str, str]
+    passed_over: Mapping[str, str] = field(default_factory=dict)
+
+    def substitution(self, asked: str) -> str:
+        """Returns the sentence that tells which identifier fell back on this one and why; empty if none did."""
+        if asked not in self.passed_over:
+            return ""
+        reasons = "\n".join(dict.fromkeys(self.passed_over.values()))
+        return f"optim_fallback=True: optim={self.name!r} takes the place of {asked!r}.\n{reasons}"
 
 
 def resolve(
     target: Target, config: OptimConfig, *, warmup_steps: int = 0, trainer: rules.TrainerFacts | None = None
 ) -> ResolvedOptimizer:
-    """Builds the optimizer that ``config`` asks for.
+    """Builds the optimizer that ``config`` asks for, the first of its candidates that can run.
 
     Args:
         target: A module, its parameters or (name, parameter) pairs.
@@ -59,14 +81,59 @@ def resolve(
     Raises:
         UnknownOptimizer, MissingDependency, InvalidOption, InvalidParamGroups, IncompatibleTrainer: See there.
     """
+    parameters = named_parameters(target)
+    refusals: dict[str, Exception] = {}
+    for name in _candidates(config, parameters):
+        try:
+            resolved = _build(parameters, config.replace(optim=name), warmup_steps, trainer)
+        except (MissingDependency, IncompatibleTrainer, *_MISTAKES) as error:
+            if name == config.optim and isinstance(error, _MISTAKES):
+                raise
+            refusals[name] = error
+        else:
+            return dataclasses.replace(resolved, passed_over={name: str(error) for name, error in refusals.items()})
+    first, *others = refusals.values()
+    if all(isinstance(error, _MISTAKES) for error in refusals.values()) or not others:
+        raise first
+    lines = dict.fromkeys(line for error in refusals.values() for line in str(error).splitlines())
+    raise type(first)("\n".join((f"no optimizer for optim={config.optim!r} can run here:", *lines))) from first
+
+
+def _candidates(config: OptimConfig, parameters: Sequence[NamedParameter]) -> tuple[str, ...]:
+    # Of those that stand in for another only the ones for these devices are worth a word.
+    fitting = (name for name in config.candidates if name == config.optim or _fits(REGISTRY[name], parameters))
+    return tuple(fitting) or config.candidates
+
+
+def _runnable(names: Sequence[str], parameters: Sequence[NamedParameter]) -> list[str]:
+    rows = {name: REGISTRY[name] for name in names}
+    return [name for name, row in rows.items() if _fits(row, parameters) and row.availability()]
+
+
+def _devices(parameters: Sequence[NamedParameter]) -> set[str]:
+    return {parameter.parameter.device.type for parameter in parameters}
+
+
+def _fits(spec: OptimizerSpec, parameters: Sequence[NamedParameter]) -> bool:
+    devices = _devices(parameters)
+    return (spec.devices is None or devices <= spec.devices) and not (spec.xla and "xla" in devices)
+
+
+def _build(
+    parameters: list[NamedParameter], config: OptimConfig, warmup_steps: int, trainer: rules.TrainerFacts | None
+) -> ResolvedOptimizer:
     spec = REGISTRY[config.optim]
-    optimizer_class = spec.load()
+    nearest = () if config.optim_fallback else _runnable(spec.fallbacks, parameters)
+    problems = list(spec.availability().reasons)
+    if problems:
+        if not _fits(spec, parameters):
+            problems.append(f"and it is not for parameters on {', '.join(sorted(_devices(parameters)))}")
+        raise availability.missing(config.optim, problems, nearest)
     options = parse(spec.options, config.optim_args, config.optim)
     lr = options.default_lr(spec.default_lr) if config.lr is None else config.lr
     assert lr is not None, "the config rules see to it"
     weight_decay = spec.default_weight_decay if config.weight_decay is None else config.weight_decay
 
-    parameters = named_parameters(target)
     policy = GroupPolicy(
         lr,
         weight_decay,
@@ -78,6 +145,8 @@ def resolve(
     groups = make_groups(parameters, spec, options, policy)
     rules.check_run(rules.Run(rules.Request(spec, config, options), parameters, groups, trainer))
 
+    # Imported late: to import an accelerator's package can start it.
+    optimizer_class = spec.load(nearest)
     names = {parameter.parameter: parameter.name for parameter in parameters}
     if issubclass(optimizer_class, OwnOptimizer):
         groups = [{**group, MEMBERS: [names[parameter] for parameter in group["params"]]} for group in groups]
@@ -90,11 +159,17 @@ def resolve(
     if spec.warmup == "optimizer":
         arguments["warmup_steps"] = warmup_steps
     optimizer = optimizer_class(groups, **arguments)
+    keep_kernel(optimizer)
+    if spec.state is not None and optimizer_class.load_state_dict is Optimizer.load_state_dict:
+        refuse_foreign_state(optimizer, spec.state.always)
+    if getattr(optimizer, SCALES, False):
+        # Otherwise a fused kernel unscales gradients by itself, and hooks and clipping would see them scaled.
+        setattr(optimizer, SCALES, False)
     if spec.layerwise:
         Layerwise(optimizer, options.select("layerwise")["bucket_mb"], names=names)
     not_projected = left_out(parameters, config.optim_target_modules) if spec.projects else {}
     size = state_bytes(spec, options, groups)
-    return ResolvedOptimizer(optimizer, spec, options, lr, weight_decay, size, not_projected)
+    return ResolvedOptimizer(config.optim, optimizer, spec, options, lr, weight_decay, size, not_projected)
 
 
 def build_optimizer(
@@ -109,6 +184,7 @@ def build_optimizer(
     layer_decay: float | None = None,
     layer_pattern: str | None = None,
     warmup_steps: int = 0,
+    optim_fallback: bool = False,
 ) -> Optimizer:
     """Builds an optimizer by name, for plain PyTorch, Fabric and manual optimization.
 
@@ -126,6 +202,8 @@ def build_optimizer(
         layer_pattern: Regular expression whose one group is a layer's number.
         warmup_steps: Warm-up in steps, for optimizers that warm up themselves (``schedule_free_adamw``,
             ``schedule_free_sgd``); refused for others, whose warm-up is :func:`build_schedule`'s.
+        optim_fallback: Whether the nearest identifier that can run here takes the place of one that cannot, with a
+            warning.
 
     Returns:
         An ordinary ``torch.optim.Optimizer``. If the name ends in ``_layerwise``, :class:`Layerwise` is attached to it:
@@ -154,10 +232,15 @@ def build_optimizer(
         param_groups=param_groups,
         layer_decay=layer_decay,
         layer_pattern=layer_pattern,
+        optim_fallback=optim_fallback,
     )
     if warmup_steps and REGISTRY[optim].warmup != "optimizer":
         raise IncompatibleTrainer(
             f"warmup_steps={warmup_steps} beside optim={optim!r}: build_optimizer makes no schedule. Leave it out and "
             f"call build_schedule(optimizer, 'constant_with_warmup', warmup_steps={warmup_steps})."
         )
-    return resolve(target, config, warmup_steps=warmup_steps).optimizer
+    resolved = resolve(target, config, warmup_steps=warmup_steps)
+    substitution = resolved.substitution(optim)
+    if substitution:
+        warnings.warn(substitution, stacklevel=2)
+    return resolved.optimizer

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import GradientAccumulationScheduler
+from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
@@ -21,6 +22,7 @@ from lightning_optim.options import parse
 from lightning_optim.parameters import Target
 from lightning_optim.rules import TrainerFacts
 from lightning_optim.schedules import PlateauOptions, build_schedule, get_schedule, resolve_warmup
+from lightning_optim.strategies import StepsFused
 
 if TYPE_CHECKING:
     from lightning.pytorch.utilities.types import OptimizerLRScheduler
@@ -76,6 +78,8 @@ def build(module: LightningModule, target: Target, config: OptimConfig) -> Optim
 def _resolve(trainer: Trainer | None, target: Target, config: OptimConfig, length: _Length) -> ResolvedOptimizer:
     facts = _facts(trainer) if trainer is not None else None
     resolved = resolve(target, config, warmup_steps=length.warmup, trainer=facts)
+    if trainer is not None and isinstance(trainer.strategy, StepsFused):
+        trainer.strategy.note_identifier(resolved.optimizer, config.optim)
     if trainer is not None and resolved.spec.averages_weights:
         ScheduleFreeCallback.attach(trainer)
     if trainer is not None and (resolved.spec.layerwise or steps_in_backward(trainer)):
@@ -87,11 +91,7 @@ def _resolve(trainer: Trainer | None, target: Target, config: OptimConfig, lengt
 
 def _facts(trainer: Trainer) -> TrainerFacts:
     return TrainerFacts(
-        precision=str(trainer.precision),
-        scales_loss=getattr(trainer.precision_plugin, "scaler", None) is not None,
-        clips=bool(trainer.gradient_clip_val),
         accumulation_changes=trainer.max_steps == -1 and _accumulation_changes(trainer),
-        steps_in_backward=steps_in_backward(trainer),
         callbacks=frozenset(base.__name__ for callback in trainer.callbacks for base in type(callback).__mro__),  # type: ignore[attr-defined]
     )
 
@@ -122,5 +122,8 @@ def _announce(
         return
     details = {"warmup_steps": length.warmup, "total_steps": length.total}
     schedule += "".join(f", {name}={value}" for name, value in details.items() if value)
+    substitution = resolved.substitution(config.optim)
+    if substitution:
+        rank_zero_warn(substitution)
     text = report.describe(resolved, config.optim, schedule)
     ReportCallback.add(trainer, text, report.hyperparameters(resolved, config.optim, schedule))

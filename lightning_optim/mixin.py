@@ -54,6 +54,8 @@ class OptimMixin(_Base):
         lr_scheduler: Name of the learning-rate schedule; ``None`` for none.
         lr_scheduler_args: Options of the schedule, a mapping or ``"name=value,..."``.
         warmup_steps: Optimizer steps of warm-up, or a fraction of the training below 1.
+        optim_fallback: Whether the nearest identifier that can run here takes the place of one that cannot, with a
+            warning; ``optim`` is saved as it was given.
         **kwargs: Handed on to the next class.
 
     Raises:
@@ -75,6 +77,7 @@ class OptimMixin(_Base):
         lr_scheduler: str | None = None,
         lr_scheduler_args: Mapping[str, Any] | str | None = None,
         warmup_steps: int | float = 0,
+        optim_fallback: bool = False,
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
@@ -91,6 +94,7 @@ class OptimMixin(_Base):
             lr_scheduler,
             lr_scheduler_args,
             warmup_steps,
+            optim_fallback,
         )
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -201,6 +205,7 @@ class OptimMixin(_Base):
         layer_decay: float | None = None,
         layer_pattern: str | None = None,
         warmup_steps: int | float = 0,
+        optim_fallback: bool | None = None,
     ) -> Optimizer:
         """Builds an optimizer by name inside your own ``configure_optimizers``, for GANs and manual optimization.
 
@@ -217,6 +222,7 @@ class OptimMixin(_Base):
             layer_decay: Factor on the learning rate per layer below the top.
             layer_pattern: Regular expression whose one group is a layer's number.
             warmup_steps: Warm-up of an optimizer that warms up itself.
+            optim_fallback: Whether the nearest identifier that can run here takes the place of one that cannot.
 
         Returns:
             The optimizer; what it needs from the Trainer (mode switches, the report) is taken care of.
@@ -232,6 +238,7 @@ class OptimMixin(_Base):
             "layer_decay": layer_decay,
             "layer_pattern": layer_pattern,
             "warmup_steps": warmup_steps or None,
+            "optim_fallback": optim_fallback,
         }
         given: dict[str, Any] = {name: value for name, value in options.items() if value is not None}
         if optim in (None, self.optim_config.optim):

@@ -19,7 +19,11 @@ def describe(resolved: ResolvedOptimizer, identifier: str, schedule: str) -> str
     """Returns the report for humans: identifier, class, hyperparameters, groups with counts, state bytes, schedule."""
     spec = resolved.spec
     shared = {**_settings(resolved), **spec.fixed}
-    lines = [f"optim={identifier!r}: {spec.implementation} ({', '.join(f'{k}={v}' for k, v in shared.items())})"]
+    taken = "" if resolved.name == identifier else f" takes {resolved.name!r}"
+    lines = [f"optim={identifier!r}{taken}: {spec.implementation} ({', '.join(f'{k}={v}' for k, v in shared.items())})"]
+    if taken and identifier not in resolved.passed_over:
+        # For what stands for several others: why not the better ones. A fallback is a warning of its own.
+        lines += [f"  not {name!r}: {reason}" for name, reason in resolved.passed_over.items()]
     groups = resolved.optimizer.param_groups
     width = max(len(group["name"]) for group in groups)
     for group in groups:
@@ -40,6 +44,7 @@ def hyperparameters(resolved: ResolvedOptimizer, identifier: str, schedule: str)
     """Returns the report as plain values, for ``Logger.log_hyperparams``."""
     return {
         "identifier": identifier,
+        "taken": resolved.name,
         "class": resolved.spec.implementation,
         **_settings(resolved),
         **resolved.spec.fixed,

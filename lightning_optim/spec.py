@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pkgutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any, Literal
@@ -84,6 +84,15 @@ class StateLayout:
     scalars_like_parameter: int = 0
     quantization: Quantization | None = None
 
+    @property
+    def always(self) -> tuple[str, ...]:
+        """Keys of the tensors that it stores whatever the options and the parameter."""
+        return tuple(
+            buffer.name
+            for buffer in self.buffers
+            if buffer.when is None and buffer.elements is None and not buffer.low_precision_only
+        )
+
 
 @dataclass(frozen=True)
 class OptimizerSpec:
@@ -118,6 +127,10 @@ class OptimizerSpec:
         layerwise: True if it is stepped during backward, bucket by bucket (``_layerwise`` at the end of its name).
         projects: True if it projects the gradients of chosen matrices (``optim_target_modules``) to a ``rank``.
         coupled: Why one parameter cannot be stepped without the others, or empty if it can.
+        xla: Why it cannot run on XLA devices, or empty if it can.
+        choices: Identifiers of which this one takes the first that can run; none of them has choices itself.
+        fallbacks: Identifiers that come nearest to this one; ``optim_fallback=True`` takes the first that can run.
+        paged_on: Device types on which its states are paged, for a row that promises it; ``None`` for others.
         note: A limitation worth a line in ``info`` and the docs.
     """
 
@@ -146,6 +159,10 @@ class OptimizerSpec:
     layerwise: bool = False
     projects: bool = False
     coupled: str = ""
+    xla: str = ""
+    choices: tuple[str, ...] = ()
+    fallbacks: tuple[str, ...] = ()
+    paged_on: frozenset[str] | None = None
     note: str = ""
 
     @property
@@ -163,12 +180,23 @@ class OptimizerSpec:
         """Returns whether the packages are there, without importing them."""
         return availability.check(self.requirements)
 
-    def load(self) -> type[Optimizer]:
+    def load(self, nearest: Sequence[str] = ()) -> type[Optimizer]:
         """Imports and returns the class.
 
+        Args:
+            nearest: Identifiers to offer in its place if it cannot be imported.
+
         Raises:
-            MissingDependency: If a package is absent, too old or known to be wrong.
+            MissingDependency: If a package is absent, too old, known to be wrong, or cannot be imported.
         """
-        availability.ensure(self.name, self.requirements)
-        loaded: type[Optimizer] = pkgutil.resolve_name(self.target)
+        availability.ensure(self.name, self.requirements, nearest)
+        try:
+            loaded: type[Optimizer] = pkgutil.resolve_name(self.target)
+        except ImportError as error:
+            if not self.requirements:
+                raise
+            # Found by name only until now: it may have been built without its kernels, or for another torch.
+            commands = "; ".join(requirement.install_command for requirement in self.requirements)
+            reason = f"its package is installed, but importing it fails ({error}): {commands}"
+            raise availability.missing(self.name, (reason,), nearest) from error
         return loaded

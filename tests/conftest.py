@@ -29,8 +29,12 @@ def _quiet() -> None:
 
 @pytest.fixture(autouse=True)
 def _no_process_group_left() -> Iterator[None]:
-    """Undoes what Lightning leaves behind: with its environment a subprocess would take itself for a rank."""
+    """Undoes what Lightning leaves behind: with its environment a subprocess would take itself for a rank.
+
+    Its ddp also raises the number of threads, and sums would differ from those before.
+    """
     yield
+    torch.set_num_threads(1)
     if dist.is_initialized():
         dist.destroy_process_group()
     for name in ("MASTER_ADDR", "MASTER_PORT", "NODE_RANK", "LOCAL_RANK", "WORLD_SIZE"):

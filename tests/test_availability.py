@@ -12,6 +12,7 @@ from torch import nn
 
 from lightning_optim import REGISTRY, MissingDependency, OptimConfig, Requirement, build_optimizer
 from lightning_optim.availability import check, ensure
+from tests.cases import ELSEWHERE, NAMES
 from tests.models import LitTokens, loader, trainer
 
 PACKAGES = {"bitsandbytes": "adamw_bnb_8bit", "torchao": "adamw_torch_8bit", "torch-optimi": "stable_adamw"}
@@ -31,7 +32,7 @@ def install(site: Path, distribution: str, version: str) -> None:
     (metadata / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {distribution}\nVersion: {version}\n")
 
 
-@pytest.mark.parametrize("name", sorted(REGISTRY))
+@pytest.mark.parametrize("name", NAMES)
 def test_every_row_can_be_built_here(name: str) -> None:
     availability = REGISTRY[name].availability()
     assert availability
@@ -65,9 +66,11 @@ def test_old_versions_are_refused(site: Path, distribution: str, version: str, n
     assert not REGISTRY[name].availability()
     with pytest.raises(MissingDependency) as caught:
         build_optimizer(nn.Linear(2, 2), name)
+    nearest = [other for other in REGISTRY[name].fallbacks if REGISTRY[other].availability()][:1]
     assert str(caught.value) == (
         f"optim={name!r} cannot run here: {distribution} {version} is installed, {needed} is needed: "
         f"pip install --upgrade '{distribution}{needed}'"
+        + "".join(f". Or use optim={other!r} (optim_fallback=True does so by itself)" for other in nearest)
     )
 
 
@@ -98,6 +101,18 @@ def test_a_distribution_without_its_module_is_a_broken_installation(site: Path) 
     (site / "half_installed.py").write_text("raise RuntimeError('checking must not import')\n")
     assert requirement.problem() is None
     assert "half_installed" not in sys.modules
+
+
+def test_a_package_built_against_another_torch_is_refused(site: Path) -> None:
+    install(site, "follower", "2.9.0")
+    (site / "follower.py").write_text("")
+    install(site, "leader", "2.13.0")
+    requirement = Requirement("follower", "follower", ">=2", same_minor_as="leader", command="pip install both")
+    assert requirement.problem() == (
+        "follower 2.9.0 needs leader of the same version, and 2.13.0 is installed: pip install both"
+    )
+    install(site, "twin", "2.9.3")
+    assert Requirement("follower", "follower", same_minor_as="twin").problem() is None
 
 
 def test_all_reasons_are_given(site: Path) -> None:
@@ -131,7 +146,7 @@ def test_checking_and_requesting_import_nothing() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     available, imported = json.loads(done.stdout)
-    assert available == len(REGISTRY)
+    assert available == len(NAMES)
     optional = {requirement.module for spec in REGISTRY.values() for requirement in spec.requirements}
-    assert optional == {"bitsandbytes", "torchao", "optimi", "schedulefree"}
+    assert optional == {"bitsandbytes", "torchao", "optimi", "schedulefree", *ELSEWHERE.values()}
     assert not [module for module in imported if module.partition(".")[0] in optional | {"lightning_optim"}]

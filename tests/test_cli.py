@@ -15,7 +15,12 @@ import yaml
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy, Strategy
 
-from lightning_optim import LayerwiseDDPStrategy, LayerwiseFSDP2Strategy, LayerwiseStrategy, OptimCLI
+from lightning_optim import (
+    LayerwiseDDPStrategy,
+    LayerwiseFSDP2Strategy,
+    LayerwiseStrategy,
+    OptimCLI,
+)
 from tests.models import ForeignTokens, LitTokens, loader
 
 

@@ -32,7 +32,9 @@ from lightning_optim import (
 from lightning_optim.availability import Requirement
 from lightning_optim.command import here, main
 from lightning_optim.options import describe, required
-from tests.cases import CASES, NAMES
+from tests.cases import CASES, ELSEWHERE, NAMES
+
+ALL = (*NAMES, *ELSEWHERE)
 
 BROKEN = "known bug in its 8-bit optimizers"
 UPGRADE = "pip install --upgrade 'bitsandbytes>=0.50'"
@@ -106,17 +108,18 @@ def assert_fits(text: str) -> None:
 def test_list_shows_every_identifier_with_its_summary_and_extra(command: Command) -> None:
     text = command("list")
     assert_fits(text)
-    assert [line.split()[0] for line in text.splitlines() if line.split()[:1] and line.split()[0] in NAMES] == list(
+    assert [line.split()[0] for line in text.splitlines() if line.split()[:1] and line.split()[0] in ALL] == list(
         REGISTRY
     )
     assert re.search(r"^lion_8bit +Lion, 8-bit block-wise quantized states +bitsandbytes +yes$", text, re.MULTILINE)
-    assert re.search(r"^sgd +stochastic gradient descent, with momentum on request +- +yes$", text, re.MULTILINE)
-    assert f"{len(NAMES)} of {len(NAMES)} can run here" in text
+    assert re.search(r"^rmsprop +RMSprop +- +yes$", text, re.MULTILINE)
+    assert f"{len(NAMES)} of {len(ALL)} can run here" in text
 
 
 def test_list_as_json(command: Command) -> None:
     entries = {entry["identifier"]: entry for entry in command.json("list")["optimizers"]}
-    assert set(entries) == set(NAMES)
+    assert set(entries) == set(ALL)
+    assert {name for name, entry in entries.items() if not entry["available"]} == set(ELSEWHERE)
     assert entries["adamw_8bit"] == {
         "identifier": "adamw_8bit",
         "alias_of": "adamw_bnb_8bit",
@@ -145,7 +148,7 @@ def test_list_takes_wildcards(command: Command, patterns: list[str], expected: s
     assert set(names) == expected
 
 
-@pytest.mark.parametrize(("pattern", "close"), [("adamw", "adamw_torch"), ("*9bit*", "lion_8bit"), ("lyon*", "lion")])
+@pytest.mark.parametrize(("pattern", "close"), [("adam", "adamw_torch"), ("*9bit*", "lion_8bit"), ("lyon*", "lion")])
 def test_list_of_nothing_names_what_comes_close(command: Command, pattern: str, close: str) -> None:
     error = command("list", "sgd", pattern, status=2)
     assert repr(pattern) in error
@@ -163,7 +166,7 @@ def test_list_tells_each_reason_once_with_the_command_to_type(
     available = {line.split()[0] for line in text.splitlines() if line.endswith(" yes")}
     ours = {case.name for case in CASES if case.upstream.startswith(("torch.", "lightning_optim.optimizers"))}
     assert available == ours
-    assert f"{len(ours)} of {len(NAMES)} can run here" in text
+    assert f"{len(ours)} of {len(ALL)} can run here" in text
 
 
 def test_list_looks_for_a_device_that_the_row_runs_on(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -172,20 +175,23 @@ def test_list_looks_for_a_device_that_the_row_runs_on(command: Command, monkeypa
     assert {name for name, entry in entries.items() if not entry["available"]} == {
         name for name, spec in REGISTRY.items() if spec.devices is not None and "mps" not in spec.devices
     }
+    assert len(entries["adamw_torch_xla"]["problems"]) == 1, "the package that is missing brings the device"
     assert "runs on cpu, cuda, xpu, and torch finds only mps here" in entries["lion_8bit"]["problems"][0]
 
 
 def test_compiled_rows_need_a_compiler_on_a_cpu(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CXX", "/no/such/compiler")
     monkeypatch.setattr(here, "device_types", lambda: frozenset({"cpu"}))
-    unavailable = [e for e in command.json("list")["optimizers"] if not e["available"]]
-    assert [entry["identifier"] for entry in unavailable] == ["adamw_torch_4bit", "adamw_torch_8bit"]
-    assert "/no/such/compiler" in unavailable[0]["problems"][0]
+    entries = command.json("list")["optimizers"]
+    unavailable = {e["identifier"]: e["problems"] for e in entries if not e["available"]}
+    assert set(unavailable) == {"adamw_torch_4bit", "adamw_torch_8bit", *ELSEWHERE}
+    assert "/no/such/compiler" in unavailable["adamw_torch_4bit"][0]
     diagnosis = command.json("doctor", status=1)
     assert diagnosis["compiler"]["path"] is None
     assert set(diagnosis["unavailable"]) == {"adamw_torch_4bit", "adamw_torch_8bit"}
     monkeypatch.setattr(here, "device_types", lambda: frozenset({"cpu", "cuda"}))
-    assert all(entry["available"] for entry in command.json("list")["optimizers"])
+    entries = command.json("list")["optimizers"]
+    assert {entry["identifier"] for entry in entries if not entry["available"]} == set(ELSEWHERE)
 
 
 # info
@@ -371,15 +377,21 @@ def test_doctor_of_a_whole_installation(command: Command) -> None:
     assert diagnosis["versions"]["lightning"] == L.__version__
     assert diagnosis["devices"][0]["type"] == "cpu"
     users = {package["module"]: package["identifiers"] for package in diagnosis["packages"]}
-    assert set(users) == set(PROVIDERS)
+    assert set(users) == {*PROVIDERS, *ELSEWHERE.values()}
     # The reference's package is the one that the case names: a second source for what the rows require.
-    for module, names in users.items():
+    for module in PROVIDERS:
+        names = users[module]
         assert set(names) == {case.name for case in CASES if case.upstream.startswith(module)} | USERS.get(
             module, set()
         )
     text = command("doctor")
     assert_fits(text)
-    assert text.endswith(f"All {len(NAMES)} identifiers can run here.\n")
+    others = "adamw_torch_xla, adamw_torch_npu_fused, adamw_apex_fused"
+    assert f"3 of {len(ALL)} identifiers are for other devices: {others}." in unwrapped(text)
+    assert text.count("for other devices only: ") == len(ELSEWHERE)
+    assert "problem: " not in text
+    assert set(diagnosis["elsewhere"]) == set(ELSEWHERE)
+    assert text.endswith(f"All {len(NAMES)} others can run here.\n")
     assert "not with those of `import pytorch_lightning`" in unwrapped(text)
 
 
@@ -387,11 +399,12 @@ def test_doctor_names_accelerators(command: Command, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available: torch.device("cuda"))
     monkeypatch.setattr(torch.accelerator, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: f"GPU number {index}")
-    assert command.json("doctor")["devices"][1:] == [
+    # Without apex, which is for CUDA.
+    assert command.json("doctor", status=1)["devices"][1:] == [
         {"type": "cuda", "index": 0, "name": "GPU number 0"},
         {"type": "cuda", "index": 1, "name": "GPU number 1"},
     ]
-    assert "  cuda:1  GPU number 1" in command("doctor")
+    assert "  cuda:1  GPU number 1" in command("doctor", status=1)
 
 
 def test_a_broken_version_is_named(command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -402,7 +415,8 @@ def test_a_broken_version_is_named(command: Command, tmp_path: Path, monkeypatch
     diagnosis = command.json("doctor", status=1)
     users = {case.name for case in CASES if case.upstream.startswith("bitsandbytes")} | USERS["bitsandbytes"]
     assert set(diagnosis["unavailable"]) == users
-    assert {package["module"] for package in diagnosis["packages"] if not package["ok"]} == {"bitsandbytes"}
+    failing = {package["module"] for package in diagnosis["packages"] if not package["ok"]}
+    assert failing == {"bitsandbytes", *ELSEWHERE.values()}
     assert diagnosis["compiler"]["path"] is not None
 
 
@@ -418,7 +432,7 @@ def test_a_broken_plugin_stops_list_but_not_doctor(
     diagnosis = command.json("doctor", status=1)
     assert diagnosis["plugins"] == [{"name": "bad", "value": "no_such_module:ROWS", "distribution": "bad_plugin"}]
     assert "no_such_module" in diagnosis["plugin_problem"]
-    assert diagnosis["count"] == len(NAMES)
+    assert diagnosis["count"] == len(ALL)
     assert "the plugin 'no_such_module:ROWS'" in unwrapped(command("doctor", status=1))
 
 
@@ -436,7 +450,7 @@ def test_wrong_usage(argv: list[str], capsys: pytest.CaptureFixture[str]) -> Non
 def test_the_module_prints_nothing_but_json() -> None:
     done = run_process("-m", "lightning_optim", "list", "--json")
     assert done.returncode == 0, done.stderr
-    assert {entry["identifier"] for entry in strict_json(done.stdout)["optimizers"]} == set(NAMES)
+    assert {entry["identifier"] for entry in strict_json(done.stdout)["optimizers"]} == set(ALL)
 
 
 def test_the_module_exits_with_the_status(tmp_path: Path) -> None:

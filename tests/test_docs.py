@@ -10,12 +10,16 @@ The fences, by their info string:
   ``console fails``; output is compared as in ``pycon``. ``console no-run`` marks what cannot run here, as installing.
 - ``text``: with ``text output``, what the ``python`` block before it prints and logs.
 - ``toml``: parsed.
+
+``python xla`` and ``text output xla`` are for blocks that need torch_xla: ``make test-xla`` runs them.
 """
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import doctest
+import importlib.util
 import io
 import logging
 import re
@@ -39,6 +43,7 @@ from lightning_optim.schedules import SCHEDULES
 ROOT = Path(__file__).parent.parent
 PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *(ROOT / "docs").glob("*.md")])
 KINDS = {"python", "yaml", "pycon", "console", "console fails", "console no-run", "text", "text output", "toml"}
+FOR_XLA = {"python xla", "text output xla"}
 
 _FENCE = re.compile(r"^(?P<ticks>`{3,})(?P<info>[^\n`]*)\n(?P<body>.*?)^(?P=ticks)$", re.MULTILINE | re.DOTALL)
 _FILE_NAME = re.compile(r"# (?P<name>\w+\.(py|yaml))$", re.MULTILINE)
@@ -76,6 +81,8 @@ class _Page:
         self.printed = ""
 
     def run(self, block: Block) -> None:
+        if block.kind in FOR_XLA and importlib.util.find_spec("torch_xla"):
+            block = dataclasses.replace(block, kind=block.kind.removesuffix(" xla"))
         file_name = _FILE_NAME.match(block.body)
         if file_name and block.kind in ("python", "yaml"):
             Path(file_name["name"]).write_text(block.body, encoding="utf-8")
@@ -176,7 +183,7 @@ def _isolated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_snippets_run(page: Path) -> None:
     state = _Page()
     for block in _blocks(page):
-        assert block.kind in KINDS, f"{block.where}: no rule for ```{block.kind}"
+        assert block.kind in KINDS | FOR_XLA, f"{block.where}: no rule for ```{block.kind}"
         state.run(block)
 
 
@@ -222,12 +229,11 @@ def test_api_page_documents_every_public_name() -> None:
 
 def test_refusals_page_has_a_row_per_rule() -> None:
     rows = re.findall(r"^\| (?!What|-)", (ROOT / "docs" / "refusals.md").read_text(encoding="utf-8"), re.MULTILINE)
-    assert len(rows) == len(rules.CONFIG_RULES) + len(rules.RUN_RULES) + len(rules.LAYERWISE_RULES)
+    tables = (rules.CONFIG_RULES, rules.RUN_RULES, rules.FUSED_RULES, rules.LAYERWISE_RULES)
+    assert len(rows) == sum(map(len, tables))
 
 
 def test_migration_page_names_what_hugging_face_has() -> None:
-    import dataclasses
-
     from transformers import SchedulerType, TrainingArguments
     from transformers.training_args import OptimizerNames
 

@@ -39,6 +39,7 @@ LAYERS = (
         "callbacks.used",
     ),
     ("callbacks.layerwise",),
+    ("accelerators",),
     ("strategies",),
     ("integration",),
     ("mixin",),
@@ -50,9 +51,9 @@ LAYERS = (
 )
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
 FIRST_WITH_LIGHTNING = RANK["callbacks.attached"]
-OPTIONAL = {"bitsandbytes", "torchao", "schedulefree", "optimi"}
+OPTIONAL = {"bitsandbytes", "torchao", "schedulefree", "optimi", "torch_xla", "torch_npu", "apex", "amp_C"}
 # Where an optional package is imported at all: an adapter, at its top; or a function that cannot do without.
-MAY_IMPORT_OPTIONAL = {"adapters", "cli", "callbacks.old_checkpoints"}
+MAY_IMPORT_OPTIONAL = {"adapters", "cli", "callbacks.old_checkpoints", "accelerators.pjrt", "strategies.xla"}
 
 MODULES = sorted(
     ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix("__init__").removesuffix(".")

@@ -60,8 +60,6 @@ BY_NORM: dict[str, dict[str, Any]] = {
     },
 }
 MODES = EXACT | BY_NORM
-# The fused kernel refuses to be clipped where it unscales; layer by layer it does not unscale.
-REFERENCE = {("adamw_torch_fused", mode): "adamw_torch" for mode in BY_NORM if "16-mixed" in mode}
 
 
 class Watched(LitTokens):
@@ -148,10 +146,7 @@ class TestSameNumbers:
     def test_clipped_by_norm(self, name: str, mode: str) -> None:
         model = build(f"{name}_layerwise", Watched)
         trained = run(model, **BY_NORM[mode])
-        reference = REFERENCE.get((name, mode), name)
-        # Float16 enlarges what two kernels round differently.
-        tolerance = 1e-5 if reference == name else 1e-3
-        assert_near(plain(reference, mode), outcome(model, trained), tolerance)
+        assert_near(plain(name, mode), outcome(model, trained), 1e-5)
         total = sum(sizes(model))
         assert model.after == ([total, total, total, 0] * 3 if "accumulate" in mode else [0] * STEPS)
 
@@ -244,7 +239,9 @@ class TestClipping:
     def test_per_parameter_clips_each_gradient_by_itself(self, accumulate: int) -> None:
         def clip(parameters: list[nn.Parameter]) -> None:
             for parameter in parameters:
-                torch.nn.utils.clip_grad_norm_([parameter], 0.3)
+                # What clip_grad_norm_ consists of; torch_xla puts one of its own there when it is imported.
+                norm = torch.nn.utils.get_total_norm([parameter.grad])
+                torch.nn.utils.clip_grads_with_norm_([parameter], 0.3, norm)
 
         model, _ = clipped_by_lightning("per_parameter", accumulate_grad_batches=accumulate)
         assert_equal(by_hand(clip, accumulate), model.state_dict(), "weights")

@@ -108,6 +108,14 @@ COMBINATIONS = [
 
 
 class TestBackward:
+    def test_the_scaler_finds_a_fused_optimizer_as_it_was(self) -> None:
+        """While it steps in backward it is handed unscaled gradients."""
+        optimizer = torch.optim.AdamW([nn.Parameter(torch.zeros(2))], fused=True)
+        layerwise = Layerwise(optimizer)
+        assert not optimizer._step_supports_amp_scaling
+        layerwise.detach()
+        assert optimizer._step_supports_amp_scaling
+
     @pytest.mark.parametrize("name", NAMES)
     def test_equals_the_plain_loop(self, name: str) -> None:
         model, optimizer = build(f"{name}_layerwise")

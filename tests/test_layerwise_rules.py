@@ -12,15 +12,18 @@ import torch
 import torch.distributed as dist
 from lightning.fabric.plugins import MixedPrecision
 from lightning.pytorch import Callback
-from lightning.pytorch.strategies import ModelParallelStrategy, Strategy
+from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, Strategy
 from torch import Tensor, nn
 
 from lightning_optim import (
     REGISTRY,
+    FusedDDPStrategy,
+    FusedStrategy,
     IncompatibleTrainer,
     InvalidOption,
     Layerwise,
     LayerwiseStrategy,
+    NPUDDPStrategy,
     OptimConfig,
     UnknownOptimizer,
     build_optimizer,
@@ -168,6 +171,8 @@ def test_every_rule_has_a_case() -> None:
     ("strategy", "flag"),
     [
         ("ddp", "strategy='layerwise_ddp'"),
+        ("fused_ddp", "strategy='layerwise_ddp'"),
+        ("npu_ddp", "strategy='layerwise_ddp'"),
         ("fsdp", "strategy='layerwise_fsdp2'"),
         ("deepspeed", "strategy='layerwise_fsdp2'"),
         ("ModelParallelStrategy", "strategy='layerwise_fsdp2'"),
@@ -184,8 +189,22 @@ def test_each_strategy_is_answered_with_the_flag_to_type(strategy: str, flag: st
 def test_the_names_of_strategies_are_lightnings_classes() -> None:
     from lightning_optim.callbacks.layerwise import _strategy_name
 
-    strategies: list[Strategy] = [ModelParallelStrategy(), LayerwiseStrategy()]
-    assert [_strategy_name(strategy) for strategy in strategies] == ["ModelParallelStrategy", "layerwise"]
+    strategies: list[Strategy] = [ModelParallelStrategy(), DDPStrategy(), FusedStrategy()]
+    assert [_strategy_name(strategy) for strategy in strategies] == ["ModelParallelStrategy", "ddp", "single_device"]
+
+
+def test_strategies_of_ours_go_by_the_flag_that_was_typed() -> None:
+    from lightning_optim.callbacks.layerwise import _strategy_name
+
+    strategies: list[Strategy] = [LayerwiseStrategy(), FusedDDPStrategy(), NPUDDPStrategy()]
+    assert [_strategy_name(strategy) for strategy in strategies] == ["layerwise", "fused_ddp", "npu_ddp"]
+
+
+def test_one_device_is_not_told_of_processes() -> None:
+    for strategy, drifts in (("single_xla", False), ("xla", True)):
+        with pytest.raises(IncompatibleTrainer) as caught:
+            rules.check_layerwise(rules.Stepping("optim='sgd_layerwise'", strategy))
+        assert ("processes would drift apart" in str(caught.value)) is drifts
 
 
 def test_hooks_that_do_not_look_at_gradients_are_welcome() -> None:

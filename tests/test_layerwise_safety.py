@@ -35,7 +35,6 @@ def assert_clean(model: nn.Module, trained: L.Trainer) -> None:
         assert inspect.unwrap(getattr(optimizer.step, "__func__", optimizer.step)) is inspect.unwrap(
             type(optimizer).step
         )
-        assert getattr(optimizer, "_step_supports_amp_scaling", True)
     assert "clip_gradients" not in vars(trained.precision_plugin)
     assert type(getattr(trained.precision_plugin, "scaler", None)) in (type(None), torch.amp.GradScaler)
     assert not any(isinstance(callback, LayerwiseCallback) for callback in trained.callbacks)

@@ -472,3 +472,21 @@ def test_stable_adamw_moves_from_gpu_to_cpu() -> None:
     step()
     assert [group["triton"] for group in optimizer.param_groups] == [False, False]
     assert [group["step"].item() for group in optimizer.param_groups] == [2, 2]
+
+
+@pytest.mark.parametrize("stepped", [True, False])
+def test_stable_adamw_moves_from_cpu_to_gpu(stepped: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Upstream makes what its kernels need with the state, on a CPU without them."""
+    model = nn.Linear(8, 8)
+    before, after = build_optimizer(model, "stable_adamw"), build_optimizer(model, "stable_adamw")
+    if stepped:
+        model(torch.randn(4, 8)).square().mean().backward()
+        before.step()
+    monkeypatch.setattr("lightning_optim.adapters.optimi._on_gpu", lambda parameters: True)
+    after.load_state_dict(before.state_dict())
+    assert [group["triton"] for group in after.param_groups] == [True, True]
+    for parameter in model.parameters():
+        assert after.state[parameter]["mean_square"].dtype is torch.float32
+        assert ("kahan_comp" in after.state[parameter]) == stepped
+        if stepped:
+            assert after.state[parameter]["kahan_comp"].dtype is torch.uint8

@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 
 from lightning_optim import REGISTRY, InvalidOption, InvalidParamGroups, build_optimizer
 from lightning_optim.parameters import named_parameters
+from tests.cases import NAMES
 from tests.models import LitTokens, TokenModel, loader, trainer
 
 QUANTIZED = [name for name in REGISTRY if REGISTRY[name].bits]
@@ -193,7 +194,7 @@ def test_overrides_set_hyperparameters_by_pattern() -> None:
     }
 
 
-@pytest.mark.parametrize("name", sorted(REGISTRY))
+@pytest.mark.parametrize("name", NAMES)
 def test_overridden_options_reach_every_class(name: str) -> None:
     model = TokenModel(64)
     values: dict[str, Any] = {"lr": 1e-4, "weight_decay": 0.25}

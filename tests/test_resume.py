@@ -30,14 +30,14 @@ MOVES = {
 Outcome = dict[str, Any]
 
 
-def train(name: str, precision: str, moment: str, directory: Path) -> Outcome:
-    """Trains 20 steps without interruption, leaving a checkpoint of step 10."""
+def train(name: str, precision: str, moment: str, directory: Path, **flags: Any) -> Outcome:
+    """Trains 20 steps without interruption, leaving a checkpoint of step 10; ``flags`` are the Trainer's."""
     case = case_of(name)
     torch.manual_seed(0)
     model = LitTokens(optim=name, lr=case.lr, optim_args=case.options, weight_decay=0.1, lr_scheduler=case.schedule)
     when = {"every_n_train_steps": 10} if moment == "step" else {"every_n_epochs": 1, "save_on_train_epoch_end": False}
     saver = ModelCheckpoint(directory, filename=f"{name}@{{step}}", save_top_k=-1, **when)
-    run = trainer(max_steps=20, precision=precision, callbacks=[saver], enable_checkpointing=True)
+    run = trainer(max_steps=20, precision=precision, callbacks=[saver], enable_checkpointing=True, **flags)
     run.fit(model, loader(), loader(batches=2, seed=1))
     (directory / f"{name}@step=10.ckpt").rename(directory / f"{name}@{precision}.ckpt")
     (directory / f"{name}@step=20.ckpt").unlink()

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,7 +22,16 @@ from lightning.pytorch.callbacks import (
 from torch import nn
 from torch.optim import SGD, Optimizer
 
-from lightning_optim import IncompatibleTrainer, OptimCallback, OptimConfig, build_optimizer, rules
+from lightning_optim import (
+    REGISTRY,
+    IncompatibleTrainer,
+    OptimCallback,
+    OptimConfig,
+    OptimizerSpec,
+    build_optimizer,
+    rules,
+)
+from lightning_optim.parameters import NamedParameter
 from tests.models import LitTokens, TokenModel, fp16_mixed, loader, trainer
 
 
@@ -180,6 +191,10 @@ def make_complex(lit: LitTokens) -> None:
     lit.model.phase = nn.Parameter(torch.ones(2, dtype=torch.complex64))
 
 
+def make_gaps(lit: LitTokens) -> None:
+    lit.model.gaps = nn.Parameter(torch.zeros(4, 6)[:, ::2])
+
+
 FIT_CASES = (
     *[
         Run(
@@ -227,16 +242,30 @@ FIT_CASES = (
     ],
     *[
         Run(
-            rules.run._fused_scaler_and_clipping,
-            {"optim": "adamw_torch_fused"},
-            ("optim='adamw_torch_fused'", "precision='16-mixed'", "gradient_clip_val", "'bf16-mixed'", "'adamw_torch'"),
-            trainer=lambda clip=clip: {"plugins": fp16_mixed(), **clip},
+            rules.run._fused_sgd_on_cpu_is_not_half,
+            {"optim": "torch.optim.SGD", "optim_args": {"fused": True}},
+            (
+                "optim='torch.optim.SGD' with fused=True",
+                f"the fused SGD of torch {torch.__version__}",
+                f"'model.embedding.weight' is of torch.{dtype}",
+                "https://github.com/pytorch/pytorch/issues/191763",
+                "optim='sgd'",
+            ),
+            trainer=lambda precision=precision: {"precision": precision},
         )
-        for clip in (
-            {"gradient_clip_val": 1.0},
-            {"gradient_clip_val": 1.0, "gradient_clip_algorithm": "value"},
-        )
+        for precision, dtype in (("bf16-true", "bfloat16"), ("16-true", "float16"))
     ],
+    Run(
+        rules.run._fused_parameters_are_packed,
+        {"optim": "adamw_torch_fused"},
+        ("optim='adamw_torch_fused'", "'model.gaps' is a view with gaps", "tensor.contiguous()", "'adamw_torch'"),
+        model=make_gaps,
+    ),
+    Run(
+        rules.run._capturable,
+        {"optim": "adamw_torch", "optim_args": {"capturable": True}},
+        ("optim='adamw_torch' with capturable=True", "parameters are on cpu", "Leave it out"),
+    ),
     Run(
         rules.run._length_is_counted_wrongly,
         {"optim": "sgd", "lr_scheduler": "linear"},
@@ -328,13 +357,13 @@ BUILD_CASES = (
         Built(
             rules.run._device,
             {"optim": name},
-            (f"optim='{name}' runs on {devices}", "parameters are on meta", "optim='adamw_torch'", "accelerator="),
+            (f"optim='{name}' runs on {devices}", "parameters are on meta", "optim='adamw'", "accelerator="),
             model=lambda: TokenModel().to("meta"),
         )
         for name, devices in (
             ("lion_8bit", "cpu, cuda, xpu"),
             ("adamw_torch_4bit", "cpu, cuda, xpu"),
-            ("adamw_torch_fused", "cpu, cuda, mps, xpu"),
+            ("adamw_torch_fused", "cpu, cuda, mps, npu, xpu"),
         )
     ],
     *[
@@ -368,9 +397,37 @@ def test_models_are_refused_when_the_optimizer_is_built(case: Built, fired: list
     assert fired == [case.rule]
 
 
+def run_on(device: str, config: OptimConfig, spec: OptimizerSpec) -> rules.Run:
+    """What a rule is asked about parameters on a device that is not here."""
+    parameter = NamedParameter(SimpleNamespace(device=torch.device(device)))  # type: ignore[arg-type]
+    return rules.Run(rules.Request(spec, config, spec.options()), [parameter], [])
+
+
+def test_what_cannot_run_on_xla_says_why() -> None:
+    spec = dataclasses.replace(REGISTRY["sgd"], xla="it waits for the device in every step")
+    text = rules.run._xla(run_on("xla", OptimConfig("sgd"), spec))
+    assert text == (
+        "optim='sgd' cannot run on XLA devices: it waits for the device in every step. Use optim='adamw' or "
+        "'adamw_torch_xla'."
+    )
+    assert rules.run._xla(run_on("cpu", OptimConfig("sgd"), spec)) is None
+    assert rules.run._xla(run_on("xla", OptimConfig("sgd"), REGISTRY["sgd"])) is None
+
+
+def test_states_that_are_not_paged_count_only_where_something_else_may_be_taken() -> None:
+    spec = REGISTRY["paged_lion_8bit"]
+    config = OptimConfig("paged_lion_8bit", optim_fallback=True)
+    assert rules.run._paging(run_on("cpu", config, spec)) == "optim='paged_lion_8bit' pages its states on cuda only."
+    assert rules.run._paging(run_on("cuda", config, spec)) is None
+    assert rules.run._paging(run_on("cpu", config.replace(optim_fallback=False), spec)) is None
+    assert rules.run._paging(run_on("cpu", config, REGISTRY["lion_8bit"])) is None
+
+
 def test_every_rule_has_a_case() -> None:
     covered = {case.rule for case in (*CONFIG_CASES, *FIT_CASES, *BUILD_CASES)}
-    assert covered == {*rules.CONFIG_RULES, *rules.RUN_RULES}
+    # For devices that are not here.
+    apart = {rules.run._xla, rules.run._paging}
+    assert covered | apart == {*rules.CONFIG_RULES, *rules.RUN_RULES}
 
 
 # --- neighbours that work --------------------------------------------------------------------------------------------

@@ -18,7 +18,7 @@ from lightning_optim import REGISTRY, OptimizerSpec
 from lightning_optim.catalog import ROWS
 from lightning_optim.options import describe, parse
 from lightning_optim.schedules import SCHEDULES
-from tests.cases import CASES, NAMES
+from tests.cases import CASES, ELSEWHERE, NAMES
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -31,13 +31,13 @@ PROJECT = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text
 def test_every_row_has_a_case_and_every_case_a_row() -> None:
     names = [name for row in ROWS for name in (row.name, *row.aliases)]
     assert len(names) == len(set(names))
-    assert set(names) == set(NAMES)
+    assert set(names) == {*NAMES, *ELSEWHERE}
     assert len(CASES) == len(NAMES)
 
 
 @pytest.mark.parametrize("case", CASES, ids=NAMES)
 def test_cases_name_the_class_that_the_row_says_it_wraps(case: Any) -> None:
-    spec = REGISTRY[case.name]
+    spec = REGISTRY[case.built]
     assert case.upstream.replace(":", ".") == spec.implementation
     assert case.arguments == dict(spec.fixed)
     assert case.averages == spec.averages_weights
@@ -58,7 +58,7 @@ def test_rows_are_complete(row: OptimizerSpec) -> None:
     assert row.default_lr > 0
     assert all(info.help for info in describe(row.options))
     assert row.options.__doc__
-    assert row.devices is None or "cpu" in row.devices
+    assert row.devices is None or ("cpu" in row.devices) == (row.name not in ELSEWHERE)
     assert (row.note == "") or row.note[0].islower()
 
 
@@ -77,6 +77,11 @@ def test_rows_and_options_are_frozen(row: OptimizerSpec) -> None:
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)
 def test_the_extra_installs_what_the_row_requires(row: OptimizerSpec) -> None:
     extras = PROJECT["optional-dependencies"]
+    if row.name in ELSEWHERE:
+        # No extra installs another torch, a driver's toolkit or what is built from source.
+        assert row.extra == ""
+        assert all(requirement.command for requirement in row.requirements)
+        return
     if not row.requirements:
         assert row.extra == ""
         assert row.target.startswith(("torch.optim:", "lightning_optim.optimizers."))
@@ -90,6 +95,30 @@ def test_the_extra_installs_what_the_row_requires(row: OptimizerSpec) -> None:
         assert requirement.install_command == f"pip install --upgrade '{declared[requirement.distribution]}'"
 
 
+@pytest.mark.parametrize("row", [row for row in ROWS if row.choices or row.fallbacks], ids=lambda row: row.name)
+def test_stand_ins_are_identifiers_of_the_same_algorithm(row: OptimizerSpec) -> None:
+    for name in (*row.choices, *row.fallbacks):
+        stand_in = REGISTRY[name]
+        assert stand_in is not row
+        assert not (row.choices and stand_in.choices)
+        assert stand_in.name == name, "an alias would be reported under another name"
+        # The request holds for all of them: hyperparameters that were left out mean the same.
+        assert (stand_in.default_lr, stand_in.default_weight_decay) == (row.default_lr, row.default_weight_decay)
+        assert (stand_in.warmup, stand_in.averages_weights, stand_in.projects, stand_in.decays) == (
+            row.warmup,
+            row.averages_weights,
+            row.projects,
+            row.decays,
+        )
+
+
+def test_what_stands_for_others_ends_with_one_that_runs_everywhere() -> None:
+    for row in ROWS:
+        if row.choices:
+            assert REGISTRY[row.choices[-1]].devices is None
+            assert not REGISTRY[row.choices[-1]].requirements
+
+
 def test_every_extra_of_an_optimizer_serves_a_row() -> None:
     groups = {"cli", "all", "benchmarks", "examples", "test", "docs"}
     assert set(PROJECT["optional-dependencies"]) - groups == {row.extra for row in ROWS if row.extra}
@@ -98,7 +127,7 @@ def test_every_extra_of_an_optimizer_serves_a_row() -> None:
 @pytest.mark.parametrize("case", CASES, ids=NAMES)
 def test_upstream_takes_what_the_row_passes(case: Any) -> None:
     """The row's fixed arguments and all its options go into the upstream constructor, not only into the adapter."""
-    spec = REGISTRY[case.name]
+    spec = REGISTRY[case.built]
     upstream = case.load()
     passed = {**spec.options().select("group", "constructor"), **spec.fixed}
     assert set(passed) <= set(inspect.signature(upstream).parameters)
@@ -109,7 +138,7 @@ def test_upstream_takes_what_the_row_passes(case: Any) -> None:
 
 @pytest.mark.parametrize("case", CASES, ids=NAMES)
 def test_adapters_are_subclasses_of_what_they_wrap(case: Any) -> None:
-    spec = REGISTRY[case.name]
+    spec = REGISTRY[case.built]
     loaded, upstream = spec.load(), case.load()
     assert issubclass(loaded, upstream)
     assert loaded is upstream or spec.target.startswith("lightning_optim.adapters.")

@@ -11,6 +11,8 @@ from typing import Any
 
 from bitsandbytes import optim
 
+from lightning_optim.optimizers.foreign import check_state
+
 # What bitsandbytes' own get_config assumes where a group lacks the key.
 _GROUP_DEFAULTS = {"betas": (0.9, 0.999), "eps": 1e-8, "alpha": 0.0, "t_alpha": None, "t_beta3": None}
 
@@ -29,6 +31,15 @@ class _BitsPerGroup:
 
     def check_overrides(self) -> None:
         """Ignores the process-wide overrides."""
+
+    def load_state_dict(self, state_dict: dict[str, Any], *args: Any, **kwargs: Any) -> None:
+        """Loads as upstream does.
+
+        Raises:
+            InvalidOption: If another optimizer saved it.
+        """
+        super().load_state_dict(state_dict, *args, **kwargs)  # type: ignore[misc]
+        check_state(self, ("state1",))  # type: ignore[arg-type]
 
 
 class AdamW(_BitsPerGroup, optim.AdamW):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import optimi
+import torch
 from optimi.utils import HAS_TRITON
 from torch import Tensor
 
@@ -13,7 +14,8 @@ class StableAdamW(optimi.StableAdamW):
     """``optimi.StableAdamW``, mended in two places.
 
     Upstream stores its decision for Triton kernels in the param group and hence in checkpoints, so that a checkpoint
-    from a GPU fails on a CPU: here the decision is taken anew when a state dict is loaded. And a param group may hold
+    from a GPU fails on a CPU, and one from a CPU lacks what the kernels need: here the decision is taken anew, before a
+    state dict is loaded, and upstream adds what it takes. And a param group may hold
     ``betas`` as it may everywhere in PyTorch; upstream wants ``beta1`` and ``beta2``.
     """
 
@@ -23,11 +25,22 @@ class StableAdamW(optimi.StableAdamW):
         super().add_param_group(param_group)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        kernels = [(group["foreach"], group["triton"]) for group in self.param_groups]
-        super().load_state_dict(state_dict)
-        for group, (foreach, triton) in zip(self.param_groups, kernels, strict=True):
-            group["foreach"] = foreach
-            group["triton"] = _on_gpu(group["params"]) if triton is None and foreach is None else triton
+        groups = state_dict["param_groups"]
+        if len(groups) == len(self.param_groups):  # else torch says so
+            groups = [{**group, **_kernels(own)} for group, own in zip(groups, self.param_groups, strict=True)]
+        super().load_state_dict({**state_dict, "param_groups": groups})
+        for group in self.param_groups:
+            for parameter in group["params"] if group["triton"] else ():
+                state = self.state[parameter]
+                if "kahan_comp" in state and state["kahan_comp"] is None:
+                    # Where nothing is compensated, the kernels want a pointer all the same.
+                    state["kahan_comp"] = torch.zeros(1, dtype=torch.uint8, device=parameter.device)
+
+
+def _kernels(group: dict[str, Any]) -> dict[str, Any]:
+    foreach, triton = group["foreach"], group["triton"]
+    undecided = foreach is None and triton is None
+    return {"foreach": foreach, "triton": _on_gpu(group["params"]) if undecided else triton}
 
 
 def _on_gpu(parameters: list[Tensor]) -> bool:

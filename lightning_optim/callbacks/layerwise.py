@@ -12,6 +12,8 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, FSDPStrategy, SingleDeviceStrategy, Strategy
+from lightning.pytorch.strategies.single_xla import SingleDeviceXLAStrategy
+from lightning.pytorch.strategies.xla import XLAStrategy
 from lightning.pytorch.utilities import GradClipAlgorithmType
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning_utilities.core.rank_zero import rank_zero_warn
@@ -263,9 +265,15 @@ def _strategy_name(strategy: Strategy) -> str:
     own = getattr(strategy, "layerwise_name", None)
     if own is not None:
         return str(own)
-    if isinstance(strategy, SingleDeviceStrategy) and strategy.root_device.type != "xla":
-        return "single_device"
-    families = ((DDPStrategy, "ddp"), (FSDPStrategy, "fsdp"), (DeepSpeedStrategy, "deepspeed"))
+    families = (
+        # Before those that they derive from.
+        (SingleDeviceXLAStrategy, "single_xla"),
+        (XLAStrategy, "xla"),
+        (SingleDeviceStrategy, "single_device"),
+        (DDPStrategy, "ddp"),
+        (FSDPStrategy, "fsdp"),
+        (DeepSpeedStrategy, "deepspeed"),
+    )
     return next((name for family, name in families if isinstance(strategy, family)), type(strategy).__name__)
 
 

@@ -37,6 +37,8 @@ class OptimCallback(Callback):
         lr_scheduler: Name of the learning-rate schedule.
         lr_scheduler_args: Options of the schedule.
         warmup_steps: Optimizer steps of warm-up, or a fraction of the training.
+        optim_fallback: Whether the nearest identifier that can run here takes the place of one that cannot, with a
+            warning.
 
     Raises:
         UnknownOptimizer, UnknownSchedule, InvalidOption, IncompatibleTrainer: At once, when the request is wrong.
@@ -55,6 +57,7 @@ class OptimCallback(Callback):
         lr_scheduler: str | None = None,
         lr_scheduler_args: Mapping[str, Any] | str | None = None,
         warmup_steps: int | float = 0,
+        optim_fallback: bool = False,
     ) -> None:
         self.config = OptimConfig(
             optim,
@@ -68,6 +71,7 @@ class OptimCallback(Callback):
             lr_scheduler,
             lr_scheduler_args,
             warmup_steps,
+            optim_fallback,
         )
         self._old_checkpoints = OldCheckpoints()
         self._active = False

@@ -21,6 +21,7 @@ REQUIREMENTS = (
     ),
 )
 DEVICES = frozenset({"cpu", "cuda", "xpu"})
+_PAGED_ON = frozenset({"cuda"})
 QUANTIZATION = Quantization(bits=8, block_size=256, min_size="min_8bit_size")
 
 
@@ -160,7 +161,12 @@ _RMSPROP = _Algorithm(
 
 
 def _row(
-    name: str, algorithm: _Algorithm, bits: int, paged: bool = False, aliases: tuple[str, ...] = ()
+    name: str,
+    algorithm: _Algorithm,
+    bits: int,
+    paged: bool = False,
+    aliases: tuple[str, ...] = (),
+    fallbacks: tuple[str, ...] = (),
 ) -> OptimizerSpec:
     fixed: dict[str, object] = {"optim_bits": bits}
     if algorithm.pageable:
@@ -182,23 +188,31 @@ def _row(
         state=StateLayout(algorithm.buffers, quantization=QUANTIZATION if bits == 8 else None),
         devices=DEVICES,
         half_weights=True,
+        fallbacks=fallbacks,
+        paged_on=_PAGED_ON if paged else None,
         note="without CUDA the states are ordinary, unpaged tensors" if paged else "",
     )
 
 
 def _family(prefix: str, algorithm: _Algorithm, name_32bit: str) -> Iterator[OptimizerSpec]:
     yield _row(name_32bit, algorithm, 32)
-    yield _row(f"{prefix}_8bit", algorithm, 8)
-    yield _row(f"paged_{prefix}_32bit", algorithm, 32, paged=True)
-    yield _row(f"paged_{prefix}_8bit", algorithm, 8, paged=True)
+    yield _row(f"{prefix}_8bit", algorithm, 8, fallbacks=(name_32bit,))
+    yield _row(f"paged_{prefix}_32bit", algorithm, 32, paged=True, fallbacks=(name_32bit,))
+    yield _row(f"paged_{prefix}_8bit", algorithm, 8, paged=True, fallbacks=(f"{prefix}_8bit", name_32bit))
 
 
 ROWS = (
-    _row("adamw_bnb_8bit", _ADAMW, 8, aliases=("adamw_8bit",)),
-    _row("paged_adamw_32bit", _ADAMW, 32, paged=True),
-    _row("paged_adamw_8bit", _ADAMW, 8, paged=True),
+    _row("adamw_bnb_8bit", _ADAMW, 8, aliases=("adamw_8bit",), fallbacks=("adamw_torch_8bit", "adamw")),
+    _row("paged_adamw_32bit", _ADAMW, 32, paged=True, fallbacks=("adamw",)),
+    _row(
+        "paged_adamw_8bit",
+        _ADAMW,
+        8,
+        paged=True,
+        fallbacks=("adamw_bnb_8bit", "adamw_torch_8bit", "adamw"),
+    ),
     *_family("lion", _LION, "lion_32bit"),
     *_family("ademamix", _ADEMAMIX, "ademamix"),
-    _row("rmsprop_bnb", _RMSPROP, 32, aliases=("rmsprop_bnb_32bit",)),
-    _row("rmsprop_bnb_8bit", _RMSPROP, 8),
+    _row("rmsprop_bnb", _RMSPROP, 32, aliases=("rmsprop_bnb_32bit",), fallbacks=("rmsprop",)),
+    _row("rmsprop_bnb_8bit", _RMSPROP, 8, fallbacks=("rmsprop_bnb", "rmsprop")),
 )

@@ -43,7 +43,10 @@ def layerwise_row(row: OptimizerSpec) -> OptimizerSpec:
     if row.coupled:
         raise IncompatibleTrainer(f"optim={row.name + SUFFIX!r}: {row.coupled}. Use optim={row.name!r}.")
     stepped = row if row.layerwise else stepped_in_backward(row)
-    return dataclasses.replace(stepped, name=row.name + SUFFIX, aliases=tuple(alias + SUFFIX for alias in row.aliases))
+    names = {
+        field: tuple(name + SUFFIX for name in getattr(row, field)) for field in ("aliases", "choices", "fallbacks")
+    }
+    return dataclasses.replace(stepped, name=row.name + SUFFIX, **names)  # type: ignore[arg-type]
 
 
 def stepped_in_backward(row: OptimizerSpec) -> OptimizerSpec:

@@ -115,6 +115,7 @@ _GALORE_ADAMW = OptimizerSpec(
     state=StateLayout(buffers=_MOMENTS + _BASES),
     half_weights=True,
     projects=True,
+    xla="it skips gradients that are not finite, and so waits for the device several times in every step",
     note=_NOTE,
 )
 
@@ -131,6 +132,7 @@ ROWS = (
         requirements=bitsandbytes.REQUIREMENTS,
         extra="bitsandbytes",
         devices=bitsandbytes.DEVICES,
+        fallbacks=("galore_adamw",),
     ),
     dataclasses.replace(
         _GALORE_ADAMW,

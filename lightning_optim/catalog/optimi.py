@@ -42,6 +42,7 @@ ROWS = (
         default_weight_decay=1e-2,
         requirements=REQUIREMENTS,
         extra="optimi",
+        xla="it reads the size of each parameter's update, and so waits for the device once per parameter",
         state=StateLayout(
             buffers=(
                 Buffer("exp_avg"),

@@ -71,22 +71,35 @@ class RMSpropOptions(Options):
     foreach: bool | None = option(None, _FOREACH_HELP)
 
 
-_ADAMW_SOURCE = "Decoupled Weight Decay Regularization, https://arxiv.org/abs/1711.05101; torch.optim.AdamW"
-_ADAMW_STATE = StateLayout(
+ADAMW_SOURCE = "Decoupled Weight Decay Regularization, https://arxiv.org/abs/1711.05101; torch.optim.AdamW"
+ADAMW_STATE = StateLayout(
     buffers=(Buffer("exp_avg"), Buffer("exp_avg_sq"), Buffer("max_exp_avg_sq", when=lambda o: o.amsgrad)),
     scalar_bytes=4,
 )
 
 ROWS = (
     OptimizerSpec(
+        name="adamw",
+        target="torch.optim:AdamW",
+        summary="AdamW with the best kernel that the device has",
+        source=ADAMW_SOURCE,
+        options=FusedAdamWOptions,
+        default_lr=1e-3,
+        default_weight_decay=1e-2,
+        state=ADAMW_STATE,
+        complex=True,
+        sharded=True,
+        choices=("adamw_torch_xla", "adamw_torch_fused", "adamw_torch"),
+    ),
+    OptimizerSpec(
         name="adamw_torch",
         target="torch.optim:AdamW",
         summary="AdamW",
-        source=_ADAMW_SOURCE,
+        source=ADAMW_SOURCE,
         options=AdamWOptions,
         default_lr=1e-3,
         default_weight_decay=1e-2,
-        state=_ADAMW_STATE,
+        state=ADAMW_STATE,
         complex=True,
         sharded=True,
     ),
@@ -94,15 +107,15 @@ ROWS = (
         name="adamw_torch_fused",
         target="torch.optim:AdamW",
         summary="AdamW, one fused kernel per step",
-        source=_ADAMW_SOURCE,
+        source=ADAMW_SOURCE,
         options=FusedAdamWOptions,
         default_lr=1e-3,
         default_weight_decay=1e-2,
-        state=_ADAMW_STATE,
+        state=ADAMW_STATE,
         fixed=MappingProxyType({"fused": True}),
-        devices=frozenset({"cpu", "cuda", "mps", "xpu"}),
+        devices=frozenset({"cpu", "cuda", "mps", "npu", "xpu"}),
         sharded=True,
-        note="with precision='16-mixed' and gradient clipping only the form adamw_torch_fused_layerwise works",
+        fallbacks=("adamw",),
     ),
     OptimizerSpec(
         name="sgd",

@@ -39,7 +39,7 @@ class AdamW4bitOptions(AdamW8bitOptions):
     block_size: int = option(128, "elements that share a scale", AT_LEAST_ONE, scope="constructor")
 
 
-def _row(bits: int, options: type[Options], table_bytes: int, paper: str) -> OptimizerSpec:
+def _row(bits: int, options: type[Options], table_bytes: int, paper: str, fallbacks: tuple[str, ...]) -> OptimizerSpec:
     return OptimizerSpec(
         name=f"adamw_torch_{bits}bit",
         target=f"lightning_optim.adapters.torchao:AdamW{bits}bit",
@@ -60,6 +60,7 @@ def _row(bits: int, options: type[Options], table_bytes: int, paper: str) -> Opt
         sharded=True,
         half_weights=True,
         compiles=True,
+        fallbacks=fallbacks,
         note="the first step compiles (about half a minute on CPU); parameters with fewer than 4096 elements or with "
         "a size that is no multiple of block_size keep unquantized states",
     )
@@ -67,9 +68,17 @@ def _row(bits: int, options: type[Options], table_bytes: int, paper: str) -> Opt
 
 ROWS = (
     _row(
-        4, AdamW4bitOptions, 16 * 4, "Memory Efficient Optimizers with 4-bit States, https://arxiv.org/abs/2309.01507"
+        4,
+        AdamW4bitOptions,
+        16 * 4,
+        "Memory Efficient Optimizers with 4-bit States, https://arxiv.org/abs/2309.01507",
+        fallbacks=("adamw_torch_8bit", "adamw_bnb_8bit", "adamw"),
     ),
     _row(
-        8, AdamW8bitOptions, 256 * 4, "8-bit Optimizers via Block-wise Quantization, https://arxiv.org/abs/2110.02861"
+        8,
+        AdamW8bitOptions,
+        256 * 4,
+        "8-bit Optimizers via Block-wise Quantization, https://arxiv.org/abs/2110.02861",
+        fallbacks=("adamw_bnb_8bit", "adamw"),
     ),
 )

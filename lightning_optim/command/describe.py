@@ -98,6 +98,7 @@ def cannot_step(spec: OptimizerSpec) -> tuple[str, ...]:
         "complex parameters": spec.complex,
         "sharded parameters (FSDP2)": spec.sharded,
         "float16 parameters": spec.half_weights,
+        "parameters on XLA devices": not spec.xla and (spec.devices is None or "xla" in spec.devices),
     }
     return tuple(kind for kind, steps in able.items() if not steps)
 
@@ -107,6 +108,7 @@ def grouping(spec: OptimizerSpec) -> Grouping:
     keys = override_keys(spec)
     return Grouping(
         policy=(
+            *_stand_ins(spec),
             *_decay(spec),
             *_embeddings(spec),
             *_overrides(keys),
@@ -119,6 +121,14 @@ def grouping(spec: OptimizerSpec) -> Grouping:
         warmup=spec.warmup,
         averages_weights=spec.averages_weights,
     )
+
+
+def _stand_ins(spec: OptimizerSpec) -> Iterator[str]:
+    if spec.choices:
+        yield f"It builds the first of these that can run on the parameters' device: {', '.join(spec.choices)}."
+    if spec.fallbacks:
+        which = f"the first of {', '.join(spec.fallbacks)} that can" if len(spec.fallbacks) > 1 else spec.fallbacks[0]
+        yield f"Where it cannot run, optim_fallback=True takes {which}."
 
 
 def _decay(spec: OptimizerSpec) -> Iterator[str]:

@@ -47,14 +47,15 @@ class Diagnosis:
     """What ``doctor`` shows.
 
     Attributes:
-        ok: Whether every identifier can run here and every plugin loads.
+        ok: Whether every identifier for the devices here can run and every plugin loads.
         versions: Versions of what is always needed.
         devices: The devices torch finds.
         packages: The optional packages.
         compiler: The C++ compiler.
         plugins: Entry points that add identifiers.
         plugin_problem: Why a plugin cannot be loaded, or ``None``.
-        unavailable: Why not, by identifier that cannot run here.
+        unavailable: Why not, by identifier that is for a device found here and cannot run.
+        elsewhere: The same for identifiers that are for other devices only.
         count: Number of identifiers.
         notes: What to know of packages that are installed beside ours.
     """
@@ -67,6 +68,7 @@ class Diagnosis:
     plugins: tuple[Plugin, ...]
     plugin_problem: str | None
     unavailable: Mapping[str, tuple[str, ...]]
+    elsewhere: Mapping[str, tuple[str, ...]]
     count: int
     notes: tuple[str, ...]
 
@@ -76,7 +78,8 @@ def add_parser(subparsers: argparse._SubParsersAction[Any]) -> None:
     parser = subparsers.add_parser(
         "doctor",
         help="versions, devices and packages here, and what to install",
-        description="Shows versions, devices and packages here. Exits with 1 if an identifier cannot run here.",
+        description="Shows versions, devices and packages here. Exits with 1 if an identifier for these devices cannot "
+        "run.",
     )
     output.add_json_flag(parser)
     parser.set_defaults(run=run)
@@ -98,7 +101,10 @@ def collect() -> Diagnosis:
         # What we bring along can be examined whatever a plugin does.
         plugin_problem = str(error)
         specs = {name: row for row in ROWS for name in (row.name, *row.aliases)}
-    unavailable = {name: problems for name, spec in specs.items() if (problems := here.problems(spec))}
+    failing = {name: problems for name, spec in specs.items() if (problems := here.problems(spec))}
+    present = here.device_types()
+    elsewhere = {name: failing[name] for name in failing if not present & (specs[name].devices or present)}
+    unavailable = {name: failing[name] for name in failing if name not in elsewhere}
     return Diagnosis(
         ok=not unavailable and plugin_problem is None,
         versions={
@@ -117,6 +123,7 @@ def collect() -> Diagnosis:
         plugins=tuple(here.plugins()),
         plugin_problem=plugin_problem,
         unavailable=unavailable,
+        elsewhere=elsewhere,
         count=len(specs),
         notes=_notes(),
     )
@@ -150,7 +157,7 @@ def render(diagnosis: Diagnosis) -> str:
     sections = [
         ["Versions", *output.properties(list(diagnosis.versions.items()), "  ")],
         ["Devices", *output.columns([_device(device) for device in diagnosis.devices], "  ")],
-        ["Packages", *(line for package in diagnosis.packages for line in _package(package))],
+        ["Packages", *(line for package in diagnosis.packages for line in _package(package, diagnosis.elsewhere))],
         ["C++ compiler", *_compiler(diagnosis.compiler)],
         ["Plugins", *_plugins(diagnosis)],
         *([["Notes", *_wrapped(diagnosis.notes)]] if diagnosis.notes else []),
@@ -163,14 +170,14 @@ def _device(device: Device) -> tuple[str, str]:
     return device.type if device.index is None else f"{device.type}:{device.index}", device.name
 
 
-def _package(package: PackageUse) -> list[str]:
-    lines = output.wrap(
-        f"{package.distribution} {package.installed}: ok ({package.versions or 'any version'} is needed)"
-        if package.ok
-        else f"problem: {package.problem}",
-        "  ",
-        "  ",
-    )
+def _package(package: PackageUse, elsewhere: Mapping[str, tuple[str, ...]]) -> list[str]:
+    if package.ok:
+        text = f"{package.distribution} {package.installed}: ok ({package.versions or 'any version'} is needed)"
+    elif set(package.identifiers) <= set(elsewhere):
+        text = f"for other devices only: {package.problem}"
+    else:
+        text = f"problem: {package.problem}"
+    lines = output.wrap(text, "  ", "  ")
     return [*lines, *output.wrap(f"for {', '.join(package.identifiers)}", "    ")]
 
 
@@ -191,12 +198,17 @@ def _wrapped(texts: tuple[str, ...]) -> list[str]:
 
 
 def _verdict(diagnosis: Diagnosis) -> list[str]:
+    lines = []
+    if diagnosis.elsewhere:
+        count = f"{len(diagnosis.elsewhere)} of {diagnosis.count}"
+        lines = output.wrap(f"{count} identifiers are for other devices: {', '.join(diagnosis.elsewhere)}.")
     if not diagnosis.unavailable:
-        return [f"All {diagnosis.count} identifiers can run here."]
+        which = "others" if diagnosis.elsewhere else "identifiers"
+        return [*lines, f"All {diagnosis.count - len(diagnosis.elsewhere)} {which} can run here."]
+    lines.append(f"{len(diagnosis.unavailable)} of {diagnosis.count} identifiers cannot run here:")
     by_reason: dict[tuple[str, ...], list[str]] = {}
     for name, problems in diagnosis.unavailable.items():
         by_reason.setdefault(problems, []).append(name)
-    lines = [f"{len(diagnosis.unavailable)} of {diagnosis.count} identifiers cannot run here:"]
     for problems, names in by_reason.items():
         lines += output.wrap(", ".join(names), "  ")
         lines += [line for problem in problems for line in output.wrap(problem, "    ")]

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import importlib.metadata
+import os
 import platform
 import shutil
 from dataclasses import dataclass
 
 import torch
 
-from lightning_optim import rules
+from lightning_optim import availability, rules
 from lightning_optim.availability import Requirement
+from lightning_optim.catalog import xla
 from lightning_optim.command.output import CommandError
 from lightning_optim.registry import ENTRY_POINT_GROUP, REGISTRY
 from lightning_optim.spec import OptimizerSpec
@@ -86,7 +88,9 @@ def identifiers() -> dict[str, OptimizerSpec]:
 def device_types() -> frozenset[str]:
     """Returns the types of device found here, without starting any of them."""
     accelerator = torch.accelerator.current_accelerator(check_available=True)
-    return frozenset({"cpu", accelerator.type} if accelerator else {"cpu"})
+    found = {"cpu", accelerator.type} if accelerator else {"cpu"}
+    # torch.accelerator does not know XLA, and to ask torch_xla would start it.
+    return frozenset(found | {"xla"} if availability.check(xla.REQUIREMENTS) else found)
 
 
 def devices() -> list[Device]:
@@ -97,6 +101,9 @@ def devices() -> list[Device]:
         # MPS knows no names.
         name_of = getattr(torch.get_device_module(accelerator), "get_device_name", lambda index: "")
         found += [Device(accelerator.type, index, name_of(index)) for index in range(torch.accelerator.device_count())]
+    if "xla" in device_types():
+        chosen = os.environ.get("PJRT_DEVICE", "not set")
+        found.append(Device("xla", None, f"what torch_xla finds (PJRT_DEVICE: {chosen})"))
     return found
 
 
@@ -110,10 +117,14 @@ def problems(spec: OptimizerSpec) -> tuple[str, ...]:
     found = list(spec.availability().reasons)
     present = device_types()
     usable = present if spec.devices is None else present & spec.devices
+    brought = {requirement.device for requirement in spec.requirements if requirement.problem()}
+    if not usable and spec.devices is not None and spec.devices <= brought:
+        # The package that is missing brings the device.
+        return tuple(found)
     if not usable:
         found.append(
             f"runs on {', '.join(sorted(spec.devices or ()))}, and torch finds only {', '.join(sorted(present))} here: "
-            "use another identifier, or a torch built for such a device"
+            "use another identifier, or a machine with such a device and a torch built for it"
         )
     elif spec.compiles and usable == {"cpu"} and compiler() is None:
         found.append(

@@ -15,6 +15,11 @@ def refuse_coupled(optimizer: Optimizer) -> None:
             "LBFGS evaluates the model several times for one step over all parameters and cannot be stepped layer by "
             "layer. Use it plainly, or another optimizer."
         )
+    if getattr(optimizer, "is_fused_optimizer", False):
+        raise IncompatibleTrainer(
+            f"{name} of torch_npu moves parameters, gradients and states into flat buffers and steps those as a whole. "
+            "Use it plainly, or optim='adamw_torch_fused_layerwise'."
+        )
     wrapped = next((value for value in vars(optimizer).values() if isinstance(value, Optimizer)), None)
     if wrapped is not None:
         raise IncompatibleTrainer(

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_optim.errors import InvalidOption, InvalidParamGroups
+from lightning_optim.optimizers.groups import only_valid_groups
 from lightning_optim.parameters import is_sharded
 
 _FORMAT = "format"
@@ -84,12 +85,9 @@ class OwnOptimizer(Optimizer):
             self._check(parameter)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        super().add_param_group(param_group)
-        try:
+        with only_valid_groups(self):
+            super().add_param_group(param_group)
             self._check_group(self.param_groups[-1])
-        except ValueError:
-            self.param_groups.pop()
-            raise
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:

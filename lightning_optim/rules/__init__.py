@@ -1,22 +1,26 @@
 """What cannot work together: each rule says what was passed, why it fails and what to type instead.
 
-Three tables, one per file: :data:`CONFIG_RULES` need only the request and hold when it is written down,
+Four tables, one per file: :data:`CONFIG_RULES` need only the request and hold when it is written down,
 :data:`RUN_RULES` need the model and, where there is one, the Trainer, :data:`LAYERWISE_RULES` need what is stepped
-during backward and its Trainer. The latter two hold before the first batch.
+during backward and its Trainer, :data:`FUSED_RULES` need what a strategy has stepped by fused kernels. The latter three
+hold before the first batch.
 """
 
 from __future__ import annotations
 
 from lightning_optim.errors import IncompatibleTrainer
+from lightning_optim.rules.fused import FUSED_RULES, Fusing
 from lightning_optim.rules.request import CONFIG_RULES, Request
 from lightning_optim.rules.run import RUN_RULES, Run, TrainerFacts, cpp_compiler
 from lightning_optim.rules.stepping import LAYERWISE_RULES, STEPPING_STRATEGIES, Stepping
 
 __all__ = [
     "CONFIG_RULES",
+    "FUSED_RULES",
     "LAYERWISE_RULES",
     "RUN_RULES",
     "STEPPING_STRATEGIES",
+    "Fusing",
     "Request",
     "Run",
     "Stepping",
@@ -33,6 +37,11 @@ def check_config(request: Request) -> None:
 def check_run(run: Run) -> None:
     """Raises :class:`IncompatibleTrainer` with every rule of :data:`RUN_RULES` that the run breaks."""
     _raise([rule(run) for rule in RUN_RULES])
+
+
+def check_fused(fusing: Fusing) -> None:
+    """Raises :class:`IncompatibleTrainer` with every rule of :data:`FUSED_RULES` that is broken."""
+    _raise([rule(fusing) for rule in FUSED_RULES])
 
 
 def check_layerwise(stepping: Stepping) -> None:

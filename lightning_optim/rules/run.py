@@ -11,8 +11,12 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.optim import SGD
+from torch.optim.optimizer import _get_capturable_supported_devices
 
+from lightning_optim.optimizers.fused import HALF, is_packed, sgd_is_wrong_on_half
 from lightning_optim.parameters import NamedParameter, is_sharded
+from lightning_optim.rules.fused import half_sgd
 from lightning_optim.rules.request import Request
 from lightning_optim.schedules import get_schedule
 from lightning_optim.spec import OptimizerSpec
@@ -23,20 +27,12 @@ class TrainerFacts:
     """What the rules need to know of a Trainer.
 
     Attributes:
-        precision: The precision flag, such as ``"16-mixed"``.
-        scales_loss: Whether a GradScaler is at work.
-        clips: Whether ``gradient_clip_val`` is set.
         accumulation_changes: Whether the number of steps is that of epochs with different accumulation.
         callbacks: Class names of the callbacks and of their base classes.
-        steps_in_backward: Whether the strategy makes every optimizer layerwise.
     """
 
-    precision: str = "32-true"
-    scales_loss: bool = False
-    clips: bool = False
     accumulation_changes: bool = False
     callbacks: frozenset[str] = frozenset()
-    steps_in_backward: bool = False
 
 
 @dataclass(frozen=True)
@@ -58,6 +54,11 @@ class Run:
         """The identifier as the user typed it."""
         return self.request.name
 
+    @property
+    def is_fused(self) -> bool:
+        """Whether the optimizer is built with one of torch's fused kernels."""
+        return bool(self.spec.fixed.get("fused") or getattr(self.request.options, "fused", False))
+
 
 def _device(run: Run) -> str | None:
     devices = {parameter.parameter.device.type for parameter in run.parameters}
@@ -66,7 +67,35 @@ def _device(run: Run) -> str | None:
         return None
     return (
         f"optim={run.name!r} runs on {', '.join(sorted(run.spec.devices or ()))}, but parameters are on "
-        f"{', '.join(unfit)}. Use optim='adamw_torch', or Trainer(accelerator=...) with a device it runs on."
+        f"{', '.join(unfit)}. Use optim='adamw', which takes the best that the device has, or "
+        "Trainer(accelerator=...) with a device it runs on."
+    )
+
+
+def _paging(run: Run) -> str | None:
+    devices = {parameter.parameter.device.type for parameter in run.parameters}
+    if not run.request.config.optim_fallback or run.spec.paged_on is None or devices <= run.spec.paged_on:
+        # Without a fallback they train unpaged where they cannot be paged, and say so.
+        return None
+    return f"optim={run.name!r} pages its states on {', '.join(sorted(run.spec.paged_on))} only."
+
+
+def _xla(run: Run) -> str | None:
+    on_xla = any(parameter.parameter.device.type == "xla" for parameter in run.parameters)
+    if not (on_xla and run.spec.xla):
+        return None
+    return f"optim={run.name!r} cannot run on XLA devices: {run.spec.xla}. Use optim='adamw' or 'adamw_torch_xla'."
+
+
+def _capturable(run: Run) -> str | None:
+    devices = {parameter.parameter.device.type for parameter in run.parameters}
+    unfit = sorted(devices - set(_get_capturable_supported_devices()))
+    settings = [run.request.options.select("group"), *run.groups]
+    if run.is_fused or not (unfit and any(setting.get("capturable") for setting in settings)):
+        return None
+    return (
+        f"optim={run.name!r} with capturable=True, which is for CUDA graphs, and parameters are on "
+        f"{', '.join(unfit)}. Leave it out."
     )
 
 
@@ -149,16 +178,25 @@ def _flattened_parameters(run: Run) -> str | None:
     )
 
 
-def _fused_scaler_and_clipping(run: Run) -> str | None:
-    if not (run.trainer and run.spec.fixed.get("fused") and run.trainer.scales_loss and run.trainer.clips):
+def _fused_sgd_on_cpu_is_not_half(run: Run) -> str | None:
+    if not run.is_fused or not issubclass(run.spec.load(), SGD):
         return None
-    if run.spec.layerwise or run.trainer.steps_in_backward:
-        # The engine unscales and clips each bucket before the kernel sees it.
+    half = [p for p in run.parameters if p.parameter.dtype in HALF and p.parameter.device.type == "cpu"]
+    if not half or not sgd_is_wrong_on_half():
+        return None
+    wrong = half_sgd(repr(half[0].name), half[0].parameter)
+    return f"optim={run.name!r} with fused=True: {wrong} Leave fused out, or use optim='sgd'."
+
+
+def _fused_parameters_are_packed(run: Run) -> str | None:
+    if not run.is_fused:
+        return None
+    unfit = [p for p in run.parameters if not (is_sharded(p.parameter) or is_packed(p.parameter))]
+    if not unfit:
         return None
     return (
-        f"optim={run.name!r} with precision={run.trainer.precision!r} and gradient_clip_val: a fused optimizer "
-        "unscales the gradients itself, after Lightning would clip them. Use optim='adamw_torch', or "
-        f"optim='{run.name}_layerwise', or precision='bf16-mixed', or leave gradient_clip_val out."
+        f"optim={run.name!r}: fused kernels step blocks of memory, and {unfit[0].name!r} is a view with gaps or "
+        "overlaps. Create it with nn.Parameter(tensor.contiguous()), or use optim='adamw_torch'."
     )
 
 
@@ -184,13 +222,17 @@ def _length_is_counted_wrongly(run: Run) -> str | None:
 
 RUN_RULES: tuple[Callable[[Run], str | None], ...] = (
     _device,
+    _paging,
+    _xla,
+    _capturable,
     _compiler,
     _sparse_gradients,
     _complex_parameters,
     _half_weights,
     _sharded_parameters,
     _flattened_parameters,
-    _fused_scaler_and_clipping,
+    _fused_sgd_on_cpu_is_not_half,
+    _fused_parameters_are_packed,
     _two_averages,
     _length_is_counted_wrongly,
 )

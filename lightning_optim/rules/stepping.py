@@ -47,30 +47,40 @@ class Stepping:
         return f"optim={row.implementation!r}"
 
     @property
-    def as_ddp(self) -> str:
-        """What to type in place of ``layerwise_ddp``."""
+    def otherwise(self) -> str:
+        """What to type in place of a strategy that averages gradients in hooks."""
+        if self.strategy != "layerwise_ddp":
+            return self.plainly
         plainly = f" and {self.plainly}" if self.name.startswith("optim=") else ""
         return f"Trainer(strategy='ddp'){plainly}"
 
 
 # The strategies that step every optimizer during backward, and which of them to use in place of others.
 STEPPING_STRATEGIES = frozenset({"layerwise", "layerwise_ddp", "layerwise_fsdp2"})
+# Those that leave gradients to the hooks of an optimizer that steps in them, and those that average them there.
+_LEAVE_GRADIENTS = STEPPING_STRATEGIES | {"single_device", "single_xla_syncfree", "xla_syncfree"}
+_AVERAGE_IN_HOOKS = frozenset({"layerwise_ddp", "xla_syncfree"})
 _INSTEAD = {
     "ddp": "layerwise_ddp",
+    "fused_ddp": "layerwise_ddp",
+    "npu_ddp": "layerwise_ddp",
     "fsdp": "layerwise_fsdp2",
     "deepspeed": "layerwise_fsdp2",
     "ModelParallelStrategy": "layerwise_fsdp2",
+    "single_xla": "single_xla_syncfree",
+    "xla": "xla_syncfree",
 }
 
 
 def _strategy_leaves_gradients_to_hooks(stepping: Stepping) -> str | None:
-    if stepping.strategy == "single_device" or stepping.strategy in STEPPING_STRATEGIES:
+    if stepping.strategy in _LEAVE_GRADIENTS:
         return None
     instead = _INSTEAD.get(stepping.strategy)
     flag = f"strategy={instead!r}" if instead else "strategy='layerwise' (one device) or 'layerwise_ddp' (several)"
+    apart = "" if stepping.strategy == "single_xla" else ": processes would drift apart"
     return (
-        f"{stepping.name} under the strategy {stepping.strategy!r}, which reduces or shards gradients after the hooks "
-        f"that step them have run: processes would drift apart. Use Trainer({flag}), or {stepping.plainly}."
+        f"{stepping.name} under the strategy {stepping.strategy!r}, which works on gradients after backward, when the "
+        f"hooks have stepped and freed them{apart}. Use Trainer({flag}), or {stepping.plainly}."
     )
 
 
@@ -95,17 +105,17 @@ def _gradients_are_gone(stepping: Stepping) -> str | None:
 
 
 def _manual_needs_one_process(stepping: Stepping) -> str | None:
-    if stepping.automatic or stepping.strategy != "layerwise_ddp":
+    if stepping.automatic or stepping.strategy not in _AVERAGE_IN_HOOKS:
         return None
     return (
-        "strategy='layerwise_ddp' with manual optimization: which backward is the one to average and to step is not "
-        f"known. Use automatic optimization, or {stepping.as_ddp}."
+        f"strategy={stepping.strategy!r} with manual optimization: which backward is the one to average and to step "
+        f"is not known. Use automatic optimization, or {stepping.otherwise}."
     )
 
 
 def _measuring_needs_the_graph(stepping: Stepping) -> str | None:
     exact = stepping.clips_norm and stepping.norm_clipping != "per_parameter"
-    if stepping.retains_graph or not stepping.automatic or not (exact or stepping.strategy == "layerwise_ddp"):
+    if stepping.retains_graph or not stepping.automatic or not (exact or stepping.strategy in _AVERAGE_IN_HOOKS):
         return None
     return (
         f"{stepping.name}: its first backward only measures, and the module's own backward() does not take "
@@ -123,11 +133,11 @@ def _norm_clipping_needs_clipping(stepping: Stepping) -> str | None:
 
 
 def _sparse_gradients_are_not_averaged(stepping: Stepping) -> str | None:
-    if not stepping.sparse or stepping.strategy != "layerwise_ddp":
+    if not stepping.sparse or stepping.strategy not in _AVERAGE_IN_HOOKS:
         return None
     return (
-        f"strategy='layerwise_ddp' averages dense gradients, and {stepping.sparse!r} belongs to an embedding with "
-        f"sparse=True. Create it with sparse=False, or use {stepping.as_ddp}."
+        f"strategy={stepping.strategy!r} averages dense gradients, and {stepping.sparse!r} belongs to an embedding "
+        f"with sparse=True. Create it with sparse=False, or use {stepping.otherwise}."
     )
 
 

@@ -13,9 +13,9 @@ from lightning.pytorch.strategies import SingleDeviceStrategy, Strategy
 
 from lightning_optim.callbacks.layerwise import LayerwiseCallback
 from lightning_optim.catalog.layerwise import LayerwiseOptions
-from lightning_optim.errors import IncompatibleTrainer
 from lightning_optim.layerwise.engine import Layerwise
 from lightning_optim.options import parse
+from lightning_optim.strategies.one_device import OneDevice
 
 if TYPE_CHECKING:
     _Base = Strategy
@@ -48,7 +48,7 @@ def layerwise_options(strategy: str, **given: Any) -> LayerwiseOptions:
     return parse(LayerwiseOptions, {name: value for name, value in given.items() if value is not None}, strategy)
 
 
-class LayerwiseStrategy(StepsInBackward, SingleDeviceStrategy):
+class LayerwiseStrategy(StepsInBackward, OneDevice, SingleDeviceStrategy):
     """Steps every optimizer during backward, on one device: CPU, CUDA or MPS.
 
     An identifier that ends in ``_layerwise`` does not need it; an optimizer of the module's own becomes layerwise by
@@ -68,8 +68,8 @@ class LayerwiseStrategy(StepsInBackward, SingleDeviceStrategy):
 
     Raises:
         InvalidOption: If an option is of the wrong type or out of range.
-        IncompatibleTrainer: When the Trainer is made, if it has several devices; when fit starts, if the module cannot
-            be trained so.
+        IncompatibleTrainer: When the Trainer is made, if it has several devices or nodes, or an XLA device; when fit
+            starts, if the module cannot be trained so.
     """
 
     strategy_name = layerwise_name = "layerwise"
@@ -84,23 +84,7 @@ class LayerwiseStrategy(StepsInBackward, SingleDeviceStrategy):
         checkpoint_io: CheckpointIO | None = None,
         precision_plugin: Precision | None = None,
     ) -> None:
-        super().__init__(device or "cpu", accelerator, checkpoint_io, precision_plugin)
+        super().__init__(device, accelerator, checkpoint_io, precision_plugin)
         self.layerwise_options = layerwise_options(
             self.layerwise_name, bucket_mb=bucket_mb, norm_clipping=norm_clipping, log_grad_norm=log_grad_norm
         )
-        self._parallel_devices = None if device is None else [self._root_device]
-
-    @property
-    def parallel_devices(self) -> list[torch.device] | None:
-        """The device in a list; the Trainer fills it with what its accelerator and its ``devices`` say."""
-        return self._parallel_devices
-
-    @parallel_devices.setter
-    def parallel_devices(self, devices: list[torch.device]) -> None:
-        if len(devices) > 1:
-            raise IncompatibleTrainer(
-                f"strategy='layerwise' steps on one device, and the Trainer has {len(devices)}. Use "
-                "Trainer(strategy='layerwise_ddp'), or devices=1."
-            )
-        self._parallel_devices = devices
-        self._root_device = torch.device(devices[0])

@@ -1,0 +1,69 @@
+"""What the strategies for one device share: they train where the Trainer says."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from lightning.fabric.plugins import CheckpointIO
+from lightning.pytorch.accelerators import Accelerator
+from lightning.pytorch.plugins import Precision
+from lightning.pytorch.strategies import SingleDeviceStrategy
+
+from lightning_optim.errors import IncompatibleTrainer
+
+if TYPE_CHECKING:
+    _Base = SingleDeviceStrategy
+else:
+    _Base = object
+
+
+class OneDevice(_Base):
+    """Mixin for subclasses of ``SingleDeviceStrategy`` that are registered by name.
+
+    Lightning builds such a strategy without a device, and would train on the CPU whatever the accelerator. It fills
+    ``parallel_devices`` where a strategy has it: this is how the device gets here. So is ``num_nodes``.
+    """
+
+    def __init__(
+        self,
+        device: torch.device | str | None = None,
+        accelerator: Accelerator | None = None,
+        checkpoint_io: CheckpointIO | None = None,
+        precision_plugin: Precision | None = None,
+    ) -> None:
+        super().__init__(device or "cpu", accelerator, checkpoint_io, precision_plugin)
+        self._parallel_devices = None if device is None else [self._root_device]
+
+    @property
+    def parallel_devices(self) -> list[torch.device] | None:
+        """The device in a list; the Trainer fills it with what its accelerator and its ``devices`` say."""
+        return self._parallel_devices
+
+    @parallel_devices.setter
+    def parallel_devices(self, devices: list[torch.device]) -> None:
+        if torch.device(devices[0]).type == "xla":
+            raise IncompatibleTrainer(
+                f"strategy={self.strategy_name!r} does not train on XLA devices. Use "
+                f"Trainer(strategy={'xla_syncfree' if len(devices) > 1 else 'single_xla_syncfree'!r})."
+            )
+        self._refuse_several(len(devices), "devices")
+        self._parallel_devices = devices
+        self._root_device = torch.device(devices[0])
+
+    @property
+    def num_nodes(self) -> int:
+        """1; the Trainer sets it to its ``num_nodes``."""
+        return 1
+
+    @num_nodes.setter
+    def num_nodes(self, number: int) -> None:
+        # Each node would train a model of its own.
+        self._refuse_several(number, "num_nodes")
+
+    def _refuse_several(self, number: int, flag: str) -> None:
+        if number > 1:
+            raise IncompatibleTrainer(
+                f"strategy={self.strategy_name!r} steps on one device, and the Trainer has {number} "
+                f"{flag.removeprefix('num_')}. Use Trainer(strategy='{self.strategy_name}_ddp'), or {flag}=1."
+            )

@@ -1,0 +1,60 @@
+"""Exact resume on the GPU, in a fresh process, and checkpoints that move between GPU and CPU."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.cases import BY_NAME, CASES, NAMES
+from tests.gpu.device import DEVICE, FLAGS
+from tests.models import LitTokens, loader, trainer
+from tests.test_resume import MOVES, assert_equal, train
+
+
+@pytest.fixture(scope="module", params=["32-true", "bf16-true"])
+def outcomes(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """Outcomes by file name: uninterrupted ``NAME``, resumed ``NAME@NAME``; one fresh process resumes them all."""
+    directory = tmp_path_factory.mktemp("step")
+    names = [name for case in CASES for name in (case.plain, case.layerwise)]
+    uninterrupted = {name: train(name, request.param, "step", directory, **FLAGS) for name in names}
+    subprocess.run(
+        [sys.executable, "-m", "tests.resume_worker", str(directory), DEVICE.type],
+        check=True,
+        cwd=Path(__file__).parents[2],
+        timeout=600,
+    )
+    resumed = {path.stem: torch.load(path, weights_only=True) for path in directory.glob("*.out")}
+    return {**uninterrupted, **{stem.replace(f"@{request.param}", ""): outcome for stem, outcome in resumed.items()}}
+
+
+@pytest.mark.parametrize("move", MOVES)
+@pytest.mark.parametrize("name", NAMES)
+def test_a_fresh_process_continues_exactly(name: str, move: str, outcomes: dict[str, Any]) -> None:
+    case = BY_NAME[name]
+    writer, reader = (getattr(case, form) for form in MOVES[move])
+    assert_equal(outcomes[case.plain], outcomes[f"{writer}@{reader}"], move)
+
+
+@pytest.mark.parametrize("direction", ["to the GPU", "to the CPU"])
+@pytest.mark.parametrize("name", NAMES)
+def test_checkpoints_move_between_devices(name: str, direction: str, tmp_path: Path) -> None:
+    case = BY_NAME[name]
+    there = {"accelerator": "cpu", "devices": 1}
+    before, after = (there, FLAGS) if direction == "to the GPU" else (FLAGS, there)
+    train(case.plain, "32-true", "step", tmp_path, **before)
+    checkpoint = tmp_path / f"{case.plain}@32-true.ckpt"
+    losses = []
+    for flags in (before, after):
+        hyperparameters = torch.load(checkpoint, weights_only=True, map_location="cpu")["hyper_parameters"]
+        model = LitTokens(**hyperparameters)
+        run = trainer(max_steps=20, **flags)
+        run.fit(model, loader(), ckpt_path=checkpoint, weights_only=True)
+        assert run.global_step == 20
+        losses.append(model.losses)
+    # Both devices round differently, and ten steps make more of it.
+    torch.testing.assert_close(losses[0], losses[1], rtol=2e-2, atol=2e-2)

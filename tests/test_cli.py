@@ -317,6 +317,16 @@ def test_a_layerwise_identifier_gets_the_strategy_that_it_needs(
     assert type(plain.trainer.strategy) is (DDPStrategy if strategy is LayerwiseDDPStrategy else strategy)
 
 
+@pytest.mark.parametrize("flags", [("--trainer.accelerator", "npu"), ("--trainer.strategy", "npu")])
+def test_a_device_that_is_not_here_is_a_mistake_like_others(
+    flags: tuple[str, ...], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as caught:
+        OptimCLI(LitTokens, Data, args=["--optim", "adamw", "--trainer.accelerator", "cpu", *flags], run=False)
+    assert caught.value.code == 2
+    assert "npu" in capsys.readouterr().err
+
+
 def test_two_processes_by_the_identifier_alone(tmp_path: Path) -> None:
     script = tmp_path / "train.py"
     script.write_text(

@@ -14,9 +14,9 @@ class StableAdamW(optimi.StableAdamW):
     """``optimi.StableAdamW``, mended in two places.
 
     Upstream stores its decision for Triton kernels in the param group and hence in checkpoints, so that a checkpoint
-    from a GPU fails on a CPU, and one from a CPU lacks what the kernels need: here the decision is taken anew, before a
-    state dict is loaded, and upstream adds what it takes. And a param group may hold
-    ``betas`` as it may everywhere in PyTorch; upstream wants ``beta1`` and ``beta2``.
+    from a GPU fails on a CPU, and one from a CPU lacks what the kernels need: here the decision is taken anew before a
+    state dict is loaded, and upstream adds to the state what the kernels need. And a param group may hold ``betas`` as
+    it may everywhere in PyTorch; upstream wants ``beta1`` and ``beta2``.
     """
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -38,9 +38,11 @@ class StableAdamW(optimi.StableAdamW):
 
 
 def _kernels(group: dict[str, Any]) -> dict[str, Any]:
-    foreach, triton = group["foreach"], group["triton"]
-    undecided = foreach is None and triton is None
-    return {"foreach": foreach, "triton": _on_gpu(group["params"]) if undecided else triton}
+    """Returns the kernels of a group, with upstream's choice for parameters on its devices if the user made none."""
+    kernels = {key: group[key] for key in ("foreach", "triton")}
+    if kernels == {"foreach": None, "triton": None}:
+        kernels["triton"] = _on_gpu(group["params"])
+    return kernels
 
 
 def _on_gpu(parameters: list[Tensor]) -> bool:

@@ -21,6 +21,7 @@ from lightning_optim.layerwise.coupled import refuse_coupled
 from lightning_optim.layerwise.passes import Measurement, Observation, Pass, Step
 from lightning_optim.layerwise.replicas import AgreedOrder, Replicas, refuse_separate_processes, refuse_unused
 from lightning_optim.optimizers.averaging import KeepsTrainingPoint
+from lightning_optim.optimizers.fused import SCALES
 
 MIB = 2**20
 # Without bucket_mb: this part of all gradients, so that small models save memory too, and never more than this.
@@ -100,9 +101,9 @@ class Layerwise:
         self._instead_of: dict[str, Any] = {}
         self._replace("step", MethodType(_step, optimizer))
         self._replace("_layerwise", self)
-        if getattr(optimizer, "_step_supports_amp_scaling", False):
+        if getattr(optimizer, SCALES, False):
             # A fused optimizer would unscale gradients in its step, when they are gone.
-            self._replace("_step_supports_amp_scaling", False)
+            self._replace(SCALES, False)
         self._hook_parameters()
 
     @staticmethod

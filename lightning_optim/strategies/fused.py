@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 
 from lightning_optim import rules
 from lightning_optim.errors import IncompatibleTrainer
-from lightning_optim.optimizers.fused import FusedStep
+from lightning_optim.optimizers.fused import SCALES, FusedStep
 from lightning_optim.strategies.one_device import OneDevice
 
 if TYPE_CHECKING:
@@ -46,7 +46,7 @@ class FusedMixedPrecision(MixedPrecision):
     def optimizer_step(  # type: ignore[override]
         self, optimizer: Optimizer, model: LightningModule, closure: Callable[[], Any], **kwargs: Any
     ) -> Any:
-        if self.scaler is None or not getattr(optimizer, "_step_supports_amp_scaling", False):
+        if self.scaler is None or not getattr(optimizer, SCALES, False):
             return super().optimizer_step(optimizer, model=model, closure=closure, **kwargs)
         closure_result = closure()
         # A training_step that returned None ran no backward; the closure of manual optimization returns nothing.

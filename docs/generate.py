@@ -85,7 +85,11 @@ def _row(spec: OptimizerSpec) -> Iterator[str]:
     if spec.fixed:
         yield f"- Fixed arguments: {', '.join(_code(f'{name}={value!r}') for name, value in spec.fixed.items())}"
     yield f"- Install: {_install(spec)}"
-    yield f"- Devices: {', '.join(sorted(spec.devices)) if spec.devices is not None else 'all'}"
+    yield f"- Devices: {_devices(spec)}"
+    if spec.choices:
+        yield f"- Builds the first that can run of: {', '.join(map(_code, spec.choices))}"
+    if spec.fallbacks:
+        yield f"- `optim_fallback=True` takes the first that can run of: {', '.join(map(_code, spec.fallbacks))}"
     yield f"- State of a {SIDE}x{SIDE} float32 parameter: {_state(spec)} bytes per element"
     yield f"- Warm-up: {_warmup(spec)}"
     yield f"- Gradients and parameters: {_abilities(spec)}"
@@ -128,7 +132,16 @@ def _state(spec: OptimizerSpec) -> str:
 def _install(spec: OptimizerSpec) -> str:
     if not spec.requirements:
         return "nothing beyond torch"
-    return f"the extra `{spec.extra}` ({', '.join(_code(r.distribution + r.versions) for r in spec.requirements)})"
+    packages = ", ".join(_code(requirement.distribution + requirement.versions) for requirement in spec.requirements)
+    if not spec.extra:
+        return f"{packages}: {'; '.join(requirement.install_command for requirement in spec.requirements)}"
+    return f"the extra `{spec.extra}` ({packages})"
+
+
+def _devices(spec: OptimizerSpec) -> str:
+    if spec.devices is not None:
+        return ", ".join(sorted(spec.devices))
+    return f"all but XLA: {spec.xla}" if spec.xla else "all"
 
 
 def _warmup(spec: OptimizerSpec) -> str:

@@ -18,11 +18,37 @@ else:
     _Base = object
 
 
-class OneDevice(_Base):
+class Alone(_Base):
+    """Mixin: one device in one process, and an error where the Trainer has more."""
+
+    @property
+    def for_several(self) -> str:
+        """The strategy for several devices."""
+        return f"{self.strategy_name}_ddp"
+
+    @property
+    def num_nodes(self) -> int:
+        """1; the Trainer sets it where a strategy has it."""
+        return 1
+
+    @num_nodes.setter
+    def num_nodes(self, number: int) -> None:
+        # Each node would train a model of its own.
+        self._refuse_several(number, "num_nodes")
+
+    def _refuse_several(self, number: int, flag: str) -> None:
+        if number > 1:
+            raise IncompatibleTrainer(
+                f"strategy={self.strategy_name!r} steps on one device, and the Trainer has {number} "
+                f"{flag.removeprefix('num_')}. Use Trainer(strategy={self.for_several!r}), or {flag}=1."
+            )
+
+
+class OneDevice(Alone):
     """Mixin for subclasses of ``SingleDeviceStrategy`` that are registered by name.
 
     Lightning builds such a strategy without a device, and would train on the CPU whatever the accelerator. It fills
-    ``parallel_devices`` where a strategy has it: this is how the device gets here. So is ``num_nodes``.
+    ``parallel_devices`` where a strategy has it: this is how the device gets here.
     """
 
     def __init__(
@@ -50,20 +76,3 @@ class OneDevice(_Base):
         self._refuse_several(len(devices), "devices")
         self._parallel_devices = devices
         self._root_device = torch.device(devices[0])
-
-    @property
-    def num_nodes(self) -> int:
-        """1; the Trainer sets it to its ``num_nodes``."""
-        return 1
-
-    @num_nodes.setter
-    def num_nodes(self, number: int) -> None:
-        # Each node would train a model of its own.
-        self._refuse_several(number, "num_nodes")
-
-    def _refuse_several(self, number: int, flag: str) -> None:
-        if number > 1:
-            raise IncompatibleTrainer(
-                f"strategy={self.strategy_name!r} steps on one device, and the Trainer has {number} "
-                f"{flag.removeprefix('num_')}. Use Trainer(strategy='{self.strategy_name}_ddp'), or {flag}=1."
-            )

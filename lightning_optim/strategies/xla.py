@@ -20,6 +20,7 @@ from lightning_optim.accelerators.pjrt import require_torch_xla
 from lightning_optim.errors import IncompatibleTrainer
 from lightning_optim.layerwise.engine import Layerwise
 from lightning_optim.layerwise.replicas import Replicas
+from lightning_optim.strategies.one_device import Alone
 from lightning_optim.strategies.xla_precision import XLASyncFreePrecision
 
 if TYPE_CHECKING:
@@ -105,7 +106,7 @@ class _OnXLA(_Base):
             )
 
 
-class SingleDeviceXLASyncFreeStrategy(_OnXLA, SingleDeviceXLAStrategy):
+class SingleDeviceXLASyncFreeStrategy(_OnXLA, Alone, SingleDeviceXLAStrategy):
     """Trains on one XLA device.
 
     Unlike Lightning's ``single_xla`` it can be named in ``Trainer(strategy=...)``, takes any device that
@@ -126,6 +127,7 @@ class SingleDeviceXLASyncFreeStrategy(_OnXLA, SingleDeviceXLAStrategy):
     """
 
     strategy_name = layerwise_name = "single_xla_syncfree"
+    for_several = "xla_syncfree"
 
     def __init__(
         self,
@@ -150,11 +152,7 @@ class SingleDeviceXLASyncFreeStrategy(_OnXLA, SingleDeviceXLAStrategy):
         import torch_xla
 
         self._check(devices)
-        if len(devices) > 1:
-            raise IncompatibleTrainer(
-                f"strategy={self.strategy_name!r} trains on one device, and the Trainer has {len(devices)}. Use "
-                "Trainer(strategy='xla_syncfree'), or devices=1."
-            )
+        self._refuse_several(len(devices), "devices")
         self._parallel_devices = devices
         self._root_device = torch_xla.device(devices[0].index)
 

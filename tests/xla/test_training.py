@@ -208,8 +208,14 @@ def test_another_accelerator_is_refused(accelerator: str, strategy: str) -> None
 
 def test_several_devices_are_refused_by_the_strategy_for_one() -> None:
     strategy = xla_trainer().strategy
-    with pytest.raises(IncompatibleTrainer, match=r"the Trainer has 2. Use Trainer\(strategy='xla_syncfree'\)"):
+    with pytest.raises(IncompatibleTrainer, match=r"the Trainer has 2 devices. Use Trainer\(strategy='xla_syncfree'\)"):
         strategy.parallel_devices = [torch.device("xla", 0), torch.device("xla", 1)]
+
+
+def test_several_nodes_are_refused_by_the_strategy_for_one() -> None:
+    """Each would train a model of its own."""
+    with pytest.raises(IncompatibleTrainer, match=r"has 2 nodes\. Use Trainer\(strategy='xla_syncfree'\)"):
+        xla_trainer(SINGLE, num_nodes=2)
 
 
 @pytest.mark.parametrize("strategy", ["auto", "ddp", "layerwise_ddp"])

@@ -24,7 +24,7 @@ from lightning_optim.optimizers.fused import SCALES
 from lightning_optim.optimizers.kernels import keep_kernel
 from lightning_optim.options import Options, parse
 from lightning_optim.param_groups import GroupPolicy, make_groups
-from lightning_optim.parameters import NamedParameter, Target, named_parameters
+from lightning_optim.parameters import NamedParameter, Target, device_types, named_parameters
 from lightning_optim.registry import REGISTRY
 from lightning_optim.spec import OptimizerSpec
 from lightning_optim.target_modules import TargetModules, left_out
@@ -101,33 +101,26 @@ def resolve(
 
 def _candidates(config: OptimConfig, parameters: Sequence[NamedParameter]) -> tuple[str, ...]:
     # Of those that stand in for another only the ones for these devices are worth a word.
-    fitting = (name for name in config.candidates if name == config.optim or _fits(REGISTRY[name], parameters))
+    devices = device_types(parameters)
+    fitting = (name for name in config.candidates if name == config.optim or REGISTRY[name].runs_on(devices))
     return tuple(fitting) or config.candidates
 
 
-def _runnable(names: Sequence[str], parameters: Sequence[NamedParameter]) -> list[str]:
+def _runnable(names: Sequence[str], devices: set[str]) -> list[str]:
     rows = {name: REGISTRY[name] for name in names}
-    return [name for name, row in rows.items() if _fits(row, parameters) and row.availability()]
-
-
-def _devices(parameters: Sequence[NamedParameter]) -> set[str]:
-    return {parameter.parameter.device.type for parameter in parameters}
-
-
-def _fits(spec: OptimizerSpec, parameters: Sequence[NamedParameter]) -> bool:
-    devices = _devices(parameters)
-    return (spec.devices is None or devices <= spec.devices) and not (spec.xla and "xla" in devices)
+    return [name for name, row in rows.items() if row.runs_on(devices) and row.availability()]
 
 
 def _build(
     parameters: list[NamedParameter], config: OptimConfig, warmup_steps: int, trainer: rules.TrainerFacts | None
 ) -> ResolvedOptimizer:
     spec = REGISTRY[config.optim]
-    nearest = () if config.optim_fallback else _runnable(spec.fallbacks, parameters)
+    devices = device_types(parameters)
+    nearest = () if config.optim_fallback else _runnable(spec.fallbacks, devices)
     problems = list(spec.availability().reasons)
     if problems:
-        if not _fits(spec, parameters):
-            problems.append(f"and it is not for parameters on {', '.join(sorted(_devices(parameters)))}")
+        if not spec.runs_on(devices):
+            problems.append(f"and it is not for parameters on {', '.join(sorted(devices))}")
         raise availability.missing(config.optim, problems, nearest)
     options = parse(spec.options, config.optim_args, config.optim)
     lr = options.default_lr(spec.default_lr) if config.lr is None else config.lr

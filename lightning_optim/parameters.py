@@ -59,6 +59,11 @@ class NamedParameter:
         return any(isinstance(owner, _EMBEDDINGS) for owner in self.owners)
 
 
+def device_types(parameters: Iterable[NamedParameter]) -> set[str]:
+    """Returns the types of device that the parameters are on, such as ``"cuda"``."""
+    return {parameter.parameter.device.type for parameter in parameters}
+
+
 def is_sharded(parameter: Tensor) -> bool:
     """Whether a parameter is a DTensor, as FSDP2 and tensor parallelism make it."""
     # By name: importing DTensor costs, and one cannot exist before torch.distributed.tensor is imported.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pkgutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any, Literal
@@ -175,6 +175,10 @@ class OptimizerSpec:
         """Bits of the quantized state, or ``None`` if the state is not quantized."""
         quantization = self.state.quantization if self.state else None
         return quantization.bits if quantization else None
+
+    def runs_on(self, devices: Set[str]) -> bool:
+        """Whether it can step parameters on all of these types of device."""
+        return (self.devices is None or devices <= self.devices) and not (self.xla and "xla" in devices)
 
     def availability(self) -> Availability:
         """Returns whether the packages are there, without importing them."""

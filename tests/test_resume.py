@@ -54,14 +54,19 @@ def outcomes(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
     for name in names:
         checkpoint = torch.load(directory / f"{name}@{precision}.ckpt", weights_only=True)
         assert_plain(checkpoint["optimizer_states"], f"optimizer state of {name}")
+    return {**uninterrupted, **resumed(directory, precision)}
+
+
+def resumed(directory: Path, precision: str, accelerator: str = "cpu") -> dict[str, Any]:
+    """Resumes all checkpoints of ``directory`` in one fresh process; returns the outcomes as ``NAME@NAME``."""
     subprocess.run(
-        [sys.executable, "-m", "tests.resume_worker", str(directory)],
+        [sys.executable, "-m", "tests.resume_worker", str(directory), accelerator],
         check=True,
         cwd=Path(__file__).parents[1],
         timeout=600,
     )
-    resumed = {path.stem: torch.load(path, weights_only=True) for path in directory.glob("*.out")}
-    return {**uninterrupted, **{stem.replace(f"@{precision}", ""): outcome for stem, outcome in resumed.items()}}
+    outcomes = {path.stem: torch.load(path, weights_only=True) for path in directory.glob("*.out")}
+    return {stem.replace(f"@{precision}", ""): outcome for stem, outcome in outcomes.items()}
 
 
 @pytest.mark.parametrize("move", MOVES)

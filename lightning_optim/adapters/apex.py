@@ -16,6 +16,7 @@ from torch import Tensor
 
 from lightning_optim.errors import IncompatibleTrainer, InvalidOption
 from lightning_optim.optimizers.groups import only_valid_groups
+from lightning_optim.optimizers.kernels import laid_out_as
 
 for _module, _name in ((amp_C, "multi_tensor_adam"), (optimizers, "FusedAdam")):
     if not hasattr(_module, _name):
@@ -113,7 +114,7 @@ class FusedAdam(optimizers.FusedAdam):
                 continue
             # Upstream refuses sparse ones.
             if not parameter.grad.is_sparse and parameter.grad.stride() != parameter.stride():
-                parameter.grad = torch.empty_like(parameter).copy_(parameter.grad)
+                parameter.grad = laid_out_as(parameter, parameter.grad)
             state = self.state[parameter]
             if not state:
                 state.update(step=torch.tensor(0.0), **{name: _zeros(parameter) for name in _MOMENTS})

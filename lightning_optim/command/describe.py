@@ -98,7 +98,7 @@ def cannot_step(spec: OptimizerSpec) -> tuple[str, ...]:
         "complex parameters": spec.complex,
         "sharded parameters (FSDP2)": spec.sharded,
         "float16 parameters": spec.half_weights,
-        "parameters on XLA devices": not spec.xla and (spec.devices is None or "xla" in spec.devices),
+        "parameters on XLA devices": spec.runs_on({"xla"}),
     }
     return tuple(kind for kind, steps in able.items() if not steps)
 

@@ -81,7 +81,7 @@ def _prepare(optimizer: Optimizer) -> None:
             if gradient is None or gradient.is_sparse:
                 continue
             if gradient.stride() != parameter.stride():
-                parameter.grad = _laid_out_as(parameter, gradient)
+                parameter.grad = laid_out_as(parameter, gradient)
             if parameter.device.type == "cpu":
                 # Elsewhere torch says so if the model has taken another memory format since.
                 _lay_out_state(parameter, optimizer.state.get(parameter, {}))
@@ -91,10 +91,11 @@ def _lay_out_state(parameter: Tensor, state: dict[str, Any]) -> None:
     for key, value in state.items():
         alike = isinstance(value, Tensor) and value.shape == parameter.shape
         if alike and value.stride() != parameter.stride():
-            state[key] = _laid_out_as(parameter, value)
+            state[key] = laid_out_as(parameter, value)
 
 
-def _laid_out_as(parameter: Tensor, value: Tensor) -> Tensor:
+def laid_out_as(parameter: Tensor, value: Tensor) -> Tensor:
+    """Returns a copy of ``value`` that lies in memory as ``parameter`` does."""
     return torch.empty_like(parameter, dtype=value.dtype).copy_(value)
 
 

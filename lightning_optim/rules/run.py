@@ -15,7 +15,7 @@ from torch.optim import SGD
 from torch.optim.optimizer import _get_capturable_supported_devices
 
 from lightning_optim.optimizers.fused import HALF, is_packed, sgd_is_wrong_on_half
-from lightning_optim.parameters import NamedParameter, is_sharded
+from lightning_optim.parameters import NamedParameter, device_types, is_sharded
 from lightning_optim.rules.fused import half_sgd
 from lightning_optim.rules.request import Request
 from lightning_optim.schedules import get_schedule
@@ -55,14 +55,18 @@ class Run:
         return self.request.name
 
     @property
+    def devices(self) -> set[str]:
+        """The types of device that the parameters are on."""
+        return device_types(self.parameters)
+
+    @property
     def is_fused(self) -> bool:
         """Whether the optimizer is built with one of torch's fused kernels."""
         return bool(self.spec.fixed.get("fused") or getattr(self.request.options, "fused", False))
 
 
 def _device(run: Run) -> str | None:
-    devices = {parameter.parameter.device.type for parameter in run.parameters}
-    unfit = sorted(devices - run.spec.devices) if run.spec.devices is not None else []
+    unfit = sorted(run.devices - run.spec.devices) if run.spec.devices is not None else []
     if not unfit:
         return None
     return (
@@ -73,23 +77,20 @@ def _device(run: Run) -> str | None:
 
 
 def _paging(run: Run) -> str | None:
-    devices = {parameter.parameter.device.type for parameter in run.parameters}
-    if not run.request.config.optim_fallback or run.spec.paged_on is None or devices <= run.spec.paged_on:
+    if not run.request.config.optim_fallback or run.spec.paged_on is None or run.devices <= run.spec.paged_on:
         # Without a fallback they train unpaged where they cannot be paged, and say so.
         return None
     return f"optim={run.name!r} pages its states on {', '.join(sorted(run.spec.paged_on))} only."
 
 
 def _xla(run: Run) -> str | None:
-    on_xla = any(parameter.parameter.device.type == "xla" for parameter in run.parameters)
-    if not (on_xla and run.spec.xla):
+    if not (run.spec.xla and "xla" in run.devices):
         return None
     return f"optim={run.name!r} cannot run on XLA devices: {run.spec.xla}. Use optim='adamw' or 'adamw_torch_xla'."
 
 
 def _capturable(run: Run) -> str | None:
-    devices = {parameter.parameter.device.type for parameter in run.parameters}
-    unfit = sorted(devices - set(_get_capturable_supported_devices()))
+    unfit = sorted(run.devices - set(_get_capturable_supported_devices()))
     settings = [run.request.options.select("group"), *run.groups]
     if run.is_fused or not (unfit and any(setting.get("capturable") for setting in settings)):
         return None
@@ -100,8 +101,7 @@ def _capturable(run: Run) -> str | None:
 
 
 def _compiler(run: Run) -> str | None:
-    on_cpu = any(parameter.parameter.device.type == "cpu" for parameter in run.parameters)
-    if not (run.spec.compiles and on_cpu) or shutil.which(cpp_compiler()):
+    if not (run.spec.compiles and "cpu" in run.devices) or shutil.which(cpp_compiler()):
         return None
     return (
         f"optim={run.name!r} compiles its step, which on a CPU needs a C++ compiler, and {cpp_compiler()!r} is "

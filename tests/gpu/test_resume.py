@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +11,7 @@ import torch
 from tests.cases import BY_NAME, CASES, NAMES
 from tests.gpu.device import DEVICE, FLAGS
 from tests.models import LitTokens, loader, trainer
-from tests.test_resume import MOVES, assert_equal, train
+from tests.test_resume import MOVES, assert_equal, resumed, train
 
 
 @pytest.fixture(scope="module", params=["32-true", "bf16-true"])
@@ -22,14 +20,7 @@ def outcomes(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
     directory = tmp_path_factory.mktemp("step")
     names = [name for case in CASES for name in (case.plain, case.layerwise)]
     uninterrupted = {name: train(name, request.param, "step", directory, **FLAGS) for name in names}
-    subprocess.run(
-        [sys.executable, "-m", "tests.resume_worker", str(directory), DEVICE.type],
-        check=True,
-        cwd=Path(__file__).parents[2],
-        timeout=600,
-    )
-    resumed = {path.stem: torch.load(path, weights_only=True) for path in directory.glob("*.out")}
-    return {**uninterrupted, **{stem.replace(f"@{request.param}", ""): outcome for stem, outcome in resumed.items()}}
+    return {**uninterrupted, **resumed(directory, request.param, DEVICE.type)}
 
 
 @pytest.mark.parametrize("move", MOVES)

@@ -36,7 +36,9 @@ SMALL_SIDE, SMALL_RANK = 32, 8
 IMPORTS = """
 import importlib, os, sys, time
 _, before, *modules = sys.argv
+start = time.perf_counter()
 importlib.import_module(before)
+print(before, time.perf_counter() - start, flush=True)
 for module in modules:
     if os.fork():
         os.wait()
@@ -195,13 +197,15 @@ def print_imports(repeats: int) -> None:
             milliseconds(seconds[name]) if name in seconds else "-" for name in (pair.module, pair.upstream_module)
         ]
         print(f"{pair.name:<20}{cells[0]:>10}{cells[1]:>10}  {pair.note()}", flush=True)
-    whole = measure_imports("lightning.pytorch", {"lightning_optim"}, repeats)["lightning_optim"]
-    print(f"{'lightning_optim':<20}{milliseconds(whole):>10}{'-':>10}  beyond `import lightning.pytorch`")
+    whole = measure_imports("lightning.pytorch", {"lightning_optim"}, repeats)
+    ours, lightning = whole["lightning_optim"], whole["lightning.pytorch"]
+    part = Ratio.of(ours, lightning).value
+    print(f"{'lightning_optim':<20}{milliseconds(ours):>10}{'-':>10}  {part:.3f} of `import lightning.pytorch`")
 
 
 def measure_imports(before: str, modules: set[str], repeats: int) -> Seconds:
-    """Returns the seconds that imports take after another one, each in a fork of a process that did only that."""
-    seconds: Seconds = {module: [] for module in modules}
+    """Returns the seconds of one import, and of others after it, each in a fork of a process that did only that."""
+    seconds: Seconds = {module: [] for module in (before, *modules)}
     command = [sys.executable, "-W", "ignore", "-c", IMPORTS, before, *sorted(modules)]
     for _ in range(repeats):
         done = subprocess.run(command, capture_output=True, text=True, check=True)

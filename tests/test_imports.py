@@ -8,7 +8,6 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -149,7 +148,7 @@ def test_nobody_imports_the_old_name_of_lightning() -> None:
 # --- a fresh process -------------------------------------------------------------------------------------------------
 
 PROBE = """
-import json, logging, sys, threading, time, warnings
+import json, logging, sys, threading, warnings
 import lightning.pytorch
 import torch
 
@@ -161,11 +160,8 @@ before = handlers()
 filters, modules, threads = list(warnings.filters), set(sys.modules), threading.active_count()
 for stream in (sys.stdout, sys.stderr):
     print("--- now the package", file=stream, flush=True)
-start = time.perf_counter()
 import lightning_optim
-seconds = time.perf_counter() - start
 report = {
-    "seconds": seconds,
     "new": sorted(set(sys.modules) - modules),
     "loaded": sorted({name.partition(".")[0] for name in sys.modules}),
     "handlers": [name for name, found in handlers().items() if found != before.get(name, [])],
@@ -178,17 +174,12 @@ with open(sys.argv[1], "w") as file:
 """
 
 
-def fresh_import(file: Path) -> tuple[dict[str, Any], str]:
-    """Imports the package in a fresh process; returns what happened and what the import printed."""
-    command = [sys.executable, "-c", PROBE, str(file)]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    printed = [text.partition("--- now the package\n")[2] for text in (done.stdout, done.stderr)]
-    return json.loads(file.read_text()), "".join(printed)
-
-
-def test_importing_the_package_is_lean_silent_and_cheap(tmp_path: Path) -> None:
-    report, printed = fresh_import(tmp_path / "report.json")
-    assert printed == ""
+def test_importing_the_package_is_lean_and_silent(tmp_path: Path) -> None:
+    """What it costs is printed by ``benchmarks/optimizers.py``: a test of times would fail on a busy machine."""
+    file = tmp_path / "report.json"
+    done = subprocess.run([sys.executable, "-c", PROBE, str(file)], capture_output=True, text=True, check=True)
+    report = json.loads(file.read_text())
+    assert [text.partition("--- now the package\n")[2] for text in (done.stdout, done.stderr)] == ["", ""]
     assert report["handlers"] == []
     assert (report["filters"], report["threads"], report["cuda"]) == (0, 0, False)
 
@@ -198,13 +189,6 @@ def test_importing_the_package_is_lean_silent_and_cheap(tmp_path: Path) -> None:
     assert {name.partition(".")[0] for name in report["new"]} - sys.stdlib_module_names == {"lightning_optim"}
     on_demand = ("lightning_optim.adapters", "lightning_optim.cli", "lightning_optim.command")
     assert not [module for module in report["new"] if module.startswith(on_demand)]
-
-    # Beyond lightning.pytorch. The fastest of three, since the machine may be busy.
-    seconds = report["seconds"]
-    for _ in range(2):
-        if seconds > 0.15:
-            seconds = min(seconds, fresh_import(tmp_path / "report.json")[0]["seconds"])
-    assert seconds <= 0.15
 
 
 def test_the_whole_import_prints_nothing_but_its_times() -> None:

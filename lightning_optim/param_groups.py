@@ -13,14 +13,14 @@ The policy, in the order in which a parameter meets it:
 from __future__ import annotations
 
 import dataclasses
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from lightning_optim.errors import InvalidOption, InvalidParamGroups, close_names, listing
+from lightning_optim.layer_decay import layer_depths
 from lightning_optim.options import NON_NEGATIVE, Options, as_number, coerce, describe
-from lightning_optim.parameters import NamedParameter
+from lightning_optim.parameters import NamedParameter, compiled
 from lightning_optim.spec import OptimizerSpec
 from lightning_optim.target_modules import TargetModules, projected
 
@@ -63,7 +63,7 @@ def make_groups(
     """
     overrides = {pattern: _checked(pattern, values, spec, options) for pattern, values in policy.overrides.items()}
     pattern_of = _assign(parameters, overrides)
-    depths = _layer_depths(parameters, policy) if policy.layer_decay is not None else {}
+    depths = layer_depths(parameters, policy.layer_pattern) if policy.layer_decay is not None else {}
     targets = projected(parameters, policy.target_modules) if spec.projects else set()
     _check_projected(parameters, pattern_of, overrides, targets, options)
     groups: dict[tuple[Any, ...], dict[str, Any]] = {}
@@ -74,9 +74,8 @@ def make_groups(
         labels = [pattern] if pattern is not None else []
         group: dict[str, Any] = {"lr": policy.lr}
         if identity in depths:
-            layer, from_top = depths[identity]
-            labels.append(f"layer_{layer}")
-            group["lr"] = policy.lr * (policy.layer_decay or 1.0) ** from_top
+            labels.append(f"layer_{depths[identity].layer}")
+            group["lr"] = policy.lr * (policy.layer_decay or 1.0) ** depths[identity].from_top
         if spec.decays:
             group["weight_decay"] = policy.weight_decay if parameter.decays else 0.0
             labels += [] if "weight_decay" in override else ["decay" if parameter.decays else "no_decay"]
@@ -170,7 +169,7 @@ def _assign(parameters: list[NamedParameter], overrides: Mapping[str, Any]) -> d
     """Returns the first matching pattern by parameter id."""
     assigned: dict[int, str] = {}
     for pattern in overrides:
-        expression = _compile(pattern, "param_groups")
+        expression = compiled(pattern, "param_groups")
         matches = [p for p in parameters if any(expression.fullmatch(name) for name in p.names)]
         fresh = [p for p in matches if id(p.parameter) not in assigned]
         if not fresh:
@@ -189,76 +188,3 @@ def _assign(parameters: list[NamedParameter], overrides: Mapping[str, Any]) -> d
             raise InvalidParamGroups(f"param_groups pattern {pattern!r} {reason}")
         assigned.update({id(p.parameter): pattern for p in fresh})
     return assigned
-
-
-def _compile(pattern: str, where: str) -> re.Pattern[str]:
-    if not isinstance(pattern, str):
-        raise InvalidParamGroups(f"{where}: {pattern!r} ({type(pattern).__name__}) is no regular expression")
-    try:
-        return re.compile(pattern)
-    except re.error as error:
-        hint = f"; did you mean the glob's equivalent {pattern.replace('.', '[.]').replace('*', '.*')!r}?"
-        raise InvalidParamGroups(
-            f"{where}: {pattern!r} is no regular expression ({error}){hint if '*' in pattern else ''}"
-        ) from None
-
-
-def _layer_depths(parameters: list[NamedParameter], policy: GroupPolicy) -> dict[int, tuple[int, int]]:
-    """Returns (layer, distance from the top) by parameter id.
-
-    Layer 0 holds what is registered before the numbered blocks (embeddings), the top layer what comes after (head).
-    """
-    pattern = policy.layer_pattern or _find_blocks(parameters)
-    expression = _compile(pattern, "layer_pattern")
-    if expression.groups != 1:
-        raise InvalidParamGroups(
-            f"layer_pattern={pattern!r} must have exactly one group, the layer's number, such as "
-            "r'encoder[.]layer[.](\\d+)[.]'"
-        )
-    numbers: dict[int, int] = {}
-    for parameter in parameters:
-        found = [match for name in parameter.names if (match := expression.search(name))]
-        if found:
-            if not (found[0].group(1) or "").isdigit():
-                raise InvalidParamGroups(
-                    f"layer_pattern={pattern!r} finds {found[0].group(1)!r} in {parameter.name!r}: the group must "
-                    "match digits"
-                )
-            numbers[id(parameter.parameter)] = int(found[0].group(1))
-    if not numbers:
-        raise InvalidParamGroups(
-            f"layer_pattern={pattern!r} matches no trainable parameter, such as {parameters[0].name!r}"
-        )
-    first = min(numbers.values())
-    top = max(numbers.values()) - first + 2
-    depths: dict[int, tuple[int, int]] = {}
-    seen_block = False
-    for parameter in parameters:
-        identity = id(parameter.parameter)
-        if identity in numbers:
-            seen_block = True
-            layer = numbers[identity] - first + 1
-        else:
-            layer = top if seen_block else 0
-        depths[identity] = (layer, top - layer)
-    return depths
-
-
-def _find_blocks(parameters: list[NamedParameter]) -> str:
-    """Returns the pattern of the numbered blocks that hold most of the parameters."""
-    sizes: dict[str, int] = {}
-    blocks: dict[str, set[str]] = {}
-    for parameter in parameters:
-        for match in re.finditer(r"(^|\.)(\d+)\.", parameter.name):
-            prefix = parameter.name[: match.start(2)]
-            sizes[prefix] = sizes.get(prefix, 0) + parameter.parameter.numel()
-            blocks.setdefault(prefix, set()).add(match.group(2))
-    candidates = [prefix for prefix, numbers in blocks.items() if len(numbers) > 1]
-    if not candidates:
-        raise InvalidParamGroups(
-            "layer_decay needs numbered layers (an nn.ModuleList or nn.Sequential of blocks) and finds none; name them "
-            "with layer_pattern, a regular expression with one group for the number, such as "
-            "r'encoder[.]layer[.](\\d+)[.]'"
-        )
-    prefix = max(candidates, key=lambda candidate: sizes[candidate])
-    return rf"^{re.escape(prefix)}(\d+)\."

@@ -96,6 +96,23 @@ def named_parameters(target: Target) -> list[NamedParameter]:
     return list(found.values())
 
 
+def compiled(pattern: Any, where: str) -> re.Pattern[str]:
+    """Returns a regular expression over parameter names that was given as the argument ``where``.
+
+    Raises:
+        InvalidParamGroups: If it is none.
+    """
+    if not isinstance(pattern, str):
+        raise InvalidParamGroups(f"{where}: {pattern!r} ({type(pattern).__name__}) is no regular expression")
+    try:
+        return re.compile(pattern)
+    except re.error as error:
+        hint = f"; did you mean the glob's equivalent {pattern.replace('.', '[.]').replace('*', '.*')!r}?"
+        raise InvalidParamGroups(
+            f"{where}: {pattern!r} is no regular expression ({error}){hint if '*' in pattern else ''}"
+        ) from None
+
+
 def _walk(target: Target) -> Iterator[tuple[str, Tensor, nn.Module | None]]:
     """Yields (name, parameter, owner), tied parameters once per name."""
     if isinstance(target, nn.Module):

@@ -20,7 +20,7 @@ ROOT = Path(lightning_optim.__file__).parent
 LAYERS = (
     ("errors",),
     ("availability", "options", "parameters"),
-    ("spec", "target_modules"),
+    ("spec", "target_modules", "layer_decay"),
     ("optimizers",),
     ("adapters", "catalog"),
     ("registry",),

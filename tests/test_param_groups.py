@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -327,13 +328,29 @@ class Classifier(nn.Module):
         self.pooler = nn.Linear(4, 2)
 
 
-class TwoStacks(nn.Module):
-    """The larger stack counts; layer_pattern names the other one."""
+class EncoderDecoder(nn.Module):
+    """Two stacks of different length, with modules before and after each, and parameters that the root owns."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.small = nn.ModuleList(nn.Linear(2, 2) for _ in range(4))
-        self.large = nn.ModuleList(nn.Linear(8, 8) for _ in range(2))
+        self.shared = nn.Embedding(8, 4)
+        self.encoder = nn.Module()
+        self.encoder.block = nn.ModuleList(Block() for _ in range(3))
+        self.encoder.norm = nn.LayerNorm(4)
+        self.decoder = nn.Module()
+        self.decoder.positions = nn.Embedding(8, 4)
+        self.decoder.block = nn.ModuleList(Block() for _ in range(2))
+        self.decoder.norm = nn.LayerNorm(4)
+        self.decoder.temperature = nn.Parameter(torch.ones(()))
+        self.head = nn.Linear(4, 2)
+        self.logit_scale = nn.Parameter(torch.ones(()))
+
+
+class Stack(nn.Sequential):
+    """Single layers in a row."""
+
+    def __init__(self, depth: int) -> None:
+        super().__init__(*(nn.Linear(8, 8) for _ in range(depth)))
 
 
 @pytest.mark.parametrize(
@@ -347,9 +364,32 @@ class TwoStacks(nn.Module):
         (ViT, r"blocks\.(\d+)", {"patch_embed": 4, "blocks.0": 3, "blocks.2": 1, "head": 0}),
         (lambda: ViT(1), r"blocks\.(\d+)", {"patch_embed": 2, "blocks.0": 1, "head": 0}),
         (Classifier, None, {"embedding": 3, "encoder.layers.0": 2, "encoder.layers.1": 1, "pooler": 0}),
-        (lambda: nn.Sequential(*(nn.Linear(2, 2) for _ in range(3))), None, {"0": 3, "1": 2, "2": 1}),
-        (TwoStacks, None, {"small": 3, "large.0": 2, "large.1": 1}),
-        (TwoStacks, r"^small[.](\d+)", {"small.0": 4, "small.3": 1, "large": 0}),
+        (lambda: Stack(3), None, {"0": 3, "1": 2, "2": 1}),
+        (
+            EncoderDecoder,
+            r"^(?:encoder|decoder)[.]block[.](\d+)",
+            {
+                "shared": 4,
+                "encoder.block.0": 3,
+                "encoder.block.2": 1,
+                "encoder.norm": 0,
+                "decoder.positions": 3,
+                "decoder.block.0": 2,
+                "decoder.block.1": 1,
+                "decoder.norm": 0,
+                "decoder.temperature": 0,
+                "head": 0,
+                "logit_scale": 0,
+            },
+        ),
+        # One stack alone: what it does not hold lies before or after it.
+        (EncoderDecoder, r"^decoder[.]block[.](\d+)", {"encoder": 3, "decoder.block.0": 2, "head": 0}),
+        # A stem and a head of numbered layers are no rivals of the blocks between them.
+        (
+            lambda: nn.ModuleDict({"stem": Stack(3), "vit": ViT(), "top": Stack(2)}),
+            None,
+            {"stem": 4, "vit.cls_token": 4, "vit.blocks.0": 3, "vit.blocks.2": 1, "top": 0},
+        ),
         (lambda: nn.ModuleDict({"wrapped": ViT()}), None, {"wrapped.cls_token": 4, "wrapped.blocks.1": 2}),
     ],
 )
@@ -412,6 +452,19 @@ def test_layer_decay_that_cannot_work_is_refused(arguments: dict[str, Any], part
     with pytest.raises((InvalidParamGroups, InvalidOption)) as caught:
         build_optimizer(TokenModel(8), "sgd", **arguments)
     assert all(part in str(caught.value) for part in parts), caught.value
+
+
+def test_several_stacks_are_refused_with_patterns_that_work() -> None:
+    """Grading the larger one alone would give the other, whole, the lowest rate."""
+    model = EncoderDecoder()
+    with pytest.raises(InvalidParamGroups, match=r"several stacks .*'encoder.block.', 'decoder.block.'") as caught:
+        build_optimizer(model, "sgd", lr=1.0, layer_decay=0.5)
+    each, alone = re.findall(r"r'(\S+)'", str(caught.value))
+    optimizer = build_optimizer(model, "sgd", lr=1.0, layer_decay=0.5, layer_pattern=each)
+    tops = [model.encoder.block[2].norm.weight, model.decoder.block[1].norm.weight]
+    assert [group_of(optimizer, parameter)["lr"] for parameter in tops] == [0.5, 0.5]
+    optimizer = build_optimizer(model, "sgd", lr=1.0, layer_decay=0.5, layer_pattern=alone)
+    assert [group_of(optimizer, parameter)["lr"] for parameter in tops] == [0.5, 1.0]
 
 
 # --- quantized states ------------------------------------------------------------------------------------------------

@@ -18,6 +18,7 @@ from numbers import Integral, Real
 from typing import Any, ClassVar, Literal, TypeVar
 
 import torch
+from typing_extensions import Self
 
 from lightning_optim.errors import InvalidOption, close_names, listing
 
@@ -73,6 +74,10 @@ class Options:
     def default_lr(self, default: float | None) -> float | None:
         """Returns the learning rate when the user gives none; ``default`` is the row's."""
         return default
+
+    def settled(self) -> Self:
+        """Returns the options with those filled in that were left to others of them; the report shows these."""
+        return self
 
     def select(self, *scopes: Scope) -> dict[str, Any]:
         """Returns the options of the given scopes as keyword arguments."""

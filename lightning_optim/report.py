@@ -102,12 +102,12 @@ def _settings(resolved: ResolvedOptimizer) -> dict[str, Any]:
     settings = {"lr": resolved.lr}
     if resolved.spec.decays:
         settings["weight_decay"] = resolved.weight_decay
-    return {**settings, **resolved.options.select("group", "constructor", "policy")}
+    return {**settings, **resolved.options.settled().select("group", "constructor", "policy")}
 
 
 def _differences(group: Mapping[str, Any], resolved: ResolvedOptimizer) -> dict[str, Any]:
     """Returns what a group sets by itself: its lr and weight decay, its bits, its overrides."""
-    options = resolved.options.select("group")
+    options = resolved.options.settled().select("group")
     return {
         key: _plain(value)
         for key, value in group.items()

@@ -13,8 +13,9 @@ from galore_torch import GaLoreAdafactor as UpstreamAdafactor
 from galore_torch import GaLoreAdamW as UpstreamAdamW
 from torch import Tensor, nn
 
-from lightning_optim import REGISTRY, InvalidOption, build_optimizer
+from lightning_optim import REGISTRY, InvalidOption, OptimConfig, build_optimizer, report
 from lightning_optim.adapters.galore import GaLoreAdamW8bit
+from lightning_optim.factory import resolve
 from lightning_optim.memory import measured_bytes, state_bytes
 from lightning_optim.optimizers import low_rank
 from lightning_optim.optimizers.galore import GaLoreAdamW
@@ -60,14 +61,17 @@ def projected(params: list[Tensor], proj_type: str, **options: Any) -> list[dict
 class TestEqualToGaloreTorch:
     """Contract C2, over several projections, with betas and decay that Hugging Face never hands on."""
 
-    def both(self, proj_type: str, eps: float, decay: float, **options: Any) -> float:
+    def both(self, proj_type: str, eps: float | None, decay: float, size: float = 1.0, **options: Any) -> float:
         ours, theirs = weights((*SHAPES, (30,))), weights((*SHAPES, (30,)))
-        hyperparameters: dict[str, Any] = {"lr": 1e-2, "betas": (0.8, 0.95), "eps": eps, "weight_decay": decay}
+        hyperparameters: dict[str, Any] = {"lr": 1e-2, "betas": (0.8, 0.95), "weight_decay": decay}
+        hyperparameters |= {} if eps is None else {"eps": eps}
         groups = [[*projected(model[:-1], proj_type), {"params": model[-1:]}] for model in (ours, theirs)]
         one = GaLoreAdamW(groups[0], projection="svd", **options, **hyperparameters)
         other = UpstreamAdamW(groups[1], no_deprecation_warning=True, **hyperparameters)
         for step in range(STEPS):
             give_gradients(step, ours, theirs)
+            for parameter in (*ours, *theirs):
+                parameter.grad.mul_(size)  # type: ignore[union-attr]
             one.step()
             other.step()
         return difference(ours, theirs)
@@ -75,6 +79,12 @@ class TestEqualToGaloreTorch:
     def test_with_its_semantics(self, proj_type: str) -> None:
         """Also of what is not projected."""
         assert self.both(proj_type, 1e-3, 0.1, match_galore_torch=True) < TOLERANCE
+
+    def test_with_its_default_epsilon(self, proj_type: str) -> None:
+        """1e-6 counts beside gradients of 1e-5; torch's 1e-8 does not."""
+        if proj_type == "full":
+            return  # as below: rounding noise, of the size of this epsilon
+        assert self.both(proj_type, None, 0.1, size=1e-5, match_galore_torch=True) < TOLERANCE
 
     def test_ours_differ_in_the_epsilon_and_the_order_of_the_decay_alone(self, proj_type: str) -> None:
         """Torch's AdamW corrects the bias of the denominator before epsilon is added, and decays before the update."""
@@ -131,6 +141,17 @@ def test_bfloat16_weights_have_the_moments_of_float32_ones_where_galore_torch_ro
         assert (upstream.state[rounded]["exp_avg_sq"] - moment).norm() > 1e-3 * moment.norm()
         # The weights are near: each step is rounded to eight bits on both sides.
         torch.testing.assert_close(half, rounded, rtol=2e-2, atol=1e-2)
+
+
+def test_the_default_epsilon_is_reported_as_it_trains() -> None:
+    def text(**request: Any) -> str:
+        return report.describe(resolve(nn.Linear(8, 8), OptimConfig("galore_adamw", **request)), "galore_adamw", "none")
+
+    assert "eps=1e-08," in text()
+    assert "eps=1e-06," in text(optim_args="match_galore_torch=true")
+    assert "eps=0.001," in text(optim_args="match_galore_torch=true,eps=1e-3")
+    patterned = text(param_groups={"weight": {"match_galore_torch": True}})
+    assert patterned.count("eps=1e-06") == patterned.count("match_galore_torch=True") == 1
 
 
 def test_8_bit_moments_follow_float32_ones() -> None:

@@ -51,7 +51,7 @@ class GaLoreAdamW8bit(GaLoreAdamW):
         params: Any,
         lr: float = 1e-3,
         betas: tuple[float, float] = (0.9, 0.999),
-        eps: float = 1e-8,
+        eps: float | None = None,
         weight_decay: float = 0.0,
         rank: int | None = None,
         update_proj_gap: int = 200,

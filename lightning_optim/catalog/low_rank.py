@@ -7,9 +7,12 @@ import math
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+from typing_extensions import Self
+
 from lightning_optim.catalog import bitsandbytes
 from lightning_optim.catalog.lean import AdafactorOptions
 from lightning_optim.optimizers.factored import column_elements, full_elements, row_elements
+from lightning_optim.optimizers.galore import default_eps
 from lightning_optim.optimizers.projection import ProjectionMethod, ProjectionType, base_shapes, low_rank_shape
 from lightning_optim.options import AT_LEAST_ONE, NON_NEGATIVE, UNIT, Options, option
 from lightning_optim.spec import Buffer, OptimizerSpec, StateLayout
@@ -43,8 +46,15 @@ class GaLoreAdamWOptions(GaLoreOptions):
     """Options of ``lightning_optim.optimizers.galore.GaLoreAdamW``."""
 
     betas: tuple[float, float] = option((0.9, 0.999), "decay rates of the first and second moment", UNIT)
-    eps: float = option(1e-8, "added to the denominator", NON_NEGATIVE)
-    match_galore_torch: bool = option(False, "do as galore-torch: epsilon not bias-corrected, decay after the update")
+    eps: float | None = option(
+        None, "added to the denominator; None: 1e-8, with match_galore_torch 1e-6 as there", NON_NEGATIVE
+    )
+    match_galore_torch: bool = option(
+        False, "do as galore-torch: its epsilon, which is not bias-corrected, and the decay after the update"
+    )
+
+    def settled(self) -> Self:
+        return self if self.eps is not None else dataclasses.replace(self, eps=default_eps(self.match_galore_torch))
 
 
 @dataclass(frozen=True)

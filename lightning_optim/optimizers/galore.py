@@ -32,7 +32,7 @@ class GaLoreAdamW(LowRankAdamW):
         params: Parameters or param groups; all arguments below may differ between groups.
         lr: Learning rate.
         betas: Decay rates of the first and second moment.
-        eps: Added to the denominator.
+        eps: Added to the denominator; ``None`` means 1e-8, and with ``match_galore_torch`` galore-torch's 1e-6.
         weight_decay: Decoupled weight decay.
         rank: Directions of the subspace; ``None``: the group is not projected.
         update_proj_gap: Steps between two searches for the subspace.
@@ -52,7 +52,7 @@ class GaLoreAdamW(LowRankAdamW):
         params: Any,
         lr: float = 1e-3,
         betas: tuple[float, float] = (0.9, 0.999),
-        eps: float = 1e-8,
+        eps: float | None = None,
         weight_decay: float = 0.0,
         rank: int | None = None,
         update_proj_gap: int = 200,
@@ -62,6 +62,10 @@ class GaLoreAdamW(LowRankAdamW):
         match_galore_torch: bool = False,
     ) -> None:
         super().__init__(params, hyperparameters(locals()))
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        eps, match = (param_group.get(name, self.defaults[name]) for name in ("eps", "match_galore_torch"))
+        super().add_param_group({**param_group, "eps": default_eps(match) if eps is None else eps})
 
     def _step_plainly(self, parameters: list[Tensor], step: int, group: dict[str, Any]) -> None:
         if not group["match_galore_torch"]:
@@ -81,6 +85,11 @@ class GaLoreAdamW(LowRankAdamW):
         update = self._adamw_of(parameters, low, step, group, lr * group["scale"])
         decay = 1 - lr * group["weight_decay"]
         add_to_weights(parameters, update, left, right, beta=decay, alpha=decay if match else 1.0)
+
+
+def default_eps(match_galore_torch: bool) -> float:
+    """Returns the epsilon where none is given: torch's, or galore-torch's."""
+    return 1e-6 if match_galore_torch else 1e-8
 
 
 def _as_upstream(group: dict[str, Any], step: int) -> dict[str, Any]:

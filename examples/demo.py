@@ -100,7 +100,7 @@ def train(optimizer: str, steps: int, output: Path) -> Result:
         callbacks=record,
     )
     trainer.fit(model, data)
-    built, spec, checkpoint = trainer.optimizers[0], REGISTRY[optimizer], output / f"{optimizer}.ckpt"
+    built, spec, checkpoint = trainer.optimizers[0], REGISTRY.find(optimizer), output / f"{optimizer}.ckpt"
     trainer.save_checkpoint(checkpoint, weights_only=False)  # the optimizer's state, too
     (metrics,) = trainer.validate(model, data, verbose=False)
     return Result(

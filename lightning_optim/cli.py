@@ -15,6 +15,7 @@ from lightning.pytorch.trainer.connectors.accelerator_connector import _Accelera
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning_utilities.core.rank_zero import rank_zero_info
 
+from lightning_optim.accelerators import NPUAccelerator, PJRTAccelerator
 from lightning_optim.callbacks.optim import OptimCallback
 from lightning_optim.config import OptimConfig
 from lightning_optim.errors import (
@@ -56,18 +57,19 @@ _ARGUMENTS: dict[str, tuple[Any, str]] = {
 
 
 # The strategies for one and for several devices of the accelerators that Lightning does not know.
-_STRATEGIES = {"npu": ("npu", "npu_ddp"), "pjrt": ("single_xla_syncfree", "xla_syncfree")}
+_STRATEGIES = {NPUAccelerator: ("npu", "npu_ddp"), PJRTAccelerator: ("single_xla_syncfree", "xla_syncfree")}
 
 
 def _for_accelerator(config: dict[str, Any]) -> str | None:
     """Returns the strategy for an accelerator of ours; ``None`` for others, or if there is no such device."""
+    # Somebody else's accelerator may have the name.
     name = config.get("accelerator")
-    if name not in _STRATEGIES or not AcceleratorRegistry.get(name).is_available():
+    accelerator = AcceleratorRegistry[name]["accelerator"] if name in AcceleratorRegistry else None
+    if accelerator not in _STRATEGIES or not accelerator.is_available():
         return None
-    accelerator = AcceleratorRegistry.get(name)
     devices = config.get("devices", "auto")
     given = accelerator.auto_device_count() if devices == "auto" else devices
-    alone, together = _STRATEGIES[name]
+    alone, together = _STRATEGIES[accelerator]
     return alone if len(accelerator.get_parallel_devices(accelerator.parse_devices(given))) == 1 else together
 
 
@@ -139,7 +141,7 @@ class OptimCLI(LightningCLI):
         try:
             if config.get("strategy", "auto") == "auto":
                 strategy, why = _for_accelerator(config), f"accelerator={config.get('accelerator')!r}"
-                if strategy is None and name and REGISTRY[name].layerwise:
+                if strategy is None and name and REGISTRY.find(name).layerwise:
                     strategy, why = _for_layerwise(config), f"optim={name!r}"
                 if strategy is not None:
                     kwargs["strategy"] = strategy

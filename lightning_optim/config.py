@@ -74,7 +74,7 @@ class OptimConfig:
             schedule = get_schedule(self.lr_scheduler)
             parse(schedule.options, self.lr_scheduler_args, schedule.name)
         try:
-            spec = REGISTRY[self.optim]
+            spec = REGISTRY.find(self.optim)
         except MissingDependency:
             return
         self._absorb_weight_decay()
@@ -84,18 +84,18 @@ class OptimConfig:
     @property
     def candidates(self) -> tuple[str, ...]:
         """The identifiers to try in turn; the first that can run is built."""
-        names = (self.optim, *(REGISTRY[self.optim].fallbacks if self.optim_fallback else ()))
-        return tuple(dict.fromkeys(one for name in names for one in REGISTRY[name].choices or (name,)))
+        names = (self.optim, *(REGISTRY.find(self.optim).fallbacks if self.optim_fallback else ()))
+        return tuple(dict.fromkeys(one for name in names for one in REGISTRY.find(name).choices or (name,)))
 
     def ensure_available(self) -> None:
         """Raises :class:`MissingDependency` if no candidate that takes these options has its packages here."""
         for name in self.candidates:
             with suppress(InvalidOption):
                 self.replace(optim=name)
-                if REGISTRY[name].availability():
+                if REGISTRY.find(name).availability():
                     return
-        spec = REGISTRY[self.optim]
-        nearest = [name for name in spec.fallbacks if REGISTRY[name].availability()]
+        spec = REGISTRY.find(self.optim)
+        nearest = [name for name in spec.fallbacks if REGISTRY.find(name).availability()]
         availability.ensure(self.optim, spec.requirements, nearest)
 
     def replace(self, **changes: Any) -> OptimConfig:

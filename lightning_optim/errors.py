@@ -6,8 +6,11 @@ import difflib
 from collections.abc import Iterable
 
 
-class UnknownOptimizer(ValueError):
+class UnknownOptimizer(ValueError, KeyError):
     """The identifier is not in the table, no plugin provides it and it is no importable dotted path."""
+
+    # A KeyError would show its text as a quoted string.
+    __str__ = ValueError.__str__
 
 
 class UnknownSchedule(ValueError):

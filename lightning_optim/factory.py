@@ -102,19 +102,19 @@ def resolve(
 def _candidates(config: OptimConfig, parameters: Sequence[NamedParameter]) -> tuple[str, ...]:
     # Of those that stand in for another only the ones for these devices are worth a word.
     devices = device_types(parameters)
-    fitting = (name for name in config.candidates if name == config.optim or REGISTRY[name].runs_on(devices))
+    fitting = (name for name in config.candidates if name == config.optim or REGISTRY.find(name).runs_on(devices))
     return tuple(fitting) or config.candidates
 
 
 def _runnable(names: Sequence[str], devices: set[str]) -> list[str]:
-    rows = {name: REGISTRY[name] for name in names}
+    rows = {name: REGISTRY.find(name) for name in names}
     return [name for name, row in rows.items() if row.runs_on(devices) and row.availability()]
 
 
 def _build(
     parameters: list[NamedParameter], config: OptimConfig, warmup_steps: int, trainer: rules.TrainerFacts | None
 ) -> ResolvedOptimizer:
-    spec = REGISTRY[config.optim]
+    spec = REGISTRY.find(config.optim)
     devices = device_types(parameters)
     nearest = () if config.optim_fallback else _runnable(spec.fallbacks, devices)
     problems = list(spec.availability().reasons)
@@ -227,7 +227,7 @@ def build_optimizer(
         layer_pattern=layer_pattern,
         optim_fallback=optim_fallback,
     )
-    if warmup_steps and REGISTRY[optim].warmup != "optimizer":
+    if warmup_steps and REGISTRY.find(optim).warmup != "optimizer":
         raise IncompatibleTrainer(
             f"warmup_steps={warmup_steps} beside optim={optim!r}: build_optimizer makes no schedule. Leave it out and "
             f"call build_schedule(optimizer, 'constant_with_warmup', warmup_steps={warmup_steps})."

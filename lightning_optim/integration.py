@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import GradientAccumulationScheduler
+from lightning.pytorch.callbacks import GradientAccumulationScheduler, StochasticWeightAveraging, WeightAveraging
 from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import ReduceLROnPlateau
@@ -90,9 +90,10 @@ def _resolve(trainer: Trainer | None, target: Target, config: OptimConfig, lengt
 
 
 def _facts(trainer: Trainer) -> TrainerFacts:
+    averaging = (c for c in trainer.callbacks if isinstance(c, (WeightAveraging, StochasticWeightAveraging)))  # type: ignore[attr-defined]
     return TrainerFacts(
         accumulation_changes=trainer.max_steps == -1 and _accumulation_changes(trainer),
-        callbacks=frozenset(base.__name__ for callback in trainer.callbacks for base in type(callback).__mro__),  # type: ignore[attr-defined]
+        averaging=next((type(callback).__name__ for callback in averaging), ""),
     )
 
 

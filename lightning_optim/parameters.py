@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -66,8 +67,9 @@ def device_types(parameters: Iterable[NamedParameter]) -> set[str]:
 
 def is_sharded(parameter: Tensor) -> bool:
     """Whether a parameter is a DTensor, as FSDP2 and tensor parallelism make it."""
-    # By name: importing DTensor costs, and one cannot exist before torch.distributed.tensor is imported.
-    return type(parameter.data).__name__ == "DTensor"
+    # Importing DTensor costs, and one cannot exist before its module is imported.
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(parameter, module.DTensor)
 
 
 def named_parameters(target: Target) -> list[NamedParameter]:

@@ -9,6 +9,7 @@ import inspect
 import sys
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import make_dataclass
+from types import MappingProxyType
 from typing import Any
 
 from torch.optim import LBFGS, Optimizer
@@ -28,10 +29,10 @@ _NOT_OPTIONS = ("lr", "weight_decay")
 
 
 class Registry(Mapping[str, OptimizerSpec]):
-    """The identifiers and their rows; aliases count as identifiers.
+    """The identifiers and their rows, as a read-only mapping.
 
-    Every identifier also has a ``_layerwise`` form, whose row is derived when it is asked for. Iteration gives the
-    identifiers without it.
+    Aliases count as identifiers, and so does the ``_layerwise`` form of each, whose row is derived when it is asked
+    for; :attr:`plain` is the mapping without those. A dotted path is no identifier: :meth:`find` makes its row.
 
     Plugins are looked up in the entry-point group ``lightning_optim.optimizers`` on first use; each entry point is an
     :class:`OptimizerSpec` or an iterable of them.
@@ -44,14 +45,25 @@ class Registry(Mapping[str, OptimizerSpec]):
         for row in rows:
             self.register(row)
 
+    @property
+    def plain(self) -> Mapping[str, OptimizerSpec]:
+        """The identifiers and their rows without the derived ``_layerwise`` forms."""
+        self._load_plugins()
+        return MappingProxyType(self._specs)
+
     def register(self, spec: OptimizerSpec) -> None:
-        """Adds a row under its name and its aliases.
+        """Adds a row under its name and its aliases, and its ``_layerwise`` form with it.
 
         Raises:
-            DuplicateOptimizer: If one of these names is taken.
+            DuplicateOptimizer: If one of these names is taken, or ends in ``_layerwise``.
         """
         names = (spec.name, *spec.aliases)
         for name in names:
+            if name.endswith(SUFFIX):
+                raise DuplicateOptimizer(
+                    f"{name!r} is the name of a derived row. Register {name.removesuffix(SUFFIX)!r}, and {name!r} "
+                    "steps it during backward; for another algorithm choose a name without this ending"
+                )
             if name in self._specs:
                 raise DuplicateOptimizer(
                     f"{name!r} is already registered ({self._specs[name].implementation}); choose another name"
@@ -59,54 +71,71 @@ class Registry(Mapping[str, OptimizerSpec]):
         self._specs.update(dict.fromkeys(names, spec))
 
     def __getitem__(self, name: str) -> OptimizerSpec:
-        """Returns the row of ``name``.
+        """Returns the row of the identifier ``name``.
 
         Raises:
-            UnknownOptimizer: If nothing has that name, with the names that come close.
-            MissingDependency: If ``name`` is a dotted path into a package that is not installed.
-            IncompatibleTrainer: If ``name`` ends in ``_layerwise`` and the optimizer cannot be stepped so.
+            UnknownOptimizer: If it is none; a ``KeyError``, too.
         """
         if not isinstance(name, str):
             raise UnknownOptimizer(
                 f"an optimizer is named by a string such as 'adamw_torch', got {name!r} ({type(name).__name__})"
             )
         # Plugins after the table's own rows: one that is broken must not stop who does not use it.
-        if name not in self._specs:
+        base = _base(name)
+        if base not in self._specs:
             self._load_plugins()
-        if name in self._specs:
-            return self._specs[name]
-        base = name.removesuffix(SUFFIX)
-        suffix = name[len(base) :]
-        if suffix and not base.endswith(SUFFIX) and (base in self._specs or "." in base):
-            return layerwise_row(self[base])
-        if "." in name:
+        if base not in self._specs:
+            raise UnknownOptimizer(self._unknown(name))
+        if base == name:
+            return self._specs[base]
+        if self._specs[base].coupled:
+            raise UnknownOptimizer(f"there is no optimizer {name!r}: {self._specs[base].coupled}. Use {base!r}.")
+        return layerwise_row(self._specs[base])
+
+    def find(self, name: str) -> OptimizerSpec:
+        """Returns the row of an identifier, or one made for a dotted path such as ``"torch.optim.NAdam"``.
+
+        Raises:
+            UnknownOptimizer: If nothing has that name, with the names that come close.
+            MissingDependency: If ``name`` is a dotted path into a package that is not installed.
+            IncompatibleTrainer: If ``name`` ends in ``_layerwise`` and the optimizer cannot be stepped so.
+        """
+        base = _base(name) if isinstance(name, str) else name
+        if base != name and (base in self or "." in base):
+            return layerwise_row(self.find(base))
+        if isinstance(name, str) and "." in name and name not in self:
             # A class of ours that projects has to be told what: its row does that.
             rows = (spec for spec in self._specs.values() if spec.projects)
             return next((spec for spec in rows if spec.implementation == name), None) or spec_from_path(name)
-        near = [other + suffix for other in close_names(base, self._specs)]
-        hint = (
-            f"Close names: {listing(near)}." if near else f"Names: {listing(other + suffix for other in self._specs)}."
-        )
-        raise UnknownOptimizer(
+        return self[name]
+
+    def __contains__(self, name: object) -> bool:
+        if not isinstance(name, str):
+            return False
+        base = _base(name)
+        if base not in self._specs:
+            self._load_plugins()
+        return base in self._specs and (base == name or not self._specs[base].coupled)
+
+    def __iter__(self) -> Iterator[str]:
+        yield from self.plain
+        yield from (name + SUFFIX for name, spec in self.plain.items() if not spec.coupled)
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)
+
+    def _unknown(self, name: str) -> str:
+        if "." in name:
+            return f"{name!r} is a dotted path, which is no identifier. REGISTRY.find({name!r}) makes its row."
+        base = name.removesuffix(SUFFIX)
+        suffix = name[len(base) :]
+        others = [other for other, spec in self._specs.items() if not (suffix and spec.coupled)]
+        near = [other + suffix for other in close_names(base, others)]
+        hint = f"Close names: {listing(near)}." if near else f"Names: {listing(other + suffix for other in others)}."
+        return (
             f"there is no optimizer {name!r} in this version of lightning_optim. {hint} "
             "`lightning-optim list` shows all; a dotted path such as 'torch.optim.NAdam' names any other class."
         )
-
-    def get(self, name: str, default: Any = None) -> Any:
-        """Returns the row of a name of the table, or ``default``; dotted paths are not tried."""
-        return self[name] if name in self else default  # noqa: SIM401
-
-    def __contains__(self, name: object) -> bool:
-        self._load_plugins()
-        return isinstance(name, str) and name.removesuffix(SUFFIX) in self._specs
-
-    def __iter__(self) -> Iterator[str]:
-        self._load_plugins()
-        return iter(self._specs)
-
-    def __len__(self) -> int:
-        self._load_plugins()
-        return len(self._specs)
 
     def _load_plugins(self) -> None:
         if self._plugins_loaded:
@@ -126,6 +155,12 @@ class Registry(Mapping[str, OptimizerSpec]):
                     f"the plugin {entry_point.value!r} (entry point {entry_point.name!r} of {ENTRY_POINT_GROUP!r}) "
                     f"cannot be loaded: {error}. Fix it or uninstall its package."
                 ) from error
+
+
+def _base(name: str) -> str:
+    """Returns the name without the suffix that derives a row, which is taken once."""
+    base = name.removesuffix(SUFFIX)
+    return name if base.endswith(SUFFIX) else base
 
 
 def spec_from_path(path: str) -> OptimizerSpec:

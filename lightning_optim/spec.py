@@ -125,6 +125,8 @@ class OptimizerSpec:
             has no epsilon that float16 rounds to zero.
         compiles: True if it calls torch.compile in its step, which on CPU needs a C++ compiler.
         layerwise: True if it is stepped during backward, bucket by bucket (``_layerwise`` at the end of its name).
+        lists_layerwise: True if ``lightning-optim list`` shows its ``_layerwise`` form, because Hugging Face's users
+            know it as a name of its own.
         projects: True if it projects the gradients of chosen matrices (``optim_target_modules``) to a ``rank``.
         coupled: Why one parameter cannot be stepped without the others, or empty if it can.
         xla: Why it cannot run on XLA devices, or empty if it can.
@@ -157,6 +159,7 @@ class OptimizerSpec:
     half_weights: bool = False
     compiles: bool = False
     layerwise: bool = False
+    lists_layerwise: bool = False
     projects: bool = False
     coupled: str = ""
     xla: str = ""

@@ -35,6 +35,12 @@ from lightning_optim.options import describe, required
 from tests.cases import CASES, ELSEWHERE, NAMES
 
 ALL = (*NAMES, *ELSEWHERE)
+# Hugging Face's names for layerwise forms; the others are shown to who asks for them.
+LAYERWISE = (
+    *("galore_adamw_layerwise", "galore_adamw_8bit_layerwise", "galore_adafactor_layerwise"),
+    "apollo_adamw_layerwise",
+)
+LISTED = (*ALL, *LAYERWISE)
 
 BROKEN = "known bug in its 8-bit optimizers"
 UPGRADE = "pip install --upgrade 'bitsandbytes>=0.50'"
@@ -108,17 +114,17 @@ def assert_fits(text: str) -> None:
 def test_list_shows_every_identifier_with_its_summary_and_extra(command: Command) -> None:
     text = command("list")
     assert_fits(text)
-    assert [line.split()[0] for line in text.splitlines() if line.split()[:1] and line.split()[0] in ALL] == list(
-        REGISTRY
-    )
+    shown = [line.split()[0] for line in text.splitlines() if line.split()[:1] and line.split()[0] in LISTED]
+    assert [name for name in shown if name not in LAYERWISE] == list(REGISTRY.plain)
+    assert set(shown) == set(LISTED)
     assert re.search(r"^lion_8bit +Lion, 8-bit block-wise quantized states +bitsandbytes +yes$", text, re.MULTILINE)
     assert re.search(r"^rmsprop +RMSprop +- +yes$", text, re.MULTILINE)
-    assert f"{len(NAMES)} of {len(ALL)} can run here" in text
+    assert f"{len(LISTED) - len(ELSEWHERE)} of {len(LISTED)} can run here" in text
 
 
 def test_list_as_json(command: Command) -> None:
     entries = {entry["identifier"]: entry for entry in command.json("list")["optimizers"]}
-    assert set(entries) == set(ALL)
+    assert set(entries) == set(LISTED)
     assert {name for name, entry in entries.items() if not entry["available"]} == set(ELSEWHERE)
     assert entries["adamw_8bit"] == {
         "identifier": "adamw_8bit",
@@ -136,7 +142,7 @@ def test_list_as_json(command: Command) -> None:
 @pytest.mark.parametrize(
     ("patterns", "expected"),
     [
-        (["*8bit*"], {name for name in NAMES if "8bit" in name}),
+        (["*8bit*"], {name for name in LISTED if "8bit" in name}),
         (["lion_?bit", "sgd"], {"lion_8bit", "sgd"}),
         (["adamw_torch"], {"adamw_torch"}),
         (["*_bnb*", "rmsprop*"], {name for name in NAMES if "_bnb" in name or name.startswith("rmsprop")}),
@@ -165,15 +171,16 @@ def test_list_tells_each_reason_once_with_the_command_to_type(
         assert len(re.findall(rf"^.*pip install --upgrade '{distribution}>=[\d.]+'$", text, re.MULTILINE)) == 1
     available = {line.split()[0] for line in text.splitlines() if line.endswith(" yes")}
     ours = {case.name for case in CASES if case.upstream.startswith(("torch.", "lightning_optim.optimizers"))}
+    ours |= {name for name in LAYERWISE if name.removesuffix("_layerwise") in ours}
     assert available == ours
-    assert f"{len(ours)} of {len(ALL)} can run here" in text
+    assert f"{len(ours)} of {len(LISTED)} can run here" in text
 
 
 def test_list_looks_for_a_device_that_the_row_runs_on(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(here, "device_types", lambda: frozenset({"mps"}))
     entries = {entry["identifier"]: entry for entry in command.json("list")["optimizers"]}
     assert {name for name, entry in entries.items() if not entry["available"]} == {
-        name for name, spec in REGISTRY.items() if spec.devices is not None and "mps" not in spec.devices
+        name for name in LISTED if REGISTRY[name].devices is not None and "mps" not in (REGISTRY[name].devices or ())
     }
     assert len(entries["adamw_torch_xla"]["problems"]) == 1, "the package that is missing brings the device"
     assert "runs on cpu, cuda, xpu, and torch finds only mps here" in entries["lion_8bit"]["problems"][0]
@@ -199,7 +206,7 @@ def test_compiled_rows_need_a_compiler_on_a_cpu(command: Command, monkeypatch: p
 
 @pytest.mark.parametrize("name", [*NAMES, DOTTED])
 def test_info_mentions_everything(command: Command, name: str) -> None:
-    spec = REGISTRY[name]
+    spec = REGISTRY.find(name)
     text = command("info", name)
     assert_fits(text)
     infos = describe(spec.options)
@@ -222,7 +229,7 @@ def test_info_mentions_everything(command: Command, name: str) -> None:
 
 @pytest.mark.parametrize("name", [*NAMES, DOTTED])
 def test_info_as_json(command: Command, name: str) -> None:
-    spec = REGISTRY[name]
+    spec = REGISTRY.find(name)
     info = command.json("info", name)
     assert info["identifier"] == name
     assert info["alias_of"] == (None if name == spec.name else spec.name)
@@ -274,7 +281,7 @@ def test_the_python_example_runs(command: Command, name: str) -> None:
     assert unwrapped(code) in unwrapped(command("info", name))
     namespace: dict[str, Any] = {}
     exec(code, namespace)
-    optimizer, spec = namespace["optimizer"], REGISTRY[name]
+    optimizer, spec = namespace["optimizer"], REGISTRY.find(name)
     assert type(optimizer) is spec.load()
     decayed = "decay/low_rank" if spec.projects else "decay"
     assert [group["name"] for group in optimizer.param_groups] == [decayed, "no_decay"]
@@ -299,8 +306,8 @@ def test_the_command_line_example_runs(command: Command, name: str, monkeypatch:
     monkeypatch.setattr(sys, "argv", ["train.py"])
     cli = OptimCLI(LitLinear, args=words, run=False, save_config_callback=None)
     optimizer = cli.model.configure_optimizers()
-    assert type(optimizer) is REGISTRY[name].load()
-    assert float(optimizer.param_groups[0]["lr"]) == pytest.approx(REGISTRY[name].default_lr)
+    assert type(optimizer) is REGISTRY.find(name).load()
+    assert float(optimizer.param_groups[0]["lr"]) == pytest.approx(REGISTRY.find(name).default_lr)
 
 
 def test_info_shows_what_an_aliased_row_needs(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -450,7 +457,7 @@ def test_wrong_usage(argv: list[str], capsys: pytest.CaptureFixture[str]) -> Non
 def test_the_module_prints_nothing_but_json() -> None:
     done = run_process("-m", "lightning_optim", "list", "--json")
     assert done.returncode == 0, done.stderr
-    assert {entry["identifier"] for entry in strict_json(done.stdout)["optimizers"]} == set(ALL)
+    assert {entry["identifier"] for entry in strict_json(done.stdout)["optimizers"]} == set(LISTED)
 
 
 def test_the_module_exits_with_the_status(tmp_path: Path) -> None:

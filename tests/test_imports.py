@@ -29,6 +29,7 @@ LAYERS = (
     ("config",),
     ("factory",),
     ("report",),
+    ("packages",),
     ("callbacks.attached",),
     (
         "callbacks.schedule_free",
@@ -49,7 +50,7 @@ LAYERS = (
     ("__main__",),
 )
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
-FIRST_WITH_LIGHTNING = RANK["callbacks.attached"]
+FIRST_WITH_LIGHTNING = RANK["packages"]
 OPTIONAL = {"bitsandbytes", "torchao", "schedulefree", "optimi", "torch_xla", "torch_npu", "apex", "amp_C"}
 # Where an optional package is imported at all: an adapter, at its top; or a function that cannot do without.
 MAY_IMPORT_OPTIONAL = {"adapters", "cli", "callbacks.old_checkpoints", "accelerators.pjrt", "strategies.xla"}
@@ -130,7 +131,7 @@ def test_the_pipeline_knows_no_lightning(module: str) -> None:
 def test_adapters_are_imported_by_the_table_only() -> None:
     importers = [module for module in MODULES if any(other.startswith("adapters.") for other in own_imports(module))]
     assert importers == []
-    targets = {spec.target.partition(":")[0] for spec in lightning_optim.REGISTRY.values()}
+    targets = {spec.target.partition(":")[0] for spec in lightning_optim.REGISTRY.plain.values()}
     adapters = {f"lightning_optim.{module}" for module in MODULES if module.startswith("adapters.")}
     assert adapters <= targets
 

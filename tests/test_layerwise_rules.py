@@ -189,8 +189,16 @@ def test_each_strategy_is_answered_with_the_flag_to_type(strategy: str, flag: st
 def test_the_names_of_strategies_are_lightnings_classes() -> None:
     from lightning_optim.callbacks.layerwise import _strategy_name
 
-    strategies: list[Strategy] = [ModelParallelStrategy(), DDPStrategy(), FusedStrategy()]
-    assert [_strategy_name(strategy) for strategy in strategies] == ["ModelParallelStrategy", "ddp", "single_device"]
+    class Mine(ModelParallelStrategy):
+        pass
+
+    class layerwise(Strategy):  # A name of ours, by chance.
+        pass
+
+    layerwise.__abstractmethods__ = frozenset()
+    strategies: list[Strategy] = [Mine(), DDPStrategy(), FusedStrategy(), layerwise()]  # type: ignore[abstract]
+    names = ["ModelParallelStrategy", "ddp", "single_device", f"{__name__}.{layerwise.__qualname__}"]
+    assert [_strategy_name(strategy) for strategy in strategies] == names
 
 
 def test_strategies_of_ours_go_by_the_flag_that_was_typed() -> None:
@@ -263,10 +271,6 @@ def test_the_row_is_derived() -> None:
     )
     assert issubclass(derived.options, base.options)
     assert REGISTRY["adamw_8bit_layerwise"] == derived
-    assert "adamw_8bit_layerwise" in REGISTRY
-    assert REGISTRY.get("adamw_8bit_layerwise") == derived
-    assert "adamw_8bit_layerwise_layerwise" not in REGISTRY
-    assert not any(name.endswith("_layerwise") for name in REGISTRY)
 
 
 def test_a_dotted_path_takes_the_suffix() -> None:
@@ -456,4 +460,4 @@ def test_fabric_that_scales_by_itself_is_refused() -> None:
 
 def test_the_suffix_is_taken_once() -> None:
     with pytest.raises(UnknownOptimizer, match="NAdam_layerwise_layerwise"):
-        REGISTRY["torch.optim.NAdam_layerwise_layerwise"]
+        REGISTRY.find("torch.optim.NAdam_layerwise_layerwise")

@@ -52,10 +52,29 @@ IDENTIFIERS = {
 
 def test_all_identifiers_of_hugging_face_are_there() -> None:
     assert len(IDENTIFIERS) == 42
-    assert {REGISTRY[name].name.removesuffix("_layerwise") for name in IDENTIFIERS} <= set(REGISTRY)
-    assert len(REGISTRY) == len(list(REGISTRY)) == len(CASES) + len(ELSEWHERE)
-    assert all(name in REGISTRY for name in IDENTIFIERS)
-    assert not any(name in REGISTRY for name in ["torch.optim.NAdam", None, 3])
+    assert set(IDENTIFIERS) <= set(REGISTRY)
+    assert len(REGISTRY.plain) == len(CASES) + len(ELSEWHERE)
+
+
+def test_what_is_in_is_what_is_listed_and_what_is_found() -> None:
+    for name in (*REGISTRY, "adamw_torch_npu_fused_layerwise", "torch.optim.NAdam", "sgd_layerwise_layerwise", "sgdd"):
+        assert (name in REGISTRY) is (name in list(REGISTRY)) is (REGISTRY.get(name) is not None), name
+        if name in REGISTRY:
+            assert REGISTRY[name] == REGISTRY.get(name) == REGISTRY.find(name)
+        else:
+            with pytest.raises(KeyError):
+                REGISTRY[name]
+    names = list(REGISTRY)
+    assert len(names) == len(set(names)) == len(REGISTRY)
+    # The suffix is taken by every row but the one that cannot step a parameter without the others.
+    assert set(REGISTRY) - set(REGISTRY.plain) == {
+        f"{name}_layerwise" for name in REGISTRY.plain if name != "adamw_torch_npu_fused"
+    }
+    assert not any(other in REGISTRY for other in (None, 3))
+    with pytest.raises(KeyError, match=r"REGISTRY\.find") as caught:
+        REGISTRY["torch.optim.NAdam"]
+    assert isinstance(caught.value, ValueError)
+    assert REGISTRY.find("torch.optim.NAdam").name == "torch.optim.NAdam"
 
 
 @pytest.mark.parametrize(("alias", "name"), [("adamw_8bit", "adamw_bnb_8bit"), ("rmsprop_bnb_32bit", "rmsprop_bnb")])
@@ -163,13 +182,16 @@ def test_a_registered_row_trains_by_name(name: str) -> None:
         ("sgd", (), "sgd"),
         ("adamw_8bit", (), "adamw_8bit"),
         ("new", ("newer", "rmsprop_bnb_32bit"), "rmsprop_bnb_32bit"),
+        ("new", ("sgd_layerwise",), "sgd_layerwise"),
     ],
 )
 def test_taken_names_are_refused_and_nothing_is_added(name: str, aliases: tuple[str, ...], taken: str) -> None:
     registry = Registry(ROWS)
     with pytest.raises(DuplicateOptimizer) as caught:
         registry.register(dataclasses.replace(HALVING, name=name, aliases=aliases))
-    assert f"{taken!r} is already registered ({registry[taken].implementation})" in str(caught.value)
+    derived = f"{taken!r} is the name of a derived row. Register 'sgd'"
+    registered = f"{taken!r} is already registered ({registry[taken].implementation})"
+    assert (derived if taken.endswith("_layerwise") else registered) in str(caught.value)
     assert set(registry) == set(REGISTRY)
 
 
@@ -202,7 +224,8 @@ def test_plugins_are_found_on_first_use(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.syspath_prepend(tmp_path)
     registry = Registry(ROWS)
     assert registry["plugged"].target == "torch.optim:AdamW"
-    assert set(registry) == set(REGISTRY) | {"plugged", "plugged_too", "plugged_0", "plugged_1"}
+    assert set(registry.plain) == set(REGISTRY.plain) | {"plugged", "plugged_too", "plugged_0", "plugged_1"}
+    assert "plugged_layerwise" in registry
     assert registry["plugged_too"] is registry["plugged"]
 
 
@@ -237,7 +260,7 @@ def test_a_plugin_s_optimizer_is_built_in_a_fresh_process(tmp_path: Path) -> Non
     code = (
         "import torch, lightning_optim as lo\n"
         "optimizer = lo.build_optimizer(torch.nn.Linear(2, 2), 'plugged_too', lr=0.5)\n"
-        "print(type(optimizer).__name__, optimizer.param_groups[0]['lr'], len(lo.REGISTRY))"
+        "print(type(optimizer).__name__, optimizer.param_groups[0]['lr'], len(lo.REGISTRY.plain))"
     )
     done = subprocess.run(
         [sys.executable, "-c", code],
@@ -246,7 +269,7 @@ def test_a_plugin_s_optimizer_is_built_in_a_fresh_process(tmp_path: Path) -> Non
         text=True,
         check=False,
     )
-    assert done.stdout.split() == ["AdamW", "0.5", str(len(REGISTRY) + 2)], done.stderr
+    assert done.stdout.split() == ["AdamW", "0.5", str(len(REGISTRY.plain) + 2)], done.stderr
 
 
 # --- dotted paths ----------------------------------------------------------------------------------------------------
@@ -336,7 +359,7 @@ def test_a_dotted_path_trains_like_its_class() -> None:
 def test_the_row_of_a_dotted_path_comes_from_the_signature(
     path: str, lr: float | None, weight_decay: float, options: set[str], decays: bool
 ) -> None:
-    spec = REGISTRY[path]
+    spec = REGISTRY.find(path)
     assert (spec.name, spec.default_lr, spec.default_weight_decay, spec.decays) == (path, lr, weight_decay, decays)
     assert {info.name for info in describe(spec.options)} == options
     assert spec.implementation == path

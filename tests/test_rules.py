@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import (
     EMAWeightAveraging,
     GradientAccumulationScheduler,
@@ -281,7 +282,7 @@ FIT_CASES = (
         )
         for name, callback in (
             ("WeightAveraging", WeightAveraging),
-            ("WeightAveraging", EMAWeightAveraging),
+            ("EMAWeightAveraging", EMAWeightAveraging),
             ("StochasticWeightAveraging", lambda: StochasticWeightAveraging(1e-3)),
         )
     ],
@@ -461,6 +462,7 @@ def test_permitted_requests(optim: dict[str, Any]) -> None:
         ({"optim": "adamw_torch_fused"}, lambda: {"gradient_clip_val": 1.0}, None),
         ({"optim": "adamw_torch"}, lambda: {"plugins": fp16_mixed(), "gradient_clip_val": 1.0}, None),
         ({"optim": "adamw_torch"}, lambda: {"callbacks": WeightAveraging()}, None),
+        ({"optim": "schedule_free_adamw"}, lambda: {"callbacks": type("WeightAveraging", (Callback,), {})()}, None),
         ({"optim": "adamw_8bit"}, lambda: {"precision": "16-true"}, None),
         ({"optim": "adamw_torch"}, dict, make_complex),
         ({"optim": "sgd"}, dict, make_complex),

@@ -11,7 +11,14 @@ from types import CodeType
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, FSDPStrategy, SingleDeviceStrategy, Strategy
+from lightning.pytorch.strategies import (
+    DDPStrategy,
+    DeepSpeedStrategy,
+    FSDPStrategy,
+    ModelParallelStrategy,
+    SingleDeviceStrategy,
+    Strategy,
+)
 from lightning.pytorch.strategies.single_xla import SingleDeviceXLAStrategy
 from lightning.pytorch.strategies.xla import XLAStrategy
 from lightning.pytorch.utilities import GradClipAlgorithmType
@@ -261,7 +268,7 @@ def steps_in_backward(trainer: Trainer) -> bool:
 
 
 def _strategy_name(strategy: Strategy) -> str:
-    """Returns the name by which the rules know a strategy, or its class's name."""
+    """Returns the name by which the rules know a strategy, or the path of a class that they do not know."""
     own = getattr(strategy, "layerwise_name", None)
     if own is not None:
         return str(own)
@@ -273,8 +280,10 @@ def _strategy_name(strategy: Strategy) -> str:
         (DDPStrategy, "ddp"),
         (FSDPStrategy, "fsdp"),
         (DeepSpeedStrategy, "deepspeed"),
+        (ModelParallelStrategy, "ModelParallelStrategy"),
     )
-    return next((name for family, name in families if isinstance(strategy, family)), type(strategy).__name__)
+    unknown = f"{type(strategy).__module__}.{type(strategy).__qualname__}"
+    return next((name for family, name in families if isinstance(strategy, family)), unknown)
 
 
 def _facts(trainer: Trainer, options: LayerwiseOptions, name: str, strategy: str) -> rules.Stepping:

@@ -66,6 +66,7 @@ ROWS = (
             ),
         ),
         half_weights=True,
+        lists_layerwise=True,
         projects=True,
         xla="it skips gradients that are not finite, and so waits for the device several times in every step",
         note="with optim_args='rank=1,scale=128,scale_type=tensor' this is APOLLO-Mini: hardly more memory than SGD",

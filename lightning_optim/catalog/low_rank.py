@@ -124,6 +124,7 @@ _GALORE_ADAMW = OptimizerSpec(
     default_weight_decay=0.0,
     state=StateLayout(buffers=_MOMENTS + _BASES),
     half_weights=True,
+    lists_layerwise=True,
     projects=True,
     xla="it skips gradients that are not finite, and so waits for the device several times in every step",
     note=_NOTE,

@@ -74,13 +74,13 @@ class Plugin:
 
 
 def identifiers() -> dict[str, OptimizerSpec]:
-    """Returns every identifier and its row.
+    """Returns every identifier and its row, without the forms derived by a suffix.
 
     Raises:
         CommandError: If a plugin cannot be loaded.
     """
     try:
-        return dict(REGISTRY)
+        return dict(REGISTRY.plain)
     except RuntimeError as error:
         raise CommandError(str(error), status=1) from error
 

@@ -147,7 +147,7 @@ def collect(name: str) -> Info:
     # Before the lookup below, which would load the plugins: a broken one is an error of its own.
     declared = name.removesuffix(SUFFIX) in here.identifiers()
     try:
-        spec = REGISTRY[name]
+        spec = REGISTRY.find(name)
     except (UnknownOptimizer, MissingDependency, IncompatibleTrainer) as error:
         raise CommandError(str(error)) from error
     problems = here.problems(spec)

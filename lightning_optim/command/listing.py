@@ -86,11 +86,13 @@ def collect(patterns: Sequence[str]) -> Listing:
     Raises:
         CommandError: If a pattern matches nothing.
     """
-    specs = here.identifiers()
-    if any("layerwise" in pattern for pattern in patterns):
-        specs |= {
-            name + SUFFIX: layerwise_row(spec) for name, spec in specs.items() if not (spec.coupled or spec.layerwise)
-        }
+    # What steps during backward under its own name needs no other one for it.
+    asked = any("layerwise" in pattern for pattern in patterns)
+    specs = {}
+    for name, spec in here.identifiers().items():
+        specs[name] = spec
+        if spec.lists_layerwise or (asked and not (spec.coupled or spec.layerwise)):
+            specs[name + SUFFIX] = layerwise_row(spec)
     for pattern in patterns:
         if not any(fnmatchcase(name, pattern) for name in specs):
             near = _close(pattern, specs)

@@ -28,11 +28,11 @@ class TrainerFacts:
 
     Attributes:
         accumulation_changes: Whether the number of steps is that of epochs with different accumulation.
-        callbacks: Class names of the callbacks and of their base classes.
+        averaging: Name of the class of a callback that exchanges the weights for an average of its own, or empty.
     """
 
     accumulation_changes: bool = False
-    callbacks: frozenset[str] = frozenset()
+    averaging: str = ""
 
 
 @dataclass(frozen=True)
@@ -201,11 +201,11 @@ def _fused_parameters_are_packed(run: Run) -> str | None:
 
 
 def _two_averages(run: Run) -> str | None:
-    rivals = {"WeightAveraging", "StochasticWeightAveraging"} & (run.trainer.callbacks if run.trainer else frozenset())
-    if not (run.spec.averages_weights and rivals):
+    rival = run.trainer.averaging if run.trainer else ""
+    if not (run.spec.averages_weights and rival):
         return None
     return (
-        f"the callback {min(rivals)} beside optim={run.name!r}: both exchange the weights around validation and "
+        f"the callback {rival} beside optim={run.name!r}: both exchange the weights around validation and "
         "saving. Remove the callback (schedule-free weights are averages already), or use optim='adamw_torch'."
     )
 

@@ -14,7 +14,8 @@ class Stepping:
 
     Attributes:
         name: What the user typed to get it: ``"optim='adamw_torch_layerwise'"`` or ``"strategy='layerwise'"``.
-        strategy: The registered name of the Trainer's strategy, or its class's name.
+        strategy: The name by which the rules know the Trainer's strategy, or the path of a class that they do not
+            know.
         automatic: Whether Lightning's automatic optimization is at work.
         clips_norm: Whether ``gradient_clip_val`` is set and clips by norm.
         norm_clipping: How to clip by norm, if that was given.
@@ -43,7 +44,7 @@ class Stepping:
         if base != self.name:
             return base
         # What steps in backward under its own name is stepped after it by its class's path.
-        row = REGISTRY[self.name.removeprefix("optim=").strip("'")]
+        row = REGISTRY.find(self.name.removeprefix("optim=").strip("'"))
         return f"optim={row.implementation!r}"
 
     @property

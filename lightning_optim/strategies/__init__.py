@@ -6,6 +6,7 @@ from typing import Any
 
 from lightning.pytorch.strategies import Strategy, StrategyRegistry
 
+from lightning_optim.packages import is_free
 from lightning_optim.strategies.fused import FusedDDPStrategy, FusedMixedPrecision, FusedStrategy, StepsFused
 from lightning_optim.strategies.layerwise import LayerwiseStrategy
 from lightning_optim.strategies.layerwise_ddp import LayerwiseDDPStrategy
@@ -50,6 +51,8 @@ _FLAGS: tuple[tuple[str, type[Strategy], dict[str, Any]], ...] = (
 
 
 def register() -> None:
-    """Makes ``Trainer(strategy=...)`` know the flags; safe to call twice."""
+    """Makes ``Trainer(strategy=...)`` know the flags; one that somebody else has taken stays theirs."""
     for flag, strategy, arguments in _FLAGS:
-        StrategyRegistry.register(flag, strategy, (strategy.__doc__ or "").splitlines()[0], override=True, **arguments)
+        if is_free(StrategyRegistry, "strategy", flag, strategy):
+            description = (strategy.__doc__ or "").splitlines()[0]
+            StrategyRegistry.register(flag, strategy, description, override=True, **arguments)

@@ -26,6 +26,7 @@ from lightning_optim.errors import (
     MissingDependency,
     UnknownOptimizer,
     UnknownSchedule,
+    UntrustedOptimizer,
 )
 from lightning_optim.factory import build_optimizer
 from lightning_optim.layerwise.clipping import Clipping
@@ -90,6 +91,7 @@ __all__ = [
     "StateLayout",
     "UnknownOptimizer",
     "UnknownSchedule",
+    "UntrustedOptimizer",
     "XLASyncFreePrecision",
     "XLASyncFreeStrategy",
     "build_optimizer",

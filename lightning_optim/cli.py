@@ -15,6 +15,7 @@ from lightning.pytorch.trainer.connectors.accelerator_connector import _Accelera
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning_utilities.core.rank_zero import rank_zero_info
 
+from lightning_optim import trust
 from lightning_optim.accelerators import NPUAccelerator, PJRTAccelerator
 from lightning_optim.callbacks.optim import OptimCallback
 from lightning_optim.config import OptimConfig
@@ -24,9 +25,9 @@ from lightning_optim.errors import (
     MissingDependency,
     UnknownOptimizer,
     UnknownSchedule,
+    UntrustedOptimizer,
 )
 from lightning_optim.mixin import OptimMixin
-from lightning_optim.registry import REGISTRY
 
 # The torch scheduler of `--optimizer CLASS`; Lightning calls it `lr_scheduler`, which here takes a schedule's name.
 _TORCH_SCHEDULER = "torch_lr_scheduler"
@@ -117,9 +118,12 @@ class OptimCLI(LightningCLI):
                 self.optim_config.ensure_available()
         except (UnknownOptimizer, UnknownSchedule, InvalidOption, IncompatibleTrainer, MissingDependency) as error:
             self.parser.error(str(error))
+        self._said = set(trust.words(self.config.as_dict()))
 
     def instantiate_classes(self) -> None:
-        super().instantiate_classes()
+        # Lightning has added the hyperparameters that --ckpt_path holds.
+        with trust.reading(said=self._said, held=self.config.as_dict()):
+            super().instantiate_classes()
         if self.optim_config is None:
             return
         if isinstance(self.model, OptimMixin):
@@ -137,26 +141,26 @@ class OptimCLI(LightningCLI):
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         config = {**self._get(self.config_init, "trainer", default={}), **kwargs}
-        name = self._optimizer_name()
+        chosen = self._chosen_config()
         try:
             if config.get("strategy", "auto") == "auto":
                 strategy, why = _for_accelerator(config), f"accelerator={config.get('accelerator')!r}"
-                if strategy is None and name and REGISTRY.find(name).layerwise:
-                    strategy, why = _for_layerwise(config), f"optim={name!r}"
+                if strategy is None and chosen is not None and chosen.spec.layerwise:
+                    strategy, why = _for_layerwise(config), f"optim={chosen.optim!r}"
                 if strategy is not None:
                     kwargs["strategy"] = strategy
                     rank_zero_info(f"OptimCLI chose --trainer.strategy {strategy} for {why}.")
             return super().instantiate_trainer(**kwargs)
-        except (IncompatibleTrainer, MissingDependency) as error:
+        except (IncompatibleTrainer, MissingDependency, UntrustedOptimizer) as error:
             self.parser.error(str(error))
 
-    def _optimizer_name(self) -> str | None:
-        """Returns the identifier that will train, whoever named it; ``None`` if the model decides or nothing trains."""
+    def _chosen_config(self) -> OptimConfig | None:
+        """Returns the optimizer that will train, whoever named it; ``None`` if the model decides or nothing trains."""
         if self.config.get("subcommand") not in (None, "fit"):
             return None
         if self.optim_config is not None:
-            return self.optim_config.optim
-        return self.model.optim_config.optim if isinstance(self.model, OptimMixin) else None
+            return self.optim_config
+        return self.model.optim_config if isinstance(self.model, OptimMixin) else None
 
     def _section(self) -> Namespace:
         """Returns the configuration of the subcommand, or the whole where there are none."""

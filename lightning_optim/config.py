@@ -6,13 +6,15 @@ import dataclasses
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
-from lightning_optim import availability, rules
+from lightning_optim import availability, rules, trust
+from lightning_optim.catalog.layerwise import SUFFIX
 from lightning_optim.errors import InvalidOption, MissingDependency
 from lightning_optim.options import NON_NEGATIVE, Range, as_mapping, as_number, parse
 from lightning_optim.registry import REGISTRY
 from lightning_optim.schedules import get_schedule, parse_warmup
+from lightning_optim.spec import OptimizerSpec
 from lightning_optim.target_modules import TargetModules, check_target_modules
 
 _LAYER_DECAY = Range(low=0.0, high=1.0, low_open=True)
@@ -24,7 +26,7 @@ class OptimConfig:
 
     Creating one checks it: names, option names, types and ranges, and combinations that cannot work. Whether the
     packages are installed is checked only when the optimizer is built, so that a checkpoint can be loaded for inference
-    where they are not.
+    where they are not. So is a dotted path that only the checkpoint names: see :mod:`lightning_optim.trust`.
 
     Attributes:
         optim: Identifier, alias or dotted path.
@@ -59,6 +61,9 @@ class OptimConfig:
     warmup_steps: int | float = 0
     optim_fallback: bool = False
 
+    # Whether the row was left alone because only a file names it; no field, so that it is nobody's argument.
+    _withheld: ClassVar[bool] = False
+
     def __post_init__(self) -> None:
         for name, bounds in (("lr", NON_NEGATIVE), ("weight_decay", NON_NEGATIVE), ("layer_decay", _LAYER_DECAY)):
             object.__setattr__(self, name, as_number(name, getattr(self, name), bounds))
@@ -73,8 +78,11 @@ class OptimConfig:
         if self.lr_scheduler is not None:
             schedule = get_schedule(self.lr_scheduler)
             parse(schedule.options, self.lr_scheduler_args, schedule.name)
+        if isinstance(self.optim, str) and trust.only_a_file_says(self.optim) and self._would_import():
+            object.__setattr__(self, "_withheld", True)
+            return
         try:
-            spec = REGISTRY.find(self.optim)
+            spec = self.spec
         except MissingDependency:
             return
         self._absorb_weight_decay()
@@ -82,10 +90,22 @@ class OptimConfig:
         rules.check_config(rules.Request(spec, self, options))
 
     @property
+    def spec(self) -> OptimizerSpec:
+        """The row of ``optim``.
+
+        Raises:
+            UntrustedOptimizer: If only a checkpoint names it, and its module has not been imported since.
+        """
+        if self._withheld and self._would_import():
+            raise trust.refusal(self.optim)
+        return REGISTRY.find(self.optim)
+
+    @property
     def candidates(self) -> tuple[str, ...]:
         """The identifiers to try in turn; the first that can run is built."""
-        names = (self.optim, *(REGISTRY.find(self.optim).fallbacks if self.optim_fallback else ()))
-        return tuple(dict.fromkeys(one for name in names for one in REGISTRY.find(name).choices or (name,)))
+        names = (self.optim, *(self.spec.fallbacks if self.optim_fallback else ()))
+        rows = {name: self.spec if name == self.optim else REGISTRY.find(name) for name in names}
+        return tuple(dict.fromkeys(one for name, row in rows.items() for one in row.choices or (name,)))
 
     def ensure_available(self) -> None:
         """Raises :class:`MissingDependency` if no candidate that takes these options has its packages here."""
@@ -94,13 +114,22 @@ class OptimConfig:
                 self.replace(optim=name)
                 if REGISTRY.find(name).availability():
                     return
-        spec = REGISTRY.find(self.optim)
+        spec = self.spec
         nearest = [name for name in spec.fallbacks if REGISTRY.find(name).availability()]
         availability.ensure(self.optim, spec.requirements, nearest)
 
     def replace(self, **changes: Any) -> OptimConfig:
         """Returns a checked copy with some attributes changed."""
-        return dataclasses.replace(self, **changes)
+        if not self._withheld or "optim" in changes:
+            return dataclasses.replace(self, **changes)
+        with trust.reading(held=self.optim):
+            return dataclasses.replace(self, **changes)
+
+    def _would_import(self) -> bool:
+        """Whether the class is named by a dotted path alone, and has not been imported."""
+        path = self.optim.removesuffix(SUFFIX)
+        in_table = path in REGISTRY or any(row.implementation == path for row in REGISTRY.plain.values())
+        return "." in path and not in_table and not trust.is_imported(path)
 
     def _absorb_weight_decay(self) -> None:
         """Moves ``weight_decay`` out of ``optim_args``, where Hugging Face's classics take it."""

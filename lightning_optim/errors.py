@@ -17,6 +17,10 @@ class UnknownSchedule(ValueError):
     """The learning-rate schedule is not one of the names of :mod:`lightning_optim.schedules`."""
 
 
+class UntrustedOptimizer(ValueError):
+    """Only a checkpoint names the optimizer's class, and importing that class would run code that nobody asked for."""
+
+
 class InvalidOption(ValueError):
     """A hyperparameter has an unknown name, the wrong type or a value out of range."""
 

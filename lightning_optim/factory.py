@@ -114,7 +114,7 @@ def _runnable(names: Sequence[str], devices: set[str]) -> list[str]:
 def _build(
     parameters: list[NamedParameter], config: OptimConfig, warmup_steps: int, trainer: rules.TrainerFacts | None
 ) -> ResolvedOptimizer:
-    spec = REGISTRY.find(config.optim)
+    spec = config.spec
     devices = device_types(parameters)
     nearest = () if config.optim_fallback else _runnable(spec.fallbacks, devices)
     problems = list(spec.availability().reasons)

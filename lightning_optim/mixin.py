@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch.utilities.model_helpers import _restricted_classmethod
+from torch import nn
 from torch.optim import Optimizer
 from typing_extensions import Self
 
-from lightning_optim import integration
+from lightning_optim import integration, trust
 from lightning_optim.callbacks.old_checkpoints import OldCheckpoints, import_torchao, is_old_style
 from lightning_optim.callbacks.used import OptimIsUsed
 from lightning_optim.config import OptimConfig
@@ -81,6 +82,10 @@ class OptimMixin(_Base):
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
+        if trust.is_reading():
+            # The outermost got them out of the file; what it hands on may be words of its own.
+            *_, outermost = _init_frames(self)
+            trust.note(_arguments(outermost))
         self._optim_is_used: OptimIsUsed | None = None
         self.optim_config = OptimConfig(
             optim,
@@ -125,7 +130,7 @@ class OptimMixin(_Base):
         Lightning leaves out the name of the collecting parameter: of ``__init__(self, **optim)`` it would lose
         ``optim``, and ``load_from_checkpoint`` would give back another optimizer.
         """
-        frame = frame or self._init_frame()
+        frame = frame or next(_init_frames(self), None) or inspect.currentframe().f_back  # type: ignore[union-attr]
         collector = inspect.getargvalues(frame).keywords if frame else None
         collected = frame.f_locals[collector] if frame and collector else {}
         lost = {name: value for name, value in collected.items() if name == collector and (not args or name in args)}
@@ -134,17 +139,6 @@ class OptimMixin(_Base):
             super().save_hyperparameters(*others, ignore=ignore, frame=frame, logger=logger)
         ignored = (ignore,) if isinstance(ignore, str) else ignore or ()
         self._update_hyperparameters({name: value for name, value in lost.items() if name not in ignored})
-
-    def _init_frame(self) -> FrameType | None:
-        """Returns the frame of the ``__init__`` of this object that is running, past overrides and helpers."""
-        current = inspect.currentframe()
-        # Past this method and save_hyperparameters.
-        frame = first = current.f_back.f_back if current and current.f_back else None
-        while frame and not (
-            frame.f_code.co_name == "__init__" and any(value is self for value in frame.f_locals.values())
-        ):
-            frame = frame.f_back
-        return frame or first
 
     def _update_hyperparameters(self, values: Mapping[str, Any]) -> None:
         """Changes the saved hyperparameters and what loggers are told of them."""
@@ -160,13 +154,16 @@ class OptimMixin(_Base):
         **kwargs: Any,
     ) -> Self:
         """Loads as Lightning does, also old-style checkpoints that hold torchao's tensors (onto the CPU)."""
-        try:
-            return super().load_from_checkpoint(checkpoint_path, map_location, **kwargs)
-        except Exception as error:
-            if not is_old_style(error):
-                raise
-        import_torchao()
-        return super().load_from_checkpoint(checkpoint_path, "cpu", **kwargs)
+        # The defaults are words of code, too.
+        defaults = [parameter.default for parameter in inspect.signature(cls.__init__).parameters.values()]
+        with trust.reading(said=[kwargs, defaults]):
+            try:
+                return super().load_from_checkpoint(checkpoint_path, map_location, **kwargs)
+            except Exception as error:
+                if not is_old_style(error):
+                    raise
+            import_torchao()
+            return super().load_from_checkpoint(checkpoint_path, "cpu", **kwargs)
 
     def configure_callbacks(self) -> list[Callback]:
         """Adds what reads old-style checkpoints and what checks that ``optim`` is used; call ``super()`` in yours."""
@@ -250,3 +247,19 @@ class OptimMixin(_Base):
             without = {"lr_scheduler": None, "lr_scheduler_args": None, "warmup_steps": 0}
             config = self.optim_config.replace(**{**without, **given})
         return integration.build(self, self if target is None else target, config)
+
+
+def _init_frames(module: nn.Module) -> Iterator[FrameType]:
+    """Yields the frames of the ``__init__`` methods of ``module`` that are running, from the inside out."""
+    frame = inspect.currentframe()
+    while frame:
+        if frame.f_code.co_name == "__init__" and any(value is module for value in frame.f_locals.values()):
+            yield frame
+        frame = frame.f_back
+
+
+def _arguments(frame: FrameType) -> list[Any]:
+    """Returns the values of the arguments with which a frame's function was called."""
+    found = inspect.getargvalues(frame)
+    names = [*found.args, *filter(None, (found.varargs, found.keywords))]
+    return [found.locals[name] for name in names if name in found.locals]

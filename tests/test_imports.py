@@ -19,7 +19,7 @@ ROOT = Path(lightning_optim.__file__).parent
 # for all its modules, unless one is named.
 LAYERS = (
     ("errors",),
-    ("availability", "options", "parameters"),
+    ("availability", "options", "parameters", "trust"),
     ("spec", "target_modules", "layer_decay"),
     ("optimizers",),
     ("adapters", "catalog"),

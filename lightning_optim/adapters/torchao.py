@@ -21,6 +21,7 @@ from torchao.optim.subclass_4bit import OptimState4bit
 from torchao.optim.subclass_8bit import OptimState8bit
 
 _PACKED = "torchao_quantized"
+_DTYPES = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float16", "float64")}
 
 
 def pack(state: Any) -> Any:
@@ -44,7 +45,7 @@ def unpack(packed: Any, device: torch.device) -> Any:
         return packed
     # Copies, as load_state_dict makes them: the optimizer must not write into the caller's state dict.
     codes, scale, qmap = (packed[name].detach().to(device, copy=True) for name in ("codes", "scale", "qmap"))
-    signed, dtype = packed["signed"], getattr(torch, packed["dtype"])
+    signed, dtype = packed["signed"], _DTYPES[packed["dtype"]]
     if packed[_PACKED] == 4:
         return OptimState4bit(codes, scale, qmap, signed, torch.Size(packed["shape"]), dtype=dtype)
     return OptimState8bit(codes, scale, qmap, signed, dtype=dtype)

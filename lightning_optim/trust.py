@@ -1,0 +1,87 @@
+"""Classes that code names are imported; those that only a file names are not.
+
+``load_from_checkpoint`` makes a module from the arguments that a file holds. A dotted path among them would have its
+module imported, which runs it, whoever wrote the file. Lightning guards its own instantiators in the same way.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import Any
+
+from lightning_optim.errors import UntrustedOptimizer
+
+
+@dataclass
+class _Reading:
+    """A file that is being read: what the caller's code said beside it, and what the file holds."""
+
+    said: frozenset[str]
+    held: set[str] = field(default_factory=set)
+
+
+_reading: ContextVar[_Reading | None] = ContextVar("lightning_optim_reading", default=None)
+
+
+@contextmanager
+def reading(said: Any = (), held: Any = ()) -> Iterator[None]:
+    """Has names that a file holds not imported inside.
+
+    Args:
+        said: Arguments of the caller's own, whose words are trusted.
+        held: What the file holds, where that is known from the beginning.
+    """
+    token = _reading.set(_Reading(frozenset(words(said)), set(words(held))))
+    try:
+        yield
+    finally:
+        _reading.reset(token)
+
+
+def is_reading() -> bool:
+    """Whether a file is being read."""
+    return _reading.get() is not None
+
+
+def note(arguments: Any) -> None:
+    """Takes down what came out of the file that is being read."""
+    current = _reading.get()
+    assert current is not None, "note() outside of reading()"
+    current.held.update(words(arguments))
+
+
+def only_a_file_says(word: str) -> bool:
+    """Whether a word came out of the file that is being read, and the caller did not say it."""
+    current = _reading.get()
+    return current is not None and word in current.held - current.said
+
+
+def is_imported(path: str) -> bool:
+    """Whether the object that a dotted path names is there already, so that looking it up runs nothing."""
+    module, _, name = path.rpartition(".")
+    return name in vars(sys.modules.get(module, object))
+
+
+def refusal(path: str) -> UntrustedOptimizer:
+    """Returns the error for an optimizer that only a file names."""
+    return UntrustedOptimizer(
+        f"optim={path!r} is named by the checkpoint alone, and is not imported: that would run whatever the module "
+        f"{path.rpartition('.')[0]!r} holds. If you trust the checkpoint, name it yourself, "
+        f"load_from_checkpoint(path, optim={path!r}) or --model.optim {path}, or import the module before."
+    )
+
+
+def words(value: Any) -> Iterator[str]:
+    """Yields the strings in nested mappings, lists and other iterables."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping):
+        for item in value.values():
+            yield from words(item)
+    elif isinstance(value, (list, tuple, set, frozenset)):
+        for item in value:
+            yield from words(item)

@@ -18,8 +18,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, OneCycleLR
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from lightning_optim import Clipping, IncompatibleTrainer, InvalidOption, Layerwise, build_optimizer, build_schedule
+from lightning_optim.optimizers.preparing import prepare_step
 from tests.cases import NAMES, case_of
 from tests.models import TokenModel, loader
 from tests.test_resume import assert_equal
@@ -239,12 +241,37 @@ class TestLoops:
 
     @pytest.mark.parametrize("loop", LOOPS)
     def test_step_hooks_run_once_per_step(self, loop: Loop) -> None:
+        """Those of the optimizer and those for all optimizers."""
         model, optimizer = build("adamw_torch_layerwise", bucket_mb=0)
         calls: list[str] = []
         optimizer.register_step_pre_hook(lambda *_: calls.append("pre"))
         optimizer.register_step_post_hook(lambda *_: calls.append("post"))
-        loop(model, optimizer, data())
-        assert calls == ["pre", "post"] * STEPS
+        handles = [
+            register_optimizer_step_pre_hook(lambda *_: calls.append("pre, of all")),
+            register_optimizer_step_post_hook(lambda *_: calls.append("post, of all")),
+        ]
+        try:
+            loop(model, optimizer, data())
+        finally:
+            for handle in handles:
+                handle.remove()
+        assert calls == ["pre, of all", "pre", "post", "post, of all"] * STEPS
+
+    @pytest.mark.parametrize("loop", LOOPS)
+    def test_what_prepares_a_step_meets_every_gradient(self, loop: Loop) -> None:
+        model, optimizer = build("adamw_torch_layerwise", bucket_mb=0)
+        met: list[Tensor] = []
+
+        def prepare(part: Optimizer) -> None:
+            met.extend(p for group in part.param_groups for p in group["params"] if p.grad is not None)
+
+        handle = prepare_step(optimizer, prepare)
+        loop(model, optimizer, data(1))
+        assert set(met) == set(model.parameters())
+        handle.remove()
+        met.clear()
+        loop(model, optimizer, data(1))
+        assert met == []
 
     @pytest.mark.parametrize("loop", LOOPS)
     def test_attributes_that_a_step_changes_reach_the_optimizer(self, loop: Loop) -> None:

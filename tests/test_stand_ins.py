@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import itertools
 import warnings
 from pathlib import Path
@@ -283,25 +282,6 @@ def test_a_checkpoint_does_not_change_the_kernel(tmp_path: Path, before: str, af
         assert (group["fused"], group["foreach"]) == (fused, None)
         assert group["lr"] == 1e-3, "hyperparameters are the checkpoint's"
         assert all(run.optimizers[0].state[p]["step"] == 6 for p in group["params"])
-
-
-def test_a_checkpoint_of_another_memory_format_is_stepped_right() -> None:
-    """torch's fused CPU kernels take no notice of strides; a loaded state has those of the model that saved it."""
-    models = [nn.Conv2d(3, 4, 3), nn.Conv2d(3, 4, 3).to(memory_format=torch.channels_last)]
-    models[1].load_state_dict(models[0].state_dict())
-    batch = torch.randn(2, 3, 8, 8)
-    first = build_optimizer(models[0], "adamw_torch", lr=1e-2)
-    models[0](batch).square().sum().backward()
-    first.step()
-    models[1].load_state_dict(models[0].state_dict())
-    second = build_optimizer(models[1], "adamw", lr=1e-2)
-    # As read from a file: torch shares the tensors otherwise.
-    second.load_state_dict(copy.deepcopy(first.state_dict()))
-    for model, optimizer in zip(models, (first, second), strict=True):
-        optimizer.zero_grad()
-        model(batch).square().sum().backward()
-        optimizer.step()
-    assert (models[0].weight - models[1].weight).abs().max() < 1e-6
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""bitsandbytes optimizers whose bits are chosen per param group.
+"""bitsandbytes optimizers whose bits are chosen per param group, and that leave parameters where they lie in memory.
 
 bitsandbytes lets a parameter keep 32-bit states through ``GlobalOptimManager``, a process-wide table keyed by (group
 index, parameter index): an override meant for one optimizer also hits the next one built. Here the param group says it
@@ -9,7 +9,9 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from bitsandbytes import optim
+from torch import Tensor
 
 from lightning_optim.optimizers.foreign import check_state
 
@@ -42,17 +44,37 @@ class _BitsPerGroup:
         check_state(self, ("state1",))  # type: ignore[arg-type]
 
 
-class AdamW(_BitsPerGroup, optim.AdamW):
+class _KeepsLayout:
+    """Steps a contiguous copy of a parameter that is not contiguous (channels_last, transposed) and writes it back.
+
+    Upstream leaves the copy in the parameter's place: the layout that the user chose is lost in the first step, and a
+    resumed run, which begins with the user's layout again, rounds otherwise than the one that went on.
+    """
+
+    def update_step(self, group: dict[str, Any], p: Tensor, gindex: int, pindex: int) -> None:
+        own = p.data
+        super().update_step(group, p, gindex, pindex)  # type: ignore[misc]
+        if not own.is_contiguous():
+            own.copy_(p.data)
+            p.data = own
+
+    def get_state_buffer(self, p: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Returns zeros in the order of the copy: kernels for a GPU walk over the memory of both."""
+        buffer: Tensor = super().get_state_buffer(p, dtype)  # type: ignore[misc]
+        return buffer.contiguous()
+
+
+class AdamW(_KeepsLayout, _BitsPerGroup, optim.AdamW):
     """``bitsandbytes.optim.AdamW``; a param group's ``optim_bits`` overrides the constructor's."""
 
 
-class Lion(_BitsPerGroup, optim.Lion):
+class Lion(_KeepsLayout, _BitsPerGroup, optim.Lion):
     """``bitsandbytes.optim.Lion``; a param group's ``optim_bits`` overrides the constructor's."""
 
 
-class AdEMAMix(_BitsPerGroup, optim.AdEMAMix):
+class AdEMAMix(_KeepsLayout, _BitsPerGroup, optim.AdEMAMix):
     """``bitsandbytes.optim.AdEMAMix``; a param group's ``optim_bits`` overrides the constructor's."""
 
 
-class RMSprop(_BitsPerGroup, optim.RMSprop):
+class RMSprop(_KeepsLayout, _BitsPerGroup, optim.RMSprop):
     """``bitsandbytes.optim.RMSprop``; a param group's ``optim_bits`` overrides the constructor's."""

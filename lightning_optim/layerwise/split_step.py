@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 from collections import OrderedDict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -12,10 +13,13 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_optim.errors import IncompatibleTrainer
+from lightning_optim.optimizers.preparing import preparations
 
 # Attributes of the outer optimizer that its parts do not share: what is restricted, and what runs once per step.
 _HOOKS = ("_optimizer_step_pre_hooks", "_optimizer_step_post_hooks")
 _NOT_SHARED = ("param_groups", "step", "_layerwise", *_HOOKS)
+# What torch wraps around the step of every class, to run the hooks.
+_HOOKED = Optimizer.profile_hook_step(lambda optimizer: None).__code__
 
 
 def _differ(one: Any, other: Any) -> bool:
@@ -44,6 +48,7 @@ class SplitStep:
             parameter: index for index, group in enumerate(optimizer.param_groups) for parameter in group["params"]
         }
         self._shared = {name: value for name, value in vars(optimizer).items() if name not in _NOT_SHARED}
+        self._preparations = preparations(optimizer)
         self._tensors = [
             [key for key, value in group.items() if isinstance(value, Tensor)] for group in optimizer.param_groups
         ]
@@ -109,12 +114,22 @@ class SplitStep:
             for key in self._tensors[index]:
                 own[key] = own[key].clone()
             inner.param_groups.append(own)
-        # A step that a GradScaler skips advances nothing.
-        inner.register_step_post_hook(partial(self._note, indices))
+        vars(inner)["step"] = partial(self._step, inner, indices)
         self.inners.append(inner)
         return inner
 
-    def _note(self, indices: Sequence[int], inner: Optimizer, *_: Any) -> None:
+    def _step(self, inner: Optimizer, indices: Sequence[int], *args: Any, **kwargs: Any) -> Any:
+        """The ``step`` of an inner optimizer; one that a GradScaler skips advances nothing."""
+        for prepare in self._preparations:
+            prepare(inner)
+        result = _unhooked(type(inner).step)(inner, *args, **kwargs)
         for index, group in zip(indices, inner.param_groups, strict=True):
             self._advanced.setdefault(index, []).append(group)
         self._attributes = self._attributes or vars(inner)
+        return result
+
+
+def _unhooked(step: Callable[..., Any]) -> Callable[..., Any]:
+    """Returns a class's ``step`` without the hooks for all optimizers: they run once per step, with the outer's own."""
+    unhooked: Callable[..., Any] = inspect.unwrap(step, stop=lambda f: getattr(f, "__code__", None) is not _HOOKED)
+    return unhooked

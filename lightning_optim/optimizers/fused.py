@@ -16,7 +16,8 @@ from torch.optim import SGD, Optimizer
 from torch.optim.sgd import sgd
 from torch.utils._foreach_utils import _get_fused_kernels_supported_devices
 
-from lightning_optim.optimizers.kernels import before_step, keep_kernel, lay_out_states
+from lightning_optim.optimizers.kernels import keep_kernel, lay_out_states
+from lightning_optim.optimizers.preparing import prepare_step
 
 HALF = (torch.bfloat16, torch.float16)
 
@@ -108,7 +109,7 @@ class FusedStep:
         self.built_plain = not all(group["fused"] for group in self._built)
         self._hooks = keep_kernel(optimizer)
         if isinstance(optimizer, SGD):
-            self._hooks.append(optimizer.register_step_pre_hook(before_step(_start_velocities)))
+            self._hooks.append(prepare_step(optimizer, _start_velocities))
         # A scaler then hands the kernel the flag that says whether to skip, instead of reading it. torch's own classes
         # set this if they are built fused, Adagrad only from some version on.
         self._scales = getattr(optimizer, SCALES, False)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
+
+from lightning_optim.optimizers.preparing import prepare_step
 
 # What torch keeps in the param groups although it says how a step is computed, not what.
 _KERNEL = ("fused", "foreach", "capturable")
@@ -35,30 +36,8 @@ def keep_kernel(optimizer: Optimizer) -> list[RemovableHandle]:
     return [
         optimizer.register_load_state_dict_pre_hook(_with_own_kernel),
         optimizer.register_load_state_dict_post_hook(lay_out_states),
-        *([optimizer.register_step_pre_hook(before_step(_prepare))] if "fused" in optimizer.defaults else []),
+        *([prepare_step(optimizer, _prepare)] if "fused" in optimizer.defaults else []),
     ]
-
-
-def before_step(prepare: Callable[[Optimizer], None]) -> Callable[..., Any]:
-    """Returns a hook for ``register_step_pre_hook`` that calls ``prepare`` when the gradients are there.
-
-    They are made by the closure, if there is one, which runs after the hook.
-    """
-
-    def hook(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        closure = args[1] if len(args) > 1 else kwargs.get("closure")
-        if closure is None:
-            prepare(optimizer)
-            return None
-
-        def closure_then_prepare() -> Any:
-            loss = closure()
-            prepare(optimizer)
-            return loss
-
-        return args[:1], {**kwargs, "closure": closure_then_prepare}
-
-    return hook
 
 
 def lay_out_states(optimizer: Optimizer) -> None:

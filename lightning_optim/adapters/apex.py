@@ -6,7 +6,7 @@ https://github.com/NVIDIA/apex; not the project that PyPI calls apex, which has 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import amp_C
@@ -17,6 +17,7 @@ from torch import Tensor
 from lightning_optim.errors import IncompatibleTrainer, InvalidOption
 from lightning_optim.optimizers.groups import only_valid_groups
 from lightning_optim.optimizers.kernels import laid_out_as
+from lightning_optim.optimizers.uncompiled import StepsUncompiled, uncompiled
 
 for _module, _name in ((amp_C, "multi_tensor_adam"), (optimizers, "FusedAdam")):
     if not hasattr(_module, _name):
@@ -31,7 +32,7 @@ _MOMENTS = ("exp_avg", "exp_avg_sq")
 _UPSTREAM_STEP = inspect.unwrap(optimizers.FusedAdam.step)
 
 
-class FusedAdam(optimizers.FusedAdam):
+class FusedAdam(StepsUncompiled, optimizers.FusedAdam):
     """``apex.optimizers.FusedAdam``, mended where it differs from ``torch.optim.AdamW``.
 
     - ``zero_grad`` takes ``set_to_none``.
@@ -59,13 +60,9 @@ class FusedAdam(optimizers.FusedAdam):
     def zero_grad(self, set_to_none: bool = True) -> None:
         torch.optim.Optimizer.zero_grad(self, set_to_none)
 
+    @uncompiled
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Steps every parameter that has a gradient; returns what ``closure`` returns."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+    def _step(self) -> None:
         parts = [part for group in self.param_groups for part in self._by_count(group)]
         own = self.param_groups, self.param_groups_master
         self.param_groups = parts
@@ -78,7 +75,6 @@ class FusedAdam(optimizers.FusedAdam):
         for part in parts:
             for parameter in part["params"]:
                 self.state[parameter]["step"] += 1
-        return loss
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Loads what this class, ``torch.optim.AdamW`` or apex's own class saved.

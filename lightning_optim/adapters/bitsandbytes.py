@@ -14,12 +14,13 @@ from bitsandbytes import optim
 from torch import Tensor
 
 from lightning_optim.optimizers.foreign import check_state
+from lightning_optim.optimizers.uncompiled import StepsUncompiled
 
 # What bitsandbytes' own get_config assumes where a group lacks the key.
 _GROUP_DEFAULTS = {"betas": (0.9, 0.999), "eps": 1e-8, "alpha": 0.0, "t_alpha": None, "t_beta3": None}
 
 
-class _BitsPerGroup:
+class _BitsPerGroup(StepsUncompiled):
     """Reads an update's configuration from the param group and from this optimizer alone."""
 
     args: Any
@@ -40,8 +41,8 @@ class _BitsPerGroup:
         Raises:
             InvalidOption: If another optimizer saved it.
         """
-        super().load_state_dict(state_dict, *args, **kwargs)  # type: ignore[misc]
-        check_state(self, ("state1",))  # type: ignore[arg-type]
+        super().load_state_dict(state_dict, *args, **kwargs)
+        check_state(self, ("state1",))
 
 
 class _KeepsLayout:

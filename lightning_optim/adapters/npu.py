@@ -5,7 +5,6 @@ https://gitcode.com/Ascend/pytorch, ``torch_npu/optim``, read in version 2.13.0.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -15,6 +14,7 @@ from torch_npu import optim
 
 from lightning_optim.errors import IncompatibleTrainer, InvalidOption
 from lightning_optim.optimizers.groups import only_valid_groups
+from lightning_optim.optimizers.uncompiled import StepsUncompiled, uncompiled
 
 _INSTEAD = "or optim='adamw_torch_fused'"
 
@@ -23,7 +23,7 @@ _INSTEAD = "or optim='adamw_torch_fused'"
 _FLAT: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 
-class NpuFusedAdamW(optim.NpuFusedAdamW):
+class NpuFusedAdamW(StepsUncompiled, optim.NpuFusedAdamW):
     """``torch_npu.optim.NpuFusedAdamW``, mended where it differs from ``torch.optim.AdamW``.
 
     Upstream's first step moves parameters, gradients and states into flat buffers, and every step is a few kernels over
@@ -73,18 +73,13 @@ class NpuFusedAdamW(optim.NpuFusedAdamW):
         else:
             torch.optim.Optimizer.zero_grad(self, set_to_none)
 
+    @uncompiled
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Steps every parameter that has a gradient; returns what ``closure`` returns."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+    def _step(self) -> None:
         self._maybe_init_combined_params_and_grads()
         self._maybe_init_combined_states()
         for index in range(len(self.param_groups)):
             self._group_step(index)
-        return loss
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Loads what this class or ``torch.optim.AdamW`` saved; the next step continues from it.

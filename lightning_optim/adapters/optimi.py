@@ -9,8 +9,10 @@ import torch
 from optimi.utils import HAS_TRITON
 from torch import Tensor
 
+from lightning_optim.optimizers.uncompiled import StepsUncompiled
 
-class StableAdamW(optimi.StableAdamW):
+
+class StableAdamW(StepsUncompiled, optimi.StableAdamW):
     """``optimi.StableAdamW``, mended in two places.
 
     Upstream stores its decision for Triton kernels in the param group and hence in checkpoints, so that a checkpoint

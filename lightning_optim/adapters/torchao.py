@@ -11,7 +11,6 @@ The learning rate stays what torchao makes of it, a 0-dim float32 tensor, but fl
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -19,6 +18,8 @@ import torchao.optim
 from torch import Tensor
 from torchao.optim.subclass_4bit import OptimState4bit
 from torchao.optim.subclass_8bit import OptimState8bit
+
+from lightning_optim.optimizers.uncompiled import StepsUncompiled, uncompiled
 
 _PACKED = "torchao_quantized"
 _DTYPES = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float16", "float64")}
@@ -51,7 +52,7 @@ def unpack(packed: Any, device: torch.device) -> Any:
     return OptimState8bit(codes, scale, qmap, signed, dtype=dtype)
 
 
-class _PlainCheckpoints(torchao.optim.adam._AdamBase):
+class _PlainCheckpoints(StepsUncompiled, torchao.optim.adam._AdamBase):
     """torchao's AdamW with plain state dicts, float learning rates and full-precision groups."""
 
     def state_dict(self) -> dict[str, Any]:
@@ -90,13 +91,12 @@ class _PlainCheckpoints(torchao.optim.adam._AdamBase):
         buffer: Tensor = super()._new_buffer(p, signed)
         return buffer
 
-    @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+    @uncompiled
+    def _step(self) -> None:
         for group in self.param_groups:
             if not isinstance(group["lr"], Tensor):
                 group["lr"] = torch.tensor(group["lr"], dtype=torch.float32)
-        loss: float | None = super().step(closure)
-        return loss
+        super()._step()
 
 
 class AdamW8bit(_PlainCheckpoints, torchao.optim.AdamW8bit):

@@ -22,6 +22,7 @@ from lightning_optim.layerwise.passes import Measurement, Observation, Pass, Ste
 from lightning_optim.layerwise.replicas import AgreedOrder, Replicas, refuse_separate_processes, refuse_unused
 from lightning_optim.optimizers.averaging import KeepsTrainingPoint
 from lightning_optim.optimizers.fused import SCALES
+from lightning_optim.optimizers.uncompiled import uncompiled
 
 MIB = 2**20
 # Without bucket_mb: this part of all gradients, so that small models save memory too, and never more than this.
@@ -206,6 +207,7 @@ class Layerwise:
         whole = scaler is not None or (clipping is not None and self._must_measure(clipping))
         return whole and (self.accumulated or self.has_gradients())
 
+    @uncompiled
     def prepare(
         self, backward: Callable[[], Any], clipping: Clipping | None = None, scaler: GradScaler | None = None
     ) -> None:
@@ -235,6 +237,7 @@ class Layerwise:
         elif clipping is not None and clipping.kind == "previous":
             self._measured = self.gradient_norm
 
+    @uncompiled
     def begin(self, clipping: Clipping | None = None, scaler: GradScaler | None = None) -> None:
         """Makes the backward that comes step."""
         self._hook_parameters()
@@ -249,6 +252,7 @@ class Layerwise:
         self._passes.append(step)
         self._pass = step
 
+    @uncompiled
     def end(self) -> None:
         """Steps what the backward left over and ends the step.
 
@@ -273,12 +277,14 @@ class Layerwise:
         """True from :meth:`begin` to :meth:`end`."""
         return isinstance(self._pass, Step)
 
+    @uncompiled
     def abort(self) -> None:
         """Gives up the backward that runs: drops the gradients it left; what was stepped stays stepped."""
         if self._pass is not None:
             self._pass, self._measured = None, None
             self.optimizer.zero_grad(set_to_none=True)
 
+    @uncompiled
     def average_alive(self) -> None:
         """Averages gradients that a backward without steps left alive over the processes, unless that was done.
 
@@ -296,10 +302,12 @@ class Layerwise:
         self._averaged = True
         refuse_unused(buckets.unused, "in this process", self._name)
 
+    @uncompiled
     def measure_alive(self) -> None:
         """Takes the norm of gradients that wait for their step as :attr:`gradient_norm`."""
         self.gradient_norm = total_norm(norms_of(self._alive()))
 
+    @uncompiled
     def clip_alive(self, clipping: Clipping) -> None:
         """Clips gradients that wait for their step; whatever the kind, their total norm is that of this step."""
         alive = self._alive()
@@ -346,6 +354,11 @@ class Layerwise:
                     loss = closure()
             finally:
                 self.in_closure = False
+        self._step_alive()
+        return loss
+
+    @uncompiled
+    def _step_alive(self) -> None:
         alive = self._alive()
         # Without gradients, too: an optimizer may count its steps in its groups.
         if alive or not self.stepped:
@@ -356,7 +369,6 @@ class Layerwise:
             step.commit()
         self.stepped = self.accumulated = self._averaged = False
         self._order.arrivals.clear()
-        return loss
 
     def _step_after_backward(self, clipping: Clipping | None, scaler: GradScaler | None) -> None:
         self.average_alive()
@@ -402,6 +414,7 @@ class Layerwise:
                 self._hooks[parameter] = register(self._on_gradient)
                 self._gradient_bytes += nbytes(parameter)
 
+    @uncompiled
     def _on_gradient(self, parameter: Tensor) -> None:
         if self._pass is None:
             self._averaged = False

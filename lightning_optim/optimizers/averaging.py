@@ -18,12 +18,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim import Optimizer
+
+from lightning_optim.optimizers.uncompiled import StepsUncompiled, uncompiled
 
 _POINT = "y"
 
 
-class KeepsTrainingPoint(Optimizer):
+class KeepsTrainingPoint(StepsUncompiled):
     """Mixin for an optimizer with schedule-free's ``train()`` and ``eval()``, its ``z`` and its ``train_mode``.
 
     Attributes:
@@ -37,6 +38,7 @@ class KeepsTrainingPoint(Optimizer):
         """True while the parameters hold the training point."""
         return any(group["train_mode"] for group in self.param_groups)
 
+    @uncompiled
     @torch.no_grad()
     def eval(self) -> None:
         """Puts the averaged weights into the parameters; does nothing if they are there already."""
@@ -44,6 +46,7 @@ class KeepsTrainingPoint(Optimizer):
             state[_POINT] = parameter.detach().clone()
         super().eval()  # type: ignore[misc]
 
+    @uncompiled
     @torch.no_grad()
     def train(self) -> None:
         """Puts the training point into the parameters; does nothing if it is there already."""

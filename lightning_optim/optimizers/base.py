@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from itertools import zip_longest
 from typing import Any, ClassVar
@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 
 from lightning_optim.errors import InvalidOption, InvalidParamGroups
 from lightning_optim.optimizers.groups import only_valid_groups
+from lightning_optim.optimizers.uncompiled import StepsUncompiled, uncompiled
 from lightning_optim.parameters import is_sharded
 
 _FORMAT = "format"
@@ -28,7 +29,7 @@ _CHANGING = frozenset(
 _TEMPORARY = 2**24
 
 
-class OwnOptimizer(Optimizer):
+class OwnOptimizer(StepsUncompiled):
     """Base of the optimizers we own.
 
     A subclass gives the state that a parameter starts with (:meth:`_initial_state`) and updates parameters of one kind
@@ -89,13 +90,9 @@ class OwnOptimizer(Optimizer):
             super().add_param_group(param_group)
             self._check_group(self.param_groups[-1])
 
+    @uncompiled
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Steps every parameter that has a gradient; returns what ``closure`` returns."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+    def _step(self) -> None:
         for group in self.param_groups:
             alive = [parameter for parameter in group["params"] if parameter.grad is not None and parameter.numel()]
             self._refuse_sparse(alive)
@@ -109,7 +106,6 @@ class OwnOptimizer(Optimizer):
                 with _without_autocast(device.type):
                     for part in _parts(parameters):
                         self._update(part, step, group)
-        return loss
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Loads as torch does, but every state tensor keeps its dtype.

@@ -10,10 +10,11 @@ from typing import Any, ClassVar
 
 from lightning_optim import availability, rules, trust
 from lightning_optim.catalog.layerwise import SUFFIX
+from lightning_optim.curves import get_schedule
 from lightning_optim.errors import InvalidOption, MissingDependency
 from lightning_optim.options import NON_NEGATIVE, Range, as_mapping, as_number, parse
 from lightning_optim.registry import REGISTRY
-from lightning_optim.schedules import get_schedule, parse_warmup
+from lightning_optim.schedules import parse_warmup
 from lightning_optim.spec import OptimizerSpec
 from lightning_optim.target_modules import TargetModules, check_target_modules
 

@@ -17,11 +17,12 @@ from lightning_optim.callbacks.report import ReportCallback
 from lightning_optim.callbacks.schedule_free import ScheduleFreeCallback
 from lightning_optim.catalog.layerwise import LayerwiseOptions
 from lightning_optim.config import OptimConfig
+from lightning_optim.curves import PlateauOptions, get_schedule
 from lightning_optim.factory import ResolvedOptimizer, resolve
 from lightning_optim.options import parse
 from lightning_optim.parameters import Target
 from lightning_optim.rules import TrainerFacts
-from lightning_optim.schedules import PlateauOptions, build_schedule, get_schedule, resolve_warmup
+from lightning_optim.schedules import build_schedule, resolve_warmup
 from lightning_optim.strategies import StepsFused
 
 if TYPE_CHECKING:

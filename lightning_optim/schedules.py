@@ -1,244 +1,25 @@
 """Learning-rate schedules by Hugging Face's names, equal to ``transformers.get_scheduler`` step by step.
 
-Each schedule is a row: its options and a function of the step. The function is no part of its state, so a checkpoint
-stores a schedule's position but not its length: resuming a run with a larger ``max_steps`` stretches the schedule to
-the new length, as Hugging Face's Trainer does.
+Each schedule is a row of :data:`~lightning_optim.curves.SCHEDULES`: its options and a function of the step. The
+function is no part of its state, so a checkpoint stores a schedule's position but not its length: resuming a run with a
+larger ``max_steps`` stretches the schedule to the new length, as Hugging Face's Trainer does.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+import warnings
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Any, ClassVar, Literal, Protocol
+from typing import Any
 
 from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
-from lightning_optim.errors import InvalidOption, UnknownSchedule, close_names, listing
-from lightning_optim.options import NON_NEGATIVE, POSITIVE, UNIT, Options, Range, convert, option, parse, required
-
-_ONE = Range(low=0.0, high=1.0)
-
-
-@dataclass(frozen=True)
-class ScheduleOptions(Options):
-    """Base of the schedules' options; alone, for schedules without any."""
-
-    kind: ClassVar[str] = "lr_scheduler_args"
-
-
-@dataclass(frozen=True)
-class CosineOptions(ScheduleOptions):
-    """Options of ``cosine``."""
-
-    num_cycles: float = option(0.5, "waves of the cosine; 0.5 falls from the peak to 0", POSITIVE)
-
-
-@dataclass(frozen=True)
-class RestartsOptions(ScheduleOptions):
-    """Options of ``cosine_with_restarts``."""
-
-    num_cycles: int = option(1, "number of falls from the peak to 0", POSITIVE)
-
-
-@dataclass(frozen=True)
-class PolynomialOptions(ScheduleOptions):
-    """Options of ``polynomial``."""
-
-    lr_end: float = option(1e-7, "learning rate at the end; of a group with another peak, in proportion", NON_NEGATIVE)
-    power: float = option(1.0, "exponent of the remaining part", POSITIVE)
-
-
-@dataclass(frozen=True)
-class InverseSqrtOptions(ScheduleOptions):
-    """Options of ``inverse_sqrt``."""
-
-    timescale: int | None = option(
-        None, "steps after which the rate is 1/sqrt(2); None: warmup_steps or 10000", POSITIVE
-    )
-
-
-@dataclass(frozen=True)
-class WarmupStableDecayOptions(ScheduleOptions):
-    """Options of ``warmup_stable_decay``."""
-
-    num_decay_steps: int = required("steps of the final decay", NON_NEGATIVE)
-    num_stable_steps: int | None = option(None, "steps at the peak; None: what warm-up and decay leave", NON_NEGATIVE)
-    warmup_type: Literal["linear", "cosine", "1-sqrt"] = option("linear", "form of the warm-up")
-    decay_type: Literal["linear", "cosine", "1-sqrt"] = option("cosine", "form of the decay")
-    min_lr_ratio: float = option(0.0, "lowest rate as a part of the peak", _ONE)
-    num_cycles: float = option(0.5, "waves of a cosine decay", POSITIVE)
-
-
-@dataclass(frozen=True)
-class PlateauOptions(ScheduleOptions):
-    """Options of ``reduce_lr_on_plateau``: ``torch.optim.lr_scheduler.ReduceLROnPlateau`` and what to watch."""
-
-    monitor: str = option("val_loss", "name of the logged metric to watch", scope="policy")
-    mode: Literal["min", "max"] = option("min", "whether the metric should fall or rise")
-    factor: float = option(0.1, "the rate is multiplied by it", UNIT)
-    patience: int = option(10, "checks without improvement before the rate is reduced", NON_NEGATIVE)
-    threshold: float = option(1e-4, "smallest change that counts", NON_NEGATIVE)
-    threshold_mode: Literal["rel", "abs"] = option("rel", "whether threshold is relative")
-    cooldown: int = option(0, "checks to wait after a reduction", NON_NEGATIVE)
-    min_lr: float = option(0.0, "lowest learning rate", NON_NEGATIVE)
-    eps: float = option(1e-8, "smaller reductions are left out", NON_NEGATIVE)
-
-
-def _warm(step: int, warmup: int) -> float:
-    return step / max(1, warmup)
-
-
-def _progress(step: int, warmup: int, total: int) -> float:
-    return (step - warmup) / max(1, total - warmup)
-
-
-def _constant(step: int, warmup: int, total: int, options: ScheduleOptions, peak: float) -> float:
-    return 1.0
-
-
-def _constant_with_warmup(step: int, warmup: int, total: int, options: ScheduleOptions, peak: float) -> float:
-    return _warm(step, warmup) if step < warmup else 1.0
-
-
-def _linear(step: int, warmup: int, total: int, options: ScheduleOptions, peak: float) -> float:
-    return _warm(step, warmup) if step < warmup else max(0.0, (total - step) / max(1, total - warmup))
-
-
-def _cosine(step: int, warmup: int, total: int, options: CosineOptions, peak: float) -> float:
-    if step < warmup:
-        return _warm(step, warmup)
-    progress = _progress(step, warmup, total)
-    return max(0.0, 0.5 * (1.0 + math.cos(math.pi * options.num_cycles * 2.0 * progress)))
-
-
-def _cosine_with_restarts(step: int, warmup: int, total: int, options: RestartsOptions, peak: float) -> float:
-    if step < warmup:
-        return _warm(step, warmup)
-    progress = _progress(step, warmup, total)
-    if progress >= 1.0:
-        return 0.0
-    return max(0.0, 0.5 * (1.0 + math.cos(math.pi * ((options.num_cycles * progress) % 1.0))))
-
-
-def _polynomial(step: int, warmup: int, total: int, options: PolynomialOptions, peak: float) -> float:
-    if step < warmup:
-        return _warm(step, warmup)
-    if step > total:
-        return options.lr_end / peak
-    remaining = 1 - (step - warmup) / max(1, total - warmup)
-    lr: float = (peak - options.lr_end) * remaining**options.power + options.lr_end
-    return lr / peak
-
-
-def _inverse_sqrt(step: int, warmup: int, total: int, options: InverseSqrtOptions, peak: float) -> float:
-    if step < warmup:
-        return _warm(step, warmup)
-    timescale = options.timescale or warmup or 10_000
-    return 1.0 / math.sqrt((step + timescale - warmup) / timescale)
-
-
-def _warmup_stable_decay(step: int, warmup: int, total: int, options: WarmupStableDecayOptions, peak: float) -> float:
-    decay = options.num_decay_steps
-    stable = total - warmup - decay if options.num_stable_steps is None else options.num_stable_steps
-    lowest = options.min_lr_ratio
-    if step < warmup:
-        progress = _warm(step, warmup)
-        rise = {
-            "linear": progress,
-            "cosine": 0.5 * (1 - math.cos(math.pi * progress)),
-            "1-sqrt": 1 - math.sqrt(1 - progress),
-        }
-        return max(0.0, rise[options.warmup_type] * (1.0 - lowest) + lowest)
-    if step < warmup + stable:
-        return 1.0
-    if step < warmup + stable + decay:
-        progress = (step - warmup - stable) / max(1, decay)
-        cosine = 0.5 * (1 + math.cos(math.pi * options.num_cycles * 2.0 * progress))
-        fall = {"linear": 1 - progress, "cosine": cosine, "1-sqrt": 1 - math.sqrt(progress)}
-        return max(0.0, fall[options.decay_type] * (1.0 - lowest) + lowest)
-    return lowest
-
-
-class Multiplier(Protocol):
-    """A factor on the peak learning rate, by step."""
-
-    def __call__(self, step: int, warmup: int, total: int, options: Any, peak: float) -> float:
-        """Returns the factor."""
-
-
-@dataclass(frozen=True)
-class ScheduleSpec:
-    """A row of the schedules.
-
-    Attributes:
-        name: Hugging Face's name.
-        summary: One line.
-        options: The dataclass that declares the options.
-        multiplier: The factor on the peak learning rate at a step, given warm-up and total steps, options and the
-            peak; ``None`` for the schedule that watches a metric.
-        warms_up: Whether ``warmup_steps`` is used.
-        needs_total: Whether the length of the training must be known.
-    """
-
-    name: str
-    summary: str
-    options: type[ScheduleOptions]
-    multiplier: Multiplier | None
-    warms_up: bool = True
-    needs_total: bool = True
-
-
-SCHEDULES: dict[str, ScheduleSpec] = {
-    spec.name: spec
-    for spec in (
-        ScheduleSpec("constant", "no change", ScheduleOptions, _constant, warms_up=False, needs_total=False),
-        ScheduleSpec(
-            "constant_with_warmup", "rise, then no change", ScheduleOptions, _constant_with_warmup, needs_total=False
-        ),
-        ScheduleSpec("linear", "linear fall to 0", ScheduleOptions, _linear),
-        ScheduleSpec("cosine", "fall to 0 along a cosine", CosineOptions, _cosine),
-        ScheduleSpec("cosine_with_restarts", "several cosine falls", RestartsOptions, _cosine_with_restarts),
-        ScheduleSpec("polynomial", "polynomial fall to lr_end", PolynomialOptions, _polynomial),
-        ScheduleSpec(
-            "inverse_sqrt",
-            "fall with the square root of the step",
-            InverseSqrtOptions,
-            _inverse_sqrt,
-            needs_total=False,
-        ),
-        ScheduleSpec(
-            "warmup_stable_decay", "rise, plateau, final fall", WarmupStableDecayOptions, _warmup_stable_decay
-        ),
-        ScheduleSpec(
-            "reduce_lr_on_plateau",
-            "fall when a metric stops improving",
-            PlateauOptions,
-            None,
-            warms_up=False,
-            needs_total=False,
-        ),
-    )
-}
-
-
-def get_schedule(name: str) -> ScheduleSpec:
-    """Returns the schedule's row.
-
-    Raises:
-        UnknownSchedule: If there is none of that name; the text lists all.
-    """
-    if not isinstance(name, str) or name not in SCHEDULES:
-        near = close_names(str(name), SCHEDULES, limit=2)
-        hint = f" Did you mean {listing(near)}?" if near else ""
-        raise UnknownSchedule(
-            f"there is no lr_scheduler {name!r}.{hint} Allowed: {listing(SCHEDULES)}. For a scheduler of torch "
-            "override configure_optimizers and build the optimizer with self.build_optimizer(self)."
-        )
-    return SCHEDULES[name]
+from lightning_optim.curves import get_schedule
+from lightning_optim.errors import InvalidOption
+from lightning_optim.options import convert, parse
 
 
 def parse_warmup(warmup_steps: Any) -> int | float:
@@ -277,29 +58,55 @@ def resolve_warmup(warmup_steps: int | float, total_steps: int | None) -> int:
     return math.ceil(total_steps * warmup)
 
 
+Multiplier = Callable[[int], float]
+
+
 class NamedSchedule(LRScheduler):
     """Multiplies every group's peak by a function of the step.
 
     As ``torch.optim.lr_scheduler.LambdaLR``, but for groups that are added while training goes on, as finetuning
-    callbacks do: their learning rate at that time is their peak.
+    callbacks do. What such a group's learning rate is set to, when it is added and later, holds for the step at which
+    it is set: the schedule goes on from there.
     """
 
-    def __init__(self, optimizer: Optimizer, multiplier: Callable[[int], float]) -> None:
+    def __init__(self, optimizer: Optimizer, multiplier: Multiplier) -> None:
         self._multiplier = multiplier
+        self._first = len(optimizer.param_groups)
         super().__init__(optimizer)
 
     def get_lr(self) -> list[float | Tensor]:
+        self._follow_added_groups()
         factor = self._multiplier(self.last_epoch)
-        return [self._peak(group) * factor for group in self.optimizer.param_groups]
+        return [group["initial_lr"] * factor for group in self.optimizer.param_groups]
 
-    @staticmethod
-    def _peak(group: dict[str, Any]) -> Any:
-        if "initial_lr" not in group:
-            group["initial_lr"] = group["lr"].clone() if isinstance(group["lr"], Tensor) else group["lr"]
-        return group["initial_lr"]
+    def start_anew(self, multiplier: Multiplier, peaks: Sequence[float]) -> None:
+        """Goes on, from the step where it is, along another curve from other peaks, one per group."""
+        self._multiplier = multiplier
+        factor = multiplier(self.last_epoch)
+        for group, peak in zip(self.optimizer.param_groups, peaks, strict=True):
+            set_rate(group, peak * factor)
+            group["initial_lr"] = peak
+        self.base_lrs = list(peaks)
+        self._last_lr = [peak * factor for peak in peaks]
+
+    def _follow_added_groups(self) -> None:
+        """Makes the peak of an added group, whose rate somebody has set since the last step, what gives that rate."""
+        for index, group in enumerate(self.optimizer.param_groups[self._first :], self._first):
+            known = index < len(self._last_lr) and "initial_lr" in group
+            if not known or float(group["lr"]) != float(self._last_lr[index]):
+                # A factor of 0, at the start of a warm-up, says nothing of the peak.
+                group["initial_lr"] = group["lr"] / (self._multiplier(self.last_epoch - 1) or 1.0)
 
     def state_dict(self) -> dict[str, Any]:
-        return {name: value for name, value in super().state_dict().items() if name != "_multiplier"}
+        return {name: value for name, value in super().state_dict().items() if name not in ("_multiplier", "_first")}
+
+
+def set_rate(group: dict[str, Any], rate: float) -> None:
+    """Sets a group's learning rate; one that is a tensor stays the same tensor, which a compiled step reads."""
+    if isinstance(group["lr"], Tensor):
+        group["lr"].fill_(rate)
+    else:
+        group["lr"] = rate
 
 
 def build_schedule(
@@ -311,11 +118,11 @@ def build_schedule(
 ) -> LRScheduler | ReduceLROnPlateau:
     """Makes a learning-rate schedule to be stepped after every optimizer step.
 
-    ``reduce_lr_on_plateau`` is stepped with the metric instead, once per epoch.
+    ``reduce_lr_on_plateau`` is stepped with the metric instead, after every validation.
 
     Args:
         optimizer: The optimizer; each group's current ``lr`` is its peak.
-        name: One of :data:`SCHEDULES`.
+        name: One of :data:`~lightning_optim.curves.SCHEDULES`.
         total_steps: Optimizer steps of the whole training.
         warmup_steps: Steps of the linear rise from 0, or a fraction of ``total_steps``.
         args: The schedule's own options, a mapping or ``"name=value,..."``.
@@ -324,6 +131,37 @@ def build_schedule(
         UnknownSchedule: If there is no such schedule.
         InvalidOption: If an argument is wrong, missing or would be ignored.
     """
+    schedule = make_schedule(optimizer, name, total_steps, warmup_steps, args)
+    if isinstance(schedule, NamedSchedule):
+        too_long = long_warmup(resolve_warmup(warmup_steps, total_steps), total_steps)
+        if too_long:
+            warnings.warn(too_long, stacklevel=2)
+    return schedule
+
+
+def make_schedule(
+    optimizer: Optimizer,
+    name: str,
+    total_steps: int | None,
+    warmup_steps: int | float,
+    args: Mapping[str, Any] | str | None,
+) -> NamedSchedule | ReduceLROnPlateau:
+    """Does the work of :func:`build_schedule`, without its warning."""
+    spec = get_schedule(name)
+    if spec.multiplier is None:
+        _check_warmup(name, warmup_steps)
+        return ReduceLROnPlateau(optimizer, **parse(spec.options, args, name).select("group"))
+    return NamedSchedule(optimizer, make_multiplier(optimizer, name, total_steps, warmup_steps, args))
+
+
+def make_multiplier(
+    optimizer: Optimizer,
+    name: str,
+    total_steps: int | None,
+    warmup_steps: int | float,
+    args: Mapping[str, Any] | str | None,
+) -> Multiplier:
+    """Returns the factor on the peak as a function of the step; it raises what :func:`build_schedule` raises."""
     spec = get_schedule(name)
     options = parse(spec.options, args, name)
     if spec.needs_total and total_steps is None and getattr(options, "num_stable_steps", None) is None:
@@ -331,14 +169,25 @@ def build_schedule(
             f"lr_scheduler={name!r} needs the length of the training; set Trainer(max_steps=...) or "
             "Trainer(max_epochs=...), or pass total_steps"
         )
-    if warmup_steps and not spec.warms_up:
-        instead = "'constant_with_warmup'" if name == "constant" else "another lr_scheduler, such as 'linear'"
-        raise InvalidOption(f"lr_scheduler={name!r} has no warm-up, but warmup_steps={warmup_steps!r}; use {instead}")
-    if spec.multiplier is None:
-        return ReduceLROnPlateau(optimizer, **options.select("group"))
+    _check_warmup(name, warmup_steps)
     warmup = resolve_warmup(warmup_steps, total_steps)
     peak = float(optimizer.defaults["lr"])
-    if isinstance(options, PolynomialOptions) and peak <= options.lr_end:
-        raise InvalidOption(f"lr_end={options.lr_end:g} must be smaller than the learning rate {peak:g}")
-    multiplier = partial(spec.multiplier, warmup=warmup, total=total_steps or 0, options=options, peak=peak)
-    return NamedSchedule(optimizer, multiplier)
+    options.check_peak(peak)
+    assert spec.multiplier is not None
+    return partial(spec.multiplier, warmup=warmup, total=total_steps or 0, options=options, peak=peak)
+
+
+def long_warmup(warmup: int, total: int | None) -> str:
+    """Returns what to say of a warm-up that takes the whole training; nothing of a shorter one."""
+    if not warmup or total is None or warmup < total:
+        return ""
+    return (
+        f"the warm-up has {warmup} steps and the whole training {total}: the learning rate never reaches its peak. Set "
+        "warmup_steps to fewer steps, or to a fraction such as 0.1."
+    )
+
+
+def _check_warmup(name: str, warmup_steps: int | float) -> None:
+    if warmup_steps and not get_schedule(name).warms_up:
+        instead = "'constant_with_warmup'" if name == "constant" else "another lr_scheduler, such as 'linear'"
+        raise InvalidOption(f"lr_scheduler={name!r} has no warm-up, but warmup_steps={warmup_steps!r}; use {instead}")

@@ -37,8 +37,8 @@ from lightning_utilities.core import rank_zero
 
 import lightning_optim
 from lightning_optim import REGISTRY, command, rules
+from lightning_optim.curves import SCHEDULES
 from lightning_optim.registry import ENTRY_POINT_GROUP
-from lightning_optim.schedules import SCHEDULES
 
 ROOT = Path(__file__).parent.parent
 PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *(ROOT / "docs").glob("*.md")])

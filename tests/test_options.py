@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from lightning_optim import REGISTRY, InvalidOption, OptimConfig
+from lightning_optim.curves import SCHEDULES
 from lightning_optim.options import (
     AT_LEAST_ONE,
     NON_NEGATIVE,
@@ -27,7 +28,6 @@ from lightning_optim.options import (
     required,
     split,
 )
-from lightning_optim.schedules import SCHEDULES
 from tests.cases import BY_NAME, CASES, NAMES
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import pickle
+import warnings
 from typing import Any
 
 import pytest
@@ -13,7 +14,8 @@ from torch.optim import SGD, Optimizer
 from torch.optim.lr_scheduler import LRScheduler, OneCycleLR, ReduceLROnPlateau
 
 from lightning_optim import InvalidOption, UnknownSchedule, build_optimizer, build_schedule
-from lightning_optim.schedules import SCHEDULES, get_schedule, parse_warmup, resolve_warmup
+from lightning_optim.curves import SCHEDULES, get_schedule
+from lightning_optim.schedules import parse_warmup, resolve_warmup
 
 TOTAL = 40
 
@@ -45,6 +47,12 @@ ARGUMENTS: dict[str, list[dict[str, Any]]] = {
     "constant_with_warmup": [{}],
     "linear": [{}],
     "cosine": [{}, {"num_cycles": 0.5}, {"num_cycles": 1.25}],
+    "cosine_with_min_lr": [{"min_lr": 0.01}, {"min_lr_rate": 0.25, "num_cycles": 1.25}, {"min_lr_rate": 0.0}],
+    "cosine_warmup_with_min_lr": [
+        {"min_lr_rate": 0.25},
+        {"min_lr": 0.01, "warmup_lr_rate": 0.5},
+        {"min_lr": 0.0, "warmup_lr_rate": 0.0, "num_cycles": 0.75},
+    ],
     "cosine_with_restarts": [{}, {"num_cycles": 3}],
     "polynomial": [{}, {"power": 2.0}, {"lr_end": 1e-3, "power": 0.5}, {"lr_end": 0.0}],
     "inverse_sqrt": [{}, {"timescale": 5}],
@@ -64,9 +72,8 @@ CURVES = [
 ]
 
 
-def test_all_nine_names_are_covered() -> None:
+def test_all_names_are_covered() -> None:
     assert {*ARGUMENTS, "reduce_lr_on_plateau"} == set(SCHEDULES)
-    assert len(SCHEDULES) == 9
     assert all(get_schedule(name).name == name and SCHEDULES[name].summary for name in SCHEDULES)
 
 
@@ -157,6 +164,15 @@ def test_a_fraction_is_taken_of_the_whole_training() -> None:
     assert torch.equal(by_fraction, by_count)
 
 
+@pytest.mark.parametrize(("warmup", "said"), [(9, False), (10, True), (25, True)])
+def test_a_warmup_as_long_as_the_training_is_said(warmup: int, said: bool) -> None:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        build_schedule(optimizer_with(0.1), "linear", 10, warmup)
+    expected = [f"the warm-up has {warmup} steps and the whole training 10"] if said else []
+    assert [str(warning.message).partition(":")[0] for warning in caught] == expected
+
+
 # --- refusals --------------------------------------------------------------------------------------------------------
 
 
@@ -198,6 +214,9 @@ def test_unknown_schedules_are_refused(name: Any, near: str) -> None:
         ),
         ("polynomial", {"total_steps": 9, "args": "lr_end=0.2"}, ["lr_end=0.2 must be smaller", "0.1"]),
         ("polynomial", {"total_steps": 9, "args": "lr_end=0.1"}, ["lr_end=0.1 must be smaller", "0.1"]),
+        ("cosine_with_min_lr", {"total_steps": 9}, ["neither of min_lr and min_lr_rate", "min_lr_rate=0.1"]),
+        ("cosine_with_min_lr", {"total_steps": 9, "args": "min_lr=1e-3,min_lr_rate=0.1"}, ["both of min_lr and"]),
+        ("cosine_warmup_with_min_lr", {"total_steps": 9, "args": "min_lr=0.2"}, ["min_lr=0.2 must be smaller", "0.1"]),
         ("inverse_sqrt", {"args": "timescale=0"}, ["timescale='0' of 'inverse_sqrt' is out of range"]),
         ("warmup_stable_decay", {"total_steps": 9}, ["needs 'num_decay_steps' in lr_scheduler_args"]),
         (

@@ -16,8 +16,8 @@ from torch import nn
 import lightning_optim
 from lightning_optim import REGISTRY, OptimizerSpec
 from lightning_optim.catalog import ROWS
+from lightning_optim.curves import SCHEDULES
 from lightning_optim.options import describe, parse
-from lightning_optim.schedules import SCHEDULES
 from tests.cases import CASES, ELSEWHERE, NAMES
 
 if sys.version_info >= (3, 11):

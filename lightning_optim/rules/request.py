@@ -6,8 +6,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from lightning_optim.curves import get_schedule
 from lightning_optim.options import Options
-from lightning_optim.schedules import get_schedule
 from lightning_optim.spec import OptimizerSpec
 
 if TYPE_CHECKING:

@@ -14,11 +14,11 @@ from torch import nn
 from torch.optim import SGD
 from torch.optim.optimizer import _get_capturable_supported_devices
 
+from lightning_optim.curves import get_schedule
 from lightning_optim.optimizers.fused import HALF, is_packed, sgd_is_wrong_on_half
 from lightning_optim.parameters import NamedParameter, device_types, is_sharded
 from lightning_optim.rules.fused import half_sgd
 from lightning_optim.rules.request import Request
-from lightning_optim.schedules import get_schedule
 from lightning_optim.spec import OptimizerSpec
 
 

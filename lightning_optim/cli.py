@@ -54,6 +54,10 @@ _ARGUMENTS: dict[str, tuple[Any, str]] = {
     "lr_scheduler_args": (dict[str, Any] | str | None, "Options of the schedule."),
     "warmup_steps": (int | float | None, "Warm-up in optimizer steps, or a fraction of the training below 1."),
     "optim_fallback": (bool | None, "Whether the nearest identifier that can run here may take the place of another."),
+    "override_on_resume": (
+        list[str] | str | None,
+        "What wins over the checkpoint of --ckpt_path: lr, weight_decay, options such as betas, lr_scheduler.",
+    ),
 }
 
 

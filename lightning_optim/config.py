@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -14,6 +14,7 @@ from lightning_optim.curves import get_schedule
 from lightning_optim.errors import InvalidOption, MissingDependency
 from lightning_optim.options import NON_NEGATIVE, Range, as_mapping, as_number, parse
 from lightning_optim.registry import REGISTRY
+from lightning_optim.resume import as_overrides
 from lightning_optim.schedules import parse_warmup
 from lightning_optim.spec import OptimizerSpec
 from lightning_optim.target_modules import TargetModules, check_target_modules
@@ -44,6 +45,8 @@ class OptimConfig:
         lr_scheduler_args: Options of the schedule.
         warmup_steps: Optimizer steps of warm-up, or a fraction of the training.
         optim_fallback: Whether the nearest identifier that can run here takes the place of one that cannot.
+        override_on_resume: Names of what is asked for here and wins over a checkpoint: ``"lr"``, ``"weight_decay"``,
+            options such as ``"betas"``, ``"lr_scheduler"``.
 
     Raises:
         UnknownOptimizer, UnknownSchedule, InvalidOption, IncompatibleTrainer: See there.
@@ -61,6 +64,7 @@ class OptimConfig:
     lr_scheduler_args: Mapping[str, Any] | str | None = None
     warmup_steps: int | float = 0
     optim_fallback: bool = False
+    override_on_resume: Sequence[str] | str | None = None
 
     # Whether the row was left alone because only a file names it; no field, so that it is nobody's argument.
     _withheld: ClassVar[bool] = False
@@ -75,6 +79,7 @@ class OptimConfig:
             )
         if not isinstance(self.optim_fallback, bool):
             raise InvalidOption(f"optim_fallback={self.optim_fallback!r} is neither True nor False")
+        as_overrides(self.override_on_resume)
         check_target_modules(self.optim_target_modules)
         if self.lr_scheduler is not None:
             schedule = get_schedule(self.lr_scheduler)
@@ -100,6 +105,11 @@ class OptimConfig:
         if self._withheld and self._would_import():
             raise trust.refusal(self.optim)
         return REGISTRY.find(self.optim)
+
+    @property
+    def overrides(self) -> tuple[str, ...]:
+        """``override_on_resume`` as names."""
+        return as_overrides(self.override_on_resume)
 
     @property
     def candidates(self) -> tuple[str, ...]:

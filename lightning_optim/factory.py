@@ -14,18 +14,19 @@ from typing import Any
 from torch.optim import Optimizer
 
 from lightning_optim import availability, rules
+from lightning_optim.catalog.layerwise import SUFFIX
 from lightning_optim.config import OptimConfig
 from lightning_optim.errors import IncompatibleTrainer, InvalidOption, InvalidParamGroups, MissingDependency
 from lightning_optim.layerwise.engine import Layerwise
 from lightning_optim.memory import state_bytes
-from lightning_optim.optimizers.base import MEMBERS, OwnOptimizer
-from lightning_optim.optimizers.foreign import refuse_foreign_state
+from lightning_optim.optimizers.base import OwnOptimizer
 from lightning_optim.optimizers.fused import SCALES
 from lightning_optim.optimizers.kernels import keep_kernel
 from lightning_optim.options import Options, parse
 from lightning_optim.param_groups import GroupPolicy, make_groups
 from lightning_optim.parameters import NamedParameter, Target, device_types, named_parameters
 from lightning_optim.registry import REGISTRY
+from lightning_optim.resume import Resuming, mark
 from lightning_optim.spec import OptimizerSpec
 from lightning_optim.target_modules import TargetModules, left_out
 
@@ -46,6 +47,7 @@ class ResolvedOptimizer:
         weight_decay: Weight decay of the parameters that decay.
         state_bytes: Bytes of its full state, or ``None`` if the row does not say.
         not_projected: Modules that ``optim_target_modules`` names in vain, with what they are.
+        resuming: What it does when a state dict is loaded, and what was asked for.
         passed_over: Identifiers that were tried before, with the reason why they cannot run here.
     """
 
@@ -57,6 +59,7 @@ class ResolvedOptimizer:
     weight_decay: float
     state_bytes: int | None
     not_projected: Mapping[str, str]
+    resuming: Resuming
     passed_over: Mapping[str, str] = field(default_factory=dict)
 
     def substitution(self, asked: str) -> str:
@@ -141,8 +144,6 @@ def _build(
     # Imported late: to import an accelerator's package can start it.
     optimizer_class = spec.load(nearest)
     names = {parameter.parameter: parameter.name for parameter in parameters}
-    if issubclass(optimizer_class, OwnOptimizer):
-        groups = [{**group, MEMBERS: [names[parameter] for parameter in group["params"]]} for group in groups]
     arguments = {"lr": lr, **options.select("group", "constructor"), **spec.fixed}
     if spec.projects:
         # The groups say it; what is added to the optimizer later (finetuning callbacks) is not projected.
@@ -153,8 +154,9 @@ def _build(
         arguments["warmup_steps"] = warmup_steps
     optimizer = optimizer_class(groups, **arguments)
     keep_kernel(optimizer)
-    if spec.state is not None and optimizer_class.load_state_dict is Optimizer.load_state_dict:
-        refuse_foreign_state(optimizer, spec.state.always)
+    state_format = optimizer_class.format() if issubclass(optimizer_class, OwnOptimizer) else spec.format
+    mark(optimizer, REGISTRY.known_as(config.optim.removesuffix(SUFFIX)), state_format, names)
+    resuming = Resuming(optimizer, spec, options, config.overrides)
     if getattr(optimizer, SCALES, False):
         # Otherwise a fused kernel unscales gradients by itself, and hooks and clipping would see them scaled.
         setattr(optimizer, SCALES, False)
@@ -162,7 +164,7 @@ def _build(
         Layerwise(optimizer, options.select("layerwise")["bucket_mb"], names=names)
     not_projected = left_out(parameters, config.optim_target_modules) if spec.projects else {}
     size = state_bytes(spec, options, groups)
-    return ResolvedOptimizer(config.optim, optimizer, spec, options, lr, weight_decay, size, not_projected)
+    return ResolvedOptimizer(config.optim, optimizer, spec, options, lr, weight_decay, size, not_projected, resuming)
 
 
 def build_optimizer(
@@ -178,6 +180,7 @@ def build_optimizer(
     layer_pattern: str | None = None,
     warmup_steps: int = 0,
     optim_fallback: bool = False,
+    override_on_resume: Sequence[str] | str | None = None,
 ) -> Optimizer:
     """Builds an optimizer by name, for plain PyTorch, Fabric and manual optimization.
 
@@ -197,6 +200,8 @@ def build_optimizer(
             ``schedule_free_sgd``); refused for others, whose warm-up is :func:`build_schedule`'s.
         optim_fallback: Whether the nearest identifier that can run here takes the place of one that cannot, with a
             warning.
+        override_on_resume: Hyperparameters, such as ``["lr", "weight_decay"]``, of which the values given here win when
+            a state dict is loaded; all others come from there.
 
     Returns:
         An ordinary ``torch.optim.Optimizer``. If the name ends in ``_layerwise``, :class:`Layerwise` is attached to it:
@@ -226,6 +231,7 @@ def build_optimizer(
         layer_decay=layer_decay,
         layer_pattern=layer_pattern,
         optim_fallback=optim_fallback,
+        override_on_resume=override_on_resume,
     )
     if warmup_steps and REGISTRY.find(optim).warmup != "optimizer":
         raise IncompatibleTrainer(

@@ -57,6 +57,8 @@ class OptimMixin(_Base):
         warmup_steps: Optimizer steps of warm-up, or a fraction of the training below 1.
         optim_fallback: Whether the nearest identifier that can run here takes the place of one that cannot, with a
             warning; ``optim`` is saved as it was given.
+        override_on_resume: What wins over the checkpoint that ``fit(ckpt_path=...)`` goes on from: names of arguments
+            and options, such as ``["lr", "weight_decay", "betas", "lr_scheduler"]``. All others come from there.
         **kwargs: Handed on to the next class.
 
     Raises:
@@ -79,6 +81,7 @@ class OptimMixin(_Base):
         lr_scheduler_args: Mapping[str, Any] | str | None = None,
         warmup_steps: int | float = 0,
         optim_fallback: bool = False,
+        override_on_resume: Sequence[str] | str | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
@@ -100,6 +103,7 @@ class OptimMixin(_Base):
             lr_scheduler_args,
             warmup_steps,
             optim_fallback,
+            override_on_resume,
         )
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -203,6 +207,7 @@ class OptimMixin(_Base):
         layer_pattern: str | None = None,
         warmup_steps: int | float = 0,
         optim_fallback: bool | None = None,
+        override_on_resume: Sequence[str] | str | None = None,
     ) -> Optimizer:
         """Builds an optimizer by name inside your own ``configure_optimizers``, for GANs and manual optimization.
 
@@ -220,6 +225,7 @@ class OptimMixin(_Base):
             layer_pattern: Regular expression whose one group is a layer's number.
             warmup_steps: Warm-up of an optimizer that warms up itself.
             optim_fallback: Whether the nearest identifier that can run here takes the place of one that cannot.
+            override_on_resume: Names of what wins over a checkpoint, such as ``["lr", "weight_decay"]``.
 
         Returns:
             The optimizer; what it needs from the Trainer (mode switches, the report) is taken care of.
@@ -236,6 +242,7 @@ class OptimMixin(_Base):
             "layer_pattern": layer_pattern,
             "warmup_steps": warmup_steps or None,
             "optim_fallback": optim_fallback,
+            "override_on_resume": override_on_resume,
         }
         given: dict[str, Any] = {name: value for name, value in options.items() if value is not None}
         if optim in (None, self.optim_config.optim):

@@ -67,6 +67,8 @@ class Options:
     kind: ClassVar[str] = "optim_args"
     #: Names of options that only matter for parameters whose gradients are projected.
     only_projected: ClassVar[frozenset[str]] = frozenset()
+    #: Names of options that say what a state means, beyond what it holds: they cannot change while it is kept.
+    bound_to_state: ClassVar[frozenset[str]] = frozenset()
 
     def check(self) -> None:
         """Raises :class:`InvalidOption` for combinations of values that cannot work together."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import importlib.metadata
 import importlib.util
@@ -106,7 +107,7 @@ class Registry(Mapping[str, OptimizerSpec]):
         if isinstance(name, str) and "." in name and name not in self:
             # A class of ours that projects has to be told what: its row does that.
             rows = (spec for spec in self._specs.values() if spec.projects)
-            return next((spec for spec in rows if spec.implementation == name), None) or spec_from_path(name)
+            return next((spec for spec in rows if spec.implementation == name), None) or self._by_path(name)
         return self[name]
 
     def __contains__(self, name: object) -> bool:
@@ -136,6 +137,15 @@ class Registry(Mapping[str, OptimizerSpec]):
             f"there is no optimizer {name!r} in this version of lightning_optim. {hint} "
             "`lightning-optim list` shows all; a dotted path such as 'torch.optim.NAdam' names any other class."
         )
+
+    def known_as(self, name: str) -> str:
+        """Returns the identifier that builds the class which ``name`` is the dotted path of; else ``name``."""
+        return next((row.name for row in self._specs.values() if row.target.replace(":", ".") == name), name)
+
+    def _by_path(self, path: str) -> OptimizerSpec:
+        """Returns a row made for a class; its states are those of the row that builds the same class."""
+        spec, known = spec_from_path(path), self.known_as(path)
+        return spec if known == path else dataclasses.replace(spec, state_format=self._specs[known].state_format)
 
     def _load_plugins(self) -> None:
         if self._plugins_loaded:

@@ -85,13 +85,17 @@ class StateLayout:
     quantization: Quantization | None = None
 
     @property
-    def always(self) -> tuple[str, ...]:
-        """Keys of the tensors that it stores whatever the options and the parameter."""
-        return tuple(
-            buffer.name
+    def always(self) -> dict[str, int | None]:
+        """What it stores whatever the options and the parameter: tensors of the parameter's shape by key, or a count.
+
+        The number says how many such tensors; ``None`` stands for a counter.
+        """
+        counters: dict[str, int | None] = {"step": None} if self.scalar_bytes else {}
+        return counters | {
+            buffer.name: buffer.copies
             for buffer in self.buffers
             if buffer.when is None and buffer.elements is None and not buffer.low_precision_only
-        )
+        }
 
 
 @dataclass(frozen=True)
@@ -133,6 +137,8 @@ class OptimizerSpec:
         choices: Identifiers of which this one takes the first that can run; none of them has choices itself.
         fallbacks: Identifiers that come nearest to this one; ``optim_fallback=True`` takes the first that can run.
         paged_on: Device types on which its states are paged, for a row that promises it; ``None`` for others.
+        state_format: What its state holds and how, with the number of the format; checkpoints move between rows of one
+            format, and no others. Empty if nothing but its own class reads it: its dotted path.
         note: A limitation worth a line in ``info`` and the docs.
     """
 
@@ -166,12 +172,18 @@ class OptimizerSpec:
     choices: tuple[str, ...] = ()
     fallbacks: tuple[str, ...] = ()
     paged_on: frozenset[str] | None = None
+    state_format: str = ""
     note: str = ""
 
     @property
     def implementation(self) -> str:
         """The class whose algorithm runs, as a dotted path for humans."""
         return self.wraps or self.target.replace(":", ".")
+
+    @property
+    def format(self) -> str:
+        """The format of its state."""
+        return self.state_format or self.implementation
 
     @property
     def bits(self) -> int | None:

@@ -20,11 +20,12 @@ ROOT = Path(lightning_optim.__file__).parent
 LAYERS = (
     ("errors",),
     ("availability", "options", "parameters", "trust"),
-    ("spec", "target_modules", "layer_decay"),
+    ("spec", "target_modules", "layer_decay", "curves"),
     ("optimizers",),
     ("adapters", "catalog"),
     ("registry",),
     ("param_groups", "schedules", "memory", "layerwise"),
+    ("resume",),
     ("rules",),
     ("config",),
     ("factory",),

@@ -168,7 +168,7 @@ class TestRefusals:
         optimizer = build(name, params)
         train(optimizer, params, range(1))
         before = copy.deepcopy(optimizer.state_dict())
-        with pytest.raises(InvalidOption, match="another optimizer wrote it"):
+        with pytest.raises(InvalidOption, match="another optimizer wrote"):
             optimizer.load_state_dict(torch.optim.SGD(params, lr=0.1).state_dict())
         newer = copy.deepcopy(before)
         newer["param_groups"][0]["format"] = f"{type(optimizer).__name__}/999"

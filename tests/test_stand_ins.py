@@ -295,8 +295,8 @@ def test_another_optimizer_s_state_is_refused(before: str, after: str) -> None:
     second = build_optimizer(model, after)
     with pytest.raises(InvalidOption) as caught:
         second.load_state_dict(first.state_dict())
-    assert f"and {type(second).__name__} keeps" in str(caught.value)
-    assert "Resume with the optimizer that saved it" in str(caught.value)
+    assert first.param_groups[0]["format"] in str(caught.value)
+    assert second.param_groups[0]["format"] in str(caught.value)
 
 
 class _Freezes(BackboneFinetuning):

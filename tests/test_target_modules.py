@@ -484,7 +484,7 @@ class TestResume:
     def test_with_another_rank_says_that_the_checkpoints_counts(self, tmp_path: Path) -> None:
         path = self.checkpoint(tmp_path, optim_args={"rank": 4})
         run = trainer(max_steps=4)
-        with pytest.warns(UserWarning, match="which replace rank=16 by 4"):
+        with pytest.warns(UserWarning, match=r"resumes with the checkpoint's hyperparameters: rank=4 \(asked: 16\)\."):
             run.fit(
                 LitTokens(optim="galore_adamw", optim_args={"rank": 16}), loader(), ckpt_path=path, weights_only=True
             )

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, ClassVar
 
 import amp_C
 import torch
@@ -48,6 +48,8 @@ class FusedAdam(StepsUncompiled, optimizers.FusedAdam):
     :class:`IncompatibleTrainer`. Upstream's ``capturable`` and ``master_weights`` are not for this class.
     """
 
+    # Moments are put in place afterwards. See lightning_optim.resume.
+    loads_in_parts: ClassVar = True
     param_groups: list[dict[str, Any]]
     param_groups_master: list[dict[str, Any]]
 

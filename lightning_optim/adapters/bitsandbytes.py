@@ -13,7 +13,6 @@ import torch
 from bitsandbytes import optim
 from torch import Tensor
 
-from lightning_optim.optimizers.foreign import check_state
 from lightning_optim.optimizers.uncompiled import StepsUncompiled
 
 # What bitsandbytes' own get_config assumes where a group lacks the key.
@@ -36,13 +35,13 @@ class _BitsPerGroup(StepsUncompiled):
         """Ignores the process-wide overrides."""
 
     def load_state_dict(self, state_dict: dict[str, Any], *args: Any, **kwargs: Any) -> None:
-        """Loads as upstream does.
-
-        Raises:
-            InvalidOption: If another optimizer saved it.
-        """
+        """Loads as upstream does, and runs the hooks that torch runs and upstream leaves out."""
+        optimizer: Any = self
+        for before in optimizer._optimizer_load_state_dict_pre_hooks.values():
+            state_dict = before(self, state_dict) or state_dict
         super().load_state_dict(state_dict, *args, **kwargs)
-        check_state(self, ("state1",))
+        for after in optimizer._optimizer_load_state_dict_post_hooks.values():
+            after(self)
 
 
 class _KeepsLayout:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import optimi
 import torch
@@ -20,6 +20,9 @@ class StableAdamW(StepsUncompiled, optimi.StableAdamW):
     state dict is loaded, and upstream adds to the state what the kernels need. And a param group may hold ``betas`` as
     it may everywhere in PyTorch; upstream wants ``beta1`` and ``beta2``.
     """
+
+    # See lightning_optim.resume.
+    option_keys: ClassVar = {"betas": ("beta1", "beta2")}
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         if "betas" in param_group:

@@ -11,7 +11,7 @@ The learning rate stays what torchao makes of it, a 0-dim float32 tensor, but fl
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torchao.optim
@@ -54,6 +54,9 @@ def unpack(packed: Any, device: torch.device) -> Any:
 
 class _PlainCheckpoints(StepsUncompiled, torchao.optim.adam._AdamBase):
     """torchao's AdamW with plain state dicts, float learning rates and full-precision groups."""
+
+    # Quantized tensors are put in place afterwards. See lightning_optim.resume.
+    loads_in_parts: ClassVar = True
 
     def state_dict(self) -> dict[str, Any]:
         state_dict = super().state_dict()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -39,6 +39,8 @@ class OptimCallback(Callback):
         warmup_steps: Optimizer steps of warm-up, or a fraction of the training.
         optim_fallback: Whether the nearest identifier that can run here takes the place of one that cannot, with a
             warning.
+        override_on_resume: Names of what wins over the checkpoint that ``fit(ckpt_path=...)`` goes on from, such as
+            ``["lr", "weight_decay", "betas", "lr_scheduler"]``.
 
     Raises:
         UnknownOptimizer, UnknownSchedule, InvalidOption, IncompatibleTrainer: At once, when the request is wrong.
@@ -58,6 +60,7 @@ class OptimCallback(Callback):
         lr_scheduler_args: Mapping[str, Any] | str | None = None,
         warmup_steps: int | float = 0,
         optim_fallback: bool = False,
+        override_on_resume: Sequence[str] | str | None = None,
     ) -> None:
         self.config = OptimConfig(
             optim,
@@ -72,6 +75,7 @@ class OptimCallback(Callback):
             lr_scheduler_args,
             warmup_steps,
             optim_fallback,
+            override_on_resume,
         )
         self._old_checkpoints = OldCheckpoints()
         self._active = False

@@ -66,6 +66,7 @@ ROWS = (
         source="Grokfast, https://arxiv.org/abs/2405.20233, and https://github.com/cognitivecomputations/grokadamw; "
         "lightning_optim.optimizers.grokadamw.GrokAdamW",
         options=GrokAdamWOptions,
+        state_format="GrokAdamW/1",
         default_lr=1e-3,
         default_weight_decay=1e-2,
         state=StateLayout(
@@ -82,6 +83,7 @@ ROWS = (
         source="https://github.com/pytorch/torchdistx and Revisiting BFloat16 Training, "
         "https://arxiv.org/abs/2010.06192; lightning_optim.optimizers.anyprecision.AnyPrecisionAdamW",
         options=AnyPrecisionAdamWOptions,
+        state_format="AnyPrecisionAdamW/1",
         default_lr=1e-3,
         default_weight_decay=0.0,
         state=StateLayout(

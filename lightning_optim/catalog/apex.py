@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from types import MappingProxyType
 
 from lightning_optim.availability import Requirement
-from lightning_optim.catalog.torch_optim import ADAMW_SOURCE
+from lightning_optim.catalog.torch_optim import ADAMW_FORMAT, ADAMW_SOURCE
 from lightning_optim.options import NON_NEGATIVE, UNIT, Options, option
 from lightning_optim.spec import Buffer, OptimizerSpec, StateLayout
 
@@ -46,6 +46,7 @@ ROWS = (
         state=StateLayout(
             buffers=(Buffer("exp_avg", float32=True), Buffer("exp_avg_sq", float32=True)), scalar_bytes=4
         ),
+        state_format=ADAMW_FORMAT,
         devices=frozenset({"cuda"}),
         half_weights=True,
         fallbacks=("adamw",),

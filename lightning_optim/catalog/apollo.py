@@ -17,6 +17,7 @@ class ApolloOptions(Options):
     only_projected: ClassVar = frozenset(
         {"rank", "update_proj_gap", "scale", "proj_type", "proj", "scale_type", "norm_growth_limit", "seed"}
     )
+    bound_to_state: ClassVar = frozenset({"rank", "proj_type", "proj", "seed"})
 
     rank: int = option(128, "directions of the subspace", AT_LEAST_ONE)
     update_proj_gap: int = option(200, "steps between two subspaces", AT_LEAST_ONE)
@@ -54,6 +55,7 @@ ROWS = (
         source="APOLLO: SGD-like Memory, AdamW-level Performance, https://arxiv.org/abs/2412.05270; "
         "lightning_optim.optimizers.apollo.ApolloAdamW",
         options=ApolloOptions,
+        state_format="ApolloAdamW/1",
         default_lr=1e-2,
         default_weight_decay=0.0,
         state=StateLayout(

@@ -186,6 +186,8 @@ def _row(
         fixed=MappingProxyType(fixed),
         aliases=aliases,
         state=StateLayout(algorithm.buffers, quantization=QUANTIZATION if bits == 8 else None),
+        # Paged or not is where a state lies, not what it is.
+        state_format=f"bitsandbytes.{algorithm.class_name}-{bits}bit/1",
         devices=DEVICES,
         half_weights=True,
         fallbacks=fallbacks,

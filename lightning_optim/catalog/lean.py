@@ -62,6 +62,7 @@ ROWS = (
         source="Adafactor: Adaptive Learning Rates with Sublinear Memory Cost, https://arxiv.org/abs/1804.04235; "
         "lightning_optim.optimizers.adafactor.Adafactor",
         options=AdafactorOptions,
+        state_format="Adafactor/1",
         default_lr=1e-3,
         default_weight_decay=0.0,
         state=StateLayout((*_SECOND_MOMENT, Buffer("exp_avg", float32=True, when=lambda o: o.beta1 is not None))),
@@ -75,6 +76,7 @@ ROWS = (
             source="Full Parameter Fine-tuning for Large Language Models with Limited Resources, "
             "https://arxiv.org/abs/2306.09782; lightning_optim.optimizers.lomo.LOMO",
             options=LOMOOptions,
+            state_format="LOMO/1",
             default_lr=1e-2,
             default_weight_decay=0.0,
             state=StateLayout(()),
@@ -90,6 +92,7 @@ ROWS = (
             source="AdaLomo: Low-memory Optimization with Adaptive Learning Rate, https://arxiv.org/abs/2310.10195; "
             "lightning_optim.optimizers.adalomo.AdaLomo",
             options=AdaLomoOptions,
+            state_format="AdaLomo/1",
             default_lr=1e-3,
             default_weight_decay=0.0,
             state=StateLayout(_SECOND_MOMENT),

@@ -29,6 +29,7 @@ class GaLoreOptions(Options):
     """Options of the projection."""
 
     only_projected: ClassVar = frozenset({"rank", "update_proj_gap", "scale", "proj_type", "projection"})
+    bound_to_state: ClassVar = frozenset({"rank", "proj_type"})
 
     rank: int = option(128, "directions of the subspace", AT_LEAST_ONE)
     update_proj_gap: int = option(200, "steps between two searches for the subspace", AT_LEAST_ONE)
@@ -120,6 +121,7 @@ _GALORE_ADAMW = OptimizerSpec(
     summary="AdamW in a low-rank subspace of the gradient",
     source=f"{_PAPER}; lightning_optim.optimizers.galore.GaLoreAdamW",
     options=GaLoreAdamWOptions,
+    state_format="GaLoreAdamW/1",
     default_lr=1e-3,
     default_weight_decay=0.0,
     state=StateLayout(buffers=_MOMENTS + _BASES),
@@ -139,6 +141,7 @@ ROWS = (
         summary="AdamW in a low-rank subspace of the gradient, 8-bit moments",
         source=f"{_PAPER}; lightning_optim.adapters.galore.GaLoreAdamW8bit",
         options=GaLoreAdamW8bitOptions,
+        state_format="GaLoreAdamW8bit/1",
         state=StateLayout(_MOMENTS + _BASES, quantization=bitsandbytes.QUANTIZATION),
         requirements=bitsandbytes.REQUIREMENTS,
         extra="bitsandbytes",
@@ -152,6 +155,7 @@ ROWS = (
         summary="Adafactor in a low-rank subspace of the gradient",
         source=f"{_PAPER}; lightning_optim.optimizers.galore_adafactor.GaLoreAdafactor",
         options=GaLoreAdafactorOptions,
+        state_format="GaLoreAdafactor/1",
         state=StateLayout(
             buffers=(
                 Buffer("exp_avg_sq_row", float32=True, elements=_low_row_elements),

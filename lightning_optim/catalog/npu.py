@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from lightning_optim.availability import Requirement
-from lightning_optim.catalog.torch_optim import ADAMW_SOURCE, ADAMW_STATE
+from lightning_optim.catalog.torch_optim import ADAMW_FORMAT, ADAMW_SOURCE, ADAMW_STATE
 from lightning_optim.options import NON_NEGATIVE, UNIT, Options, option
 from lightning_optim.spec import OptimizerSpec
 
@@ -50,6 +50,7 @@ ROWS = (
         requirements=REQUIREMENTS,
         # Steps are counted by plain numbers.
         state=dataclasses.replace(ADAMW_STATE, scalar_bytes=0),
+        state_format=ADAMW_FORMAT,
         devices=frozenset({"npu"}),
         coupled="torch_npu moves parameters, gradients and states into flat buffers and steps those as a whole",
         fallbacks=("adamw",),

@@ -38,6 +38,7 @@ ROWS = (
         source="Stable and low-precision training for large-scale vision-language models, "
         "https://arxiv.org/abs/2304.13013; optimi.StableAdamW",
         options=StableAdamWOptions,
+        state_format="optimi.StableAdamW/1",
         default_lr=1e-3,
         default_weight_decay=1e-2,
         requirements=REQUIREMENTS,

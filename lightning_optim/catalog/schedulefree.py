@@ -61,6 +61,7 @@ def _row(
         requirements=REQUIREMENTS,
         extra="schedulefree",
         state=state,
+        state_format=f"schedulefree.{algorithm}/1",
         warmup=warmup,
         averages_weights=True,
         note="validation, test, prediction and checkpoints use the averaged weights; while those are in the model and "

@@ -76,6 +76,8 @@ ADAMW_STATE = StateLayout(
     buffers=(Buffer("exp_avg"), Buffer("exp_avg_sq"), Buffer("max_exp_avg_sq", when=lambda o: o.amsgrad)),
     scalar_bytes=4,
 )
+#: Also of the kernels of others for the same algorithm.
+ADAMW_FORMAT = "torch.AdamW/1"
 
 ROWS = (
     OptimizerSpec(
@@ -87,6 +89,7 @@ ROWS = (
         default_lr=1e-3,
         default_weight_decay=1e-2,
         state=ADAMW_STATE,
+        state_format=ADAMW_FORMAT,
         complex=True,
         sharded=True,
         choices=("adamw_torch_xla", "adamw_torch_fused", "adamw_torch"),
@@ -100,6 +103,7 @@ ROWS = (
         default_lr=1e-3,
         default_weight_decay=1e-2,
         state=ADAMW_STATE,
+        state_format=ADAMW_FORMAT,
         complex=True,
         sharded=True,
     ),
@@ -112,6 +116,7 @@ ROWS = (
         default_lr=1e-3,
         default_weight_decay=1e-2,
         state=ADAMW_STATE,
+        state_format=ADAMW_FORMAT,
         fixed=MappingProxyType({"fused": True}),
         devices=frozenset({"cpu", "cuda", "mps", "npu", "xpu"}),
         sharded=True,
@@ -126,6 +131,7 @@ ROWS = (
         default_lr=1e-3,
         default_weight_decay=0.0,
         state=StateLayout(buffers=(Buffer("momentum_buffer", when=lambda o: o.momentum != 0),)),
+        state_format="torch.SGD/1",
         sparse=True,
         complex=True,
         sharded=True,
@@ -140,6 +146,7 @@ ROWS = (
         default_lr=1e-2,
         default_weight_decay=0.0,
         state=StateLayout(buffers=(Buffer("sum"),), scalar_bytes=4),
+        state_format="torch.Adagrad/1",
         sparse=True,
         complex=True,
         sharded=True,
@@ -160,6 +167,7 @@ ROWS = (
             ),
             scalar_bytes=4,
         ),
+        state_format="torch.RMSprop/1",
         complex=True,
         sharded=True,
     ),

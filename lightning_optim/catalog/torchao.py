@@ -56,6 +56,7 @@ def _row(bits: int, options: type[Options], table_bytes: int, paper: str, fallba
             scalar_bytes=4,
             quantization=Quantization(bits, "block_size", 4096, whole_blocks=True, table_bytes=table_bytes),
         ),
+        state_format=f"torchao.AdamW-{bits}bit/1",
         devices=frozenset({"cpu", "cuda", "xpu"}),
         sharded=True,
         half_weights=True,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from lightning_optim.availability import Requirement
-from lightning_optim.catalog.torch_optim import ADAMW_SOURCE, ADAMW_STATE
+from lightning_optim.catalog.torch_optim import ADAMW_FORMAT, ADAMW_SOURCE, ADAMW_STATE
 from lightning_optim.options import NON_NEGATIVE, UNIT, Options, option
 from lightning_optim.spec import OptimizerSpec
 
@@ -43,6 +43,7 @@ ROWS = (
         default_weight_decay=1e-2,
         requirements=REQUIREMENTS,
         state=ADAMW_STATE,
+        state_format=ADAMW_FORMAT,
         devices=frozenset({"xla"}),
         fallbacks=("adamw",),
     ),

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from itertools import zip_longest
 from typing import Any, ClassVar
 
 import torch
@@ -13,18 +11,11 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_optim.errors import InvalidOption, InvalidParamGroups
+from lightning_optim.optimizers.foreign import FORMAT, MARKS, refuse_foreign
 from lightning_optim.optimizers.groups import only_valid_groups
 from lightning_optim.optimizers.uncompiled import StepsUncompiled, uncompiled
 from lightning_optim.parameters import is_sharded
 
-_FORMAT = "format"
-#: Key of a group for the names of its parameters, in order. Not torch's ``param_names``: with that key all groups must
-#: have names, also those that a finetuning callback adds.
-MEMBERS = "members"
-# What schedules and callbacks change while training.
-_CHANGING = frozenset(
-    {"params", "name", MEMBERS, "lr", "initial_lr", "betas", "weight_decay", "train_loss", "eval_loss"}
-)
 # Elements of the parameters that are updated together.
 _TEMPORARY = 2**24
 
@@ -60,7 +51,7 @@ class OwnOptimizer(StepsUncompiled):
     def __init__(self, params: Any, defaults: dict[str, Any]) -> None:
         # The state dict that is being loaded.
         self._taken: dict[str, Any] | None = None
-        super().__init__(params, {**defaults, _FORMAT: self._format()})
+        super().__init__(params, {**defaults, FORMAT: self.format()})
 
     def _initial_state(self, parameter: Tensor, group: dict[str, Any]) -> dict[str, Any]:
         """Returns the state before the first step; ``"step"`` is added to it."""
@@ -110,13 +101,13 @@ class OwnOptimizer(StepsUncompiled):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Loads as torch does, but every state tensor keeps its dtype.
 
-        As torch has it, hyperparameters come from the state dict; a warning names those that were asked for otherwise.
+        As torch has it, hyperparameters come from the state dict.
 
         Raises:
             InvalidOption: If another optimizer, or a newer version of this one, wrote ``state_dict``, or if its groups
                 held other parameters (where the groups name them in ``"members"``).
         """
-        asked = [dict(group) for group in self.param_groups]
+        marks = [{key: group[key] for key in MARKS if key in group} for group in self.param_groups]
         # After the hooks of others, which may translate a state dict.
         handle = self.register_load_state_dict_pre_hook(OwnOptimizer._take_tensors)
         try:
@@ -124,13 +115,14 @@ class OwnOptimizer(StepsUncompiled):
         finally:
             handle.remove()
             self._taken = None
-        self._say_replaced(asked)
+        for group, own in zip(self.param_groups, marks, strict=True):
+            group.update(own)
 
     @staticmethod
     def _take_tensors(optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
         """Checks a state dict and hands it on without its tensors, which torch would cast."""
         assert isinstance(optimizer, OwnOptimizer)
-        optimizer._check_state_dict(state_dict)
+        refuse_foreign(optimizer.param_groups, state_dict["param_groups"], type(optimizer).__name__, marked_only=True)
         optimizer._taken = state_dict
         plain = {
             identity: {name: value for name, value in state.items() if not isinstance(value, Tensor)}
@@ -150,44 +142,6 @@ class OwnOptimizer(StepsUncompiled):
             for name, value in taken["state"].get(identity, {}).items():
                 if isinstance(value, Tensor):
                     self.state[parameter][name] = value.detach().to(parameter.device, copy=True)
-
-    def _check_state_dict(self, state_dict: dict[str, Any]) -> None:
-        anew = "or start anew from its weights: LitModel.load_from_checkpoint(path)."
-        for group in state_dict["param_groups"]:
-            if group.get(_FORMAT) != self._format():
-                written = repr(group[_FORMAT]) if _FORMAT in group else "unknown: another optimizer wrote it"
-                raise InvalidOption(
-                    f"the format of the optimizer's state is {written}; {type(self).__name__} reads {self._format()!r}."
-                    f" Resume with the optimizer (and the version of lightning_optim) that wrote the checkpoint, {anew}"
-                )
-        # A state is found by its parameter's position: other groups would hand it to another parameter.
-        for own, group in zip(self.param_groups, state_dict["param_groups"], strict=False):
-            if MEMBERS not in own or MEMBERS not in group:
-                continue
-            names = zip_longest(own[MEMBERS], group[MEMBERS], fillvalue="nothing")
-            for here, there in names:
-                if _plain(here) != _plain(there):
-                    raise InvalidOption(
-                        f"the optimizer's state belongs to other groups: {here!r} stands where the checkpoint has "
-                        f"{there!r}. Resume with the optim_target_modules, the param_groups and the frozen parameters "
-                        f"of the run that wrote it, {anew}"
-                    )
-
-    def _say_replaced(self, asked: list[dict[str, Any]]) -> None:
-        replaced = {
-            f"{name}={before[name]!r} by {after[name]!r}"
-            for before, after in zip(asked, self.param_groups, strict=True)
-            for name in before
-            if name not in _CHANGING and name in after and before[name] != after[name]
-        }
-        if replaced:
-            warnings.warn(
-                f"{type(self).__name__} resumes with the checkpoint's hyperparameters, which replace "
-                f"{', '.join(sorted(replaced))}. To train with what was asked, start from the checkpoint's weights: "
-                "LitModel.load_from_checkpoint(path).",
-                UserWarning,
-                stacklevel=3,
-            )
 
     def _begin(self, parameter: Tensor, group: dict[str, Any]) -> int:
         """Counts a step of a parameter, the first one from its initial state."""
@@ -220,18 +174,14 @@ class OwnOptimizer(StepsUncompiled):
             )
 
     @classmethod
-    def _format(cls) -> str:
+    def format(cls) -> str:
+        """Returns the format of its state, as its groups carry it."""
         return f"{cls.__name__}/{cls.version}"
 
 
 def hyperparameters(arguments: Mapping[str, Any]) -> dict[str, Any]:
     """Returns the arguments of a constructor, its ``locals()``, as defaults of the groups under the same names."""
     return {name: value for name, value in arguments.items() if name not in ("self", "params", "__class__")}
-
-
-def _plain(name: str) -> str:
-    """Returns a parameter's name without what torch.compile adds to it."""
-    return name.replace("_orig_mod.", "")
 
 
 def working_dtype(parameter: Tensor) -> torch.dtype:

@@ -1,36 +1,154 @@
-"""State that another optimizer saved."""
+"""Whose a state is: what param groups carry of the optimizer that wrote it, and what is refused of others.
+
+torch finds the state of a parameter by its position and loads whatever it is given. So every group that we write names
+the optimizer, the format of its state and its parameters. Group entries are the one place that every class stores,
+copies and hands back.
+"""
 
 from __future__ import annotations
 
-from functools import partial
+from collections.abc import Mapping, Sequence
+from itertools import zip_longest
+from typing import Any
 
+from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_optim.errors import InvalidOption
 
+#: Key of a group for the identifier of the optimizer; without ``_layerwise``, which makes no difference to the state.
+IDENTIFIER = "optim"
+#: Key of a group for the format of the state.
+FORMAT = "format"
+#: Key of a group for the names of its parameters, in order. Not torch's ``param_names``: with that key all groups must
+#: have names, also those that a finetuning callback adds.
+MEMBERS = "members"
+MARKS = (IDENTIFIER, FORMAT, MEMBERS)
 
-def refuse_foreign_state(optimizer: Optimizer, buffers: tuple[str, ...]) -> None:
-    """Makes torch's ``load_state_dict`` refuse state without the tensors that this optimizer keeps.
+_UNNAMED = "<unnamed"
+_ANEW = "or start anew from its weights: LitModel.load_from_checkpoint(path)"
 
-    It loads whatever it is given: the first step would fail, or begin anew in silence.
+Group = Mapping[str, Any]
+
+
+def refuse_foreign(own: Sequence[Group], saved: Sequence[Group], reader: str, marked_only: bool = False) -> None:
+    """Refuses groups that another optimizer wrote, or whose parameters are others.
 
     Args:
-        optimizer: One whose ``load_state_dict`` is torch's.
-        buffers: Keys that the state of every parameter has that was ever stepped.
+        own: The groups of the optimizer that reads.
+        saved: Those of the state dict.
+        reader: What to call the optimizer if its groups do not say it.
+        marked_only: Refuses groups that do not say their format, too; else they pass, because earlier versions, torch
+            and plain Lightning write none.
 
     Raises:
-        InvalidOption: When such a state is loaded.
+        InvalidOption: With the names of both.
     """
-    optimizer.register_load_state_dict_post_hook(partial(check_state, buffers=buffers))
-
-
-def check_state(optimizer: Optimizer, buffers: tuple[str, ...]) -> None:
-    """Raises :class:`InvalidOption` if the state of a parameter that was stepped lacks one of ``buffers``."""
-    for state in optimizer.state.values():
-        if state and not set(buffers) <= set(state):
+    expected = next((group[FORMAT] for group in own if FORMAT in group), None)
+    reader = _called(own, reader)
+    for group in saved:
+        if FORMAT not in group and not marked_only:
+            continue
+        if group.get(FORMAT) != expected:
+            writer = _called([group], "another optimizer")
+            written = f"the format {group[FORMAT]!r}" if FORMAT in group else "an unknown format"
             raise InvalidOption(
-                f"the state in the checkpoint is another optimizer's: it has {', '.join(map(str, state))}, and "
-                f"{type(optimizer).__name__} keeps {', '.join(buffers)}. Resume with the optimizer that saved it (with "
+                f"{writer} wrote the state in the checkpoint, in {written}; {reader} reads {expected!r}. Resume with "
+                f"the optimizer (and the version of lightning_optim) that wrote it, {_ANEW}."
+            )
+    _refuse_other_parameters(own, saved)
+
+
+def _called(groups: Sequence[Group], otherwise: str) -> str:
+    return next((f"optim={group[IDENTIFIER]!r}" for group in groups if IDENTIFIER in group), otherwise)
+
+
+def _refuse_other_parameters(own: Sequence[Group], saved: Sequence[Group]) -> None:
+    """A state is found by its parameter's position: other groups would hand it to another parameter."""
+    if len(own) != len(saved) and all(MEMBERS in group for group in (*own, *saved)):
+        here, there = (", ".join(f"{group.get('name')!r}" for group in groups) for groups in (own, saved))
+        raise InvalidOption(
+            f"the optimizer's state belongs to other groups: here they are {here}, in the checkpoint {there}. {_SAME}"
+        )
+    pairs = [
+        (_plain(here), _plain(there))
+        for mine, theirs in zip(own, saved, strict=False)
+        if MEMBERS in mine and MEMBERS in theirs
+        for here, there in zip_longest(mine[MEMBERS], theirs[MEMBERS], fillvalue="nothing")
+    ]
+    other = next(((here, there) for here, there in pairs if here != there), None)
+    if other is None or _same_but_for_a_prefix(pairs):
+        return
+    raise InvalidOption(
+        f"the optimizer's state belongs to other groups: {other[0]!r} stands where the checkpoint has {other[1]!r}. "
+        f"{_SAME}"
+    )
+
+
+_SAME = (
+    "Resume with the optim_target_modules, the param_groups and the frozen parameters of the run that wrote it, "
+    f"{_ANEW}."
+)
+
+
+def _same_but_for_a_prefix(pairs: Sequence[tuple[str, str]]) -> bool:
+    """Whether the names tell the same parameters, seen from a module and from one that owns it, or tell nothing."""
+    if any(name.startswith(_UNNAMED) for pair in pairs for name in pair):
+        return all(any(name.startswith(_UNNAMED) for name in pair) for pair in pairs)
+    for longer, shorter in ((0, 1), (1, 0)):
+        prefixes = {pair[longer].removesuffix(pair[shorter]) for pair in pairs}
+        if len(prefixes) == 1 and prefixes.pop().endswith("."):
+            return True
+    return False
+
+
+def _plain(name: str) -> str:
+    """Returns a parameter's name without what torch.compile adds to it."""
+    return name.replace("_orig_mod.", "")
+
+
+def check_state(optimizer: Optimizer, state_dict: Mapping[str, Any], kept: Mapping[str, int | None]) -> None:
+    """Refuses a state that is not this optimizer's, as far as its tensors show: all there is without marks.
+
+    Args:
+        optimizer: The one that reads.
+        state_dict: What it reads.
+        kept: What the state of every parameter holds that was ever stepped: how many tensors of the parameter's shape
+            by key, or ``None`` for anything else.
+
+    Raises:
+        InvalidOption: If a state lacks one of them, or holds it in another size.
+    """
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    ids = [identity for group in state_dict["param_groups"] for identity in group["params"]]
+    for identity, parameter in zip(ids, parameters, strict=False):
+        state = _flat(state_dict["state"].get(identity, {}))
+        if state and not all(_fits(state.get(key), parameter, copies) for key, copies in kept.items()):
+            raise InvalidOption(
+                f"the state in the checkpoint is another optimizer's: it has {_described(state)}, and "
+                f"{type(optimizer).__name__} keeps {', '.join(kept)}. Resume with the optimizer that saved it (with "
                 "optim_fallback=True that may be another than the one asked for), or start anew: "
                 "LitModel.load_from_checkpoint(path) reads the weights."
             )
+
+
+def _flat(state: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns a state with what bitsandbytes wraps in a dict of its own beside the rest."""
+    flat: dict[str, Any] = {}
+    for key, value in state.items():
+        flat.update(value if isinstance(value, Mapping) else {key: value})
+    return flat
+
+
+def _fits(value: Any, parameter: Tensor, copies: int | None) -> bool:
+    if copies is None or not isinstance(value, Tensor):
+        return value is not None
+    # Also quantized: there is one code per element.
+    return value.numel() == copies * parameter.numel()
+
+
+def _described(state: Mapping[str, Any]) -> str:
+    return ", ".join(
+        f"{key} {list(value.shape)}" if isinstance(value, Tensor) and value.ndim else str(key)
+        for key, value in state.items()
+    )

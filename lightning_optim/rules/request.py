@@ -7,7 +7,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from lightning_optim.curves import get_schedule
-from lightning_optim.options import Options
+from lightning_optim.errors import listing
+from lightning_optim.options import Options, describe
+from lightning_optim.resume import overridable
 from lightning_optim.spec import OptimizerSpec
 
 if TYPE_CHECKING:
@@ -53,6 +55,22 @@ def _warmup_has_an_effect(request: Request) -> str | None:
             "lr_scheduler='constant_with_warmup', 'linear' or 'cosine'."
         )
     return None
+
+
+def _overrides_are_known(request: Request) -> str | None:
+    known = overridable(request.spec)
+    unknown = [name for name in request.config.overrides if name not in known]
+    if not unknown:
+        return None
+    options = {info.name: info.scope for info in describe(request.spec.options)}
+    reason = {
+        None: "which is nothing that a checkpoint holds",
+        "group": "under another value of which no state can be kept",
+    }.get(options.get(unknown[0]), "which never comes from a checkpoint")
+    return (
+        f"override_on_resume names {unknown[0]!r}, {reason}. Of optim={request.name!r} these can win over a "
+        f"checkpoint: {listing(known)}."
+    )
 
 
 def _plateau_and_constant_do_not_warm_up(request: Request) -> str | None:
@@ -130,6 +148,7 @@ CONFIG_RULES: tuple[Callable[[Request], str | None], ...] = (
     _layer_pattern_needs_layer_decay,
     _lr_is_known,
     _weight_decay_exists,
+    _overrides_are_known,
     _averages_need_a_learning_rate,
     _target_modules_are_projected,
     _relative_step_makes_the_learning_rate,

@@ -1,6 +1,7 @@
 """Writes the parts of the pages that come from the tables, into docs/generated/.
 
-``identifiers.md`` and ``schedules.md`` are included by the pages of the same names, so that they cannot drift.
+``identifiers.md`` and ``schedules.md`` are included by the pages of the same names, ``formats.md`` by
+``checkpoints.md``, so that they cannot drift.
 """
 
 from __future__ import annotations
@@ -35,10 +36,20 @@ SCOPES = {"group": "parameter group", "constructor": "optimizer", "policy": "gro
 
 
 def main(target: Path) -> None:
-    """Writes both files into the directory ``target``."""
+    """Writes the files into the directory ``target``."""
     target.mkdir(parents=True, exist_ok=True)
     (target / "identifiers.md").write_text("\n".join(identifiers()) + "\n", encoding="utf-8")
     (target / "schedules.md").write_text("\n".join(schedules()) + "\n", encoding="utf-8")
+    (target / "formats.md").write_text("\n".join(formats()) + "\n", encoding="utf-8")
+
+
+def formats() -> Iterator[str]:
+    """Yields the lines of the table of state formats, each with the identifiers that read and write it."""
+    names: dict[str, list[str]] = {}
+    for spec in ROWS:
+        names.setdefault(spec.format, []).extend((spec.name, *spec.aliases))
+    lines = ((_code(key), ", ".join(map(_code, same))) for key, same in sorted(names.items()))
+    yield from _table(("format", "identifiers"), lines)
 
 
 def identifiers() -> Iterator[str]:

@@ -112,6 +112,13 @@ def test_stand_ins_are_identifiers_of_the_same_algorithm(row: OptimizerSpec) -> 
         )
 
 
+@pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)
+def test_rows_say_the_format_of_their_state(row: OptimizerSpec) -> None:
+    assert row.state_format
+    if row.target.startswith(("lightning_optim.optimizers.", "lightning_optim.adapters.galore:")):
+        assert row.state_format == row.load().format()  # type: ignore[attr-defined]
+
+
 def test_what_stands_for_others_ends_with_one_that_runs_everywhere() -> None:
     for row in ROWS:
         if row.choices:

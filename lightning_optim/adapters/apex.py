@@ -95,7 +95,10 @@ class FusedAdam(StepsUncompiled, optimizers.FusedAdam):
         if len(saved) == len(self.param_groups):  # else torch says so
             # torch takes the saved groups as they are: what only this class has in them must not get lost.
             saved = [{**own, **_without_step(group)} for own, group in zip(self.param_groups, saved, strict=True)]
-        super().load_state_dict({**state_dict, "state": {}, "param_groups": saved})
+        own_identities = {identity for group in saved for identity in group["params"]}
+        # What belongs to no parameter torch takes as it is.
+        others = {key: value for key, value in state_dict["state"].items() if key not in own_identities}
+        super().load_state_dict({**state_dict, "state": others, "param_groups": saved})
         for own, group in zip(self.param_groups, state_dict["param_groups"], strict=True):
             for identity, parameter in zip(group["params"], own["params"], strict=True):
                 state = state_dict["state"].get(identity)

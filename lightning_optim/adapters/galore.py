@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import bitsandbytes.functional as bnb
@@ -78,6 +78,11 @@ class GaLoreAdamW8bit(GaLoreAdamW):
             )
         return moments
 
+    def _loaded(self, tensors: Mapping[str, Tensor], parameter: Tensor) -> dict[str, Tensor]:
+        if parameter.dtype is torch.float64:
+            tensors = _dequantized(tensors)
+        return super()._loaded(tensors, parameter)
+
     def _adamw(
         self,
         parameters: Sequence[Tensor],
@@ -144,3 +149,17 @@ def _code(signed: bool, device: torch.device) -> Tensor:
     finally:
         torch.set_default_dtype(default)
     return table.to(device)
+
+
+def _dequantized(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Returns the tensors of a state with its moments as the numbers that their codes and scales stand for."""
+    others = {name: tensor for name, tensor in tensors.items() if f"{name}_absmax" not in tensors}
+    for name in MOMENTS:
+        scales = tensors.get(f"{name}_absmax")
+        if scales is None:
+            continue
+        del others[f"{name}_absmax"]
+        codes = tensors[name]
+        values = _code(name == MOMENTS[0], codes.device)[codes.flatten().long()]
+        others[name] = values.mul_(scales.repeat_interleave(_BLOCK)[: values.numel()]).view(codes.shape)
+    return others

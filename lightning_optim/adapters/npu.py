@@ -93,8 +93,8 @@ class NpuFusedAdamW(StepsUncompiled, optim.NpuFusedAdamW):
                 "Resume with optim='adamw_torch_fused'."
             )
         super().load_state_dict(state_dict)
-        for state in self.state.values():
-            if "step" in state:
+        for parameter, state in self.state.items():
+            if isinstance(parameter, Tensor) and "step" in state:
                 # torch's is a tensor.
                 state["step"] = int(state["step"])
         self.is_states_combined = False

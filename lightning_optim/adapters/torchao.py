@@ -61,7 +61,8 @@ class _PlainCheckpoints(StepsUncompiled, torchao.optim.adam._AdamBase):
     def state_dict(self) -> dict[str, Any]:
         state_dict = super().state_dict()
         state_dict["state"] = {
-            index: {name: pack(value) for name, value in state.items()} for index, state in state_dict["state"].items()
+            index: {name: pack(value) for name, value in state.items()} if isinstance(state, dict) else state
+            for index, state in state_dict["state"].items()
         }
         return state_dict
 
@@ -72,10 +73,11 @@ class _PlainCheckpoints(StepsUncompiled, torchao.optim.adam._AdamBase):
         # entries only; the quantized ones and the float32 ones of full-precision groups are put in place afterwards.
         reserved = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
         plain = {
-            index: {name: value for name, value in state.items() if name not in reserved}
-            for index, state in saved.items()
+            index: {name: value for name, value in saved[index].items() if name not in reserved}
+            for index in indices
+            if index in saved
         }
-        super().load_state_dict({**state_dict, "state": plain})
+        super().load_state_dict({**state_dict, "state": {**saved, **plain}})
         parameters = [parameter for group in self.param_groups for parameter in group["params"]]
         for index, parameter in zip(indices, parameters, strict=True):
             for name in reserved:

@@ -84,6 +84,6 @@ class AdamW(syncfree.AdamW):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         super().load_state_dict(state_dict)
         for parameter, state in self.state.items():
-            if "step" in state:
+            if isinstance(parameter, Tensor) and "step" in state:
                 # Of the dtype and on the device of the kernel; torch leaves it as it was saved.
                 state["step"] = torch.as_tensor(state["step"], dtype=torch.float32, device=parameter.device)

@@ -77,6 +77,10 @@ class AnyPrecisionAdamW(OwnOptimizer):
             state["compensation"] = group["compensation_buffer_dtype"]
         return {name: torch.zeros_like(parameter, dtype=getattr(torch, dtype)) for name, dtype in state.items()}
 
+    def _loaded_dtype(self, tensor: Tensor, parameter: Tensor) -> torch.dtype:
+        # The one that was chosen for it.
+        return tensor.dtype
+
     def _update(self, parameters: list[Tensor], step: int, group: dict[str, Any]) -> None:
         states = [self.state[parameter] for parameter in parameters]
         anyprecision_update(

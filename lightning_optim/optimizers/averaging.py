@@ -77,10 +77,11 @@ class KeepsTrainingPoint(StepsUncompiled):
         if not self.saves_averages:
             return state_dict
         parameters = [parameter for group in self.param_groups for parameter in group["params"]]
-        for index, state in state_dict["state"].items():
+        for index, parameter in enumerate(parameters):
+            state = state_dict["state"].get(index, {})
             if "z" in state and _POINT not in state:
                 # A new dict and a copy: state_dict() shares its tensors with the optimizer, and this one is the weight.
-                state_dict["state"][index] = {**state, _POINT: parameters[index].detach().clone()}
+                state_dict["state"][index] = {**state, _POINT: parameter.detach().clone()}
         for group in state_dict["param_groups"]:
             group["train_mode"] = False
         return state_dict

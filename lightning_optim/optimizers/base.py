@@ -28,8 +28,8 @@ class OwnOptimizer(StepsUncompiled):
     Python number, and the arithmetic is done by operations over lists or stacks of tensors.
 
     The arithmetic is float32 for parameters of two bytes per element and in the parameter's dtype for others, and so
-    are the states unless the algorithm says otherwise. They keep their dtype when a state dict is loaded, where
-    ``torch.optim.Optimizer`` casts them to the parameter's.
+    are the states unless the algorithm says otherwise. So they are when a state dict is loaded, whatever the dtype of
+    the parameters it was saved for; ``torch.optim.Optimizer`` casts states to the parameter's.
 
     A parameter's state is in ``self.state`` alone and nothing depends on which other parameters are stepped with it:
     the layerwise engine steps buckets with the same results.
@@ -99,7 +99,7 @@ class OwnOptimizer(StepsUncompiled):
                         self._update(part, step, group)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Loads as torch does, but every state tensor keeps its dtype.
+        """Loads as torch does, but state tensors are of the dtype to compute in, not of the parameter's.
 
         As torch has it, hyperparameters come from the state dict.
 
@@ -125,10 +125,13 @@ class OwnOptimizer(StepsUncompiled):
         refuse_foreign(optimizer.param_groups, state_dict["param_groups"], type(optimizer).__name__, marked_only=True)
         optimizer._taken = state_dict
         plain = {
-            identity: {name: value for name, value in state.items() if not isinstance(value, Tensor)}
-            for identity, state in state_dict["state"].items()
+            identity: {name: value for name, value in state_dict["state"][identity].items() if not _is_tensor(value)}
+            for group in state_dict["param_groups"]
+            for identity in group["params"]
+            if identity in state_dict["state"]
         }
-        return {**state_dict, "state": plain}
+        # What belongs to no parameter torch takes as it is.
+        return {**state_dict, "state": {**state_dict["state"], **plain}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -139,9 +142,24 @@ class OwnOptimizer(StepsUncompiled):
         ids = [identity for group in taken["param_groups"] for identity in group["params"]]
         parameters = [parameter for group in self.param_groups for parameter in group["params"]]
         for identity, parameter in zip(ids, parameters, strict=True):
-            for name, value in taken["state"].get(identity, {}).items():
-                if isinstance(value, Tensor):
-                    self.state[parameter][name] = value.detach().to(parameter.device, copy=True)
+            tensors = {name: value for name, value in taken["state"].get(identity, {}).items() if _is_tensor(value)}
+            if "step" in tensors:
+                self.state[parameter]["step"] = int(tensors.pop("step"))
+            if tensors:
+                self.state[parameter].update(self._loaded(tensors, parameter))
+
+    def _loaded(self, tensors: Mapping[str, Tensor], parameter: Tensor) -> dict[str, Tensor]:
+        """Returns copies for ``parameter`` of a state's tensors, saved perhaps for one of another dtype or device."""
+        dtypes = {name: self._loaded_dtype(tensor, parameter) for name, tensor in tensors.items()}
+        return {name: tensors[name].detach().to(parameter.device, dtypes[name], copy=True) for name in tensors}
+
+    def _loaded_dtype(self, tensor: Tensor, parameter: Tensor) -> torch.dtype:
+        """Returns the dtype that a tensor of a state takes with a parameter: that to compute in, if it was of one."""
+        wide = working_dtype(parameter)
+        computes = tensor.dtype in (torch.float32, torch.float64) or (
+            tensor.is_floating_point() and wide is torch.float64
+        )
+        return wide if computes else tensor.dtype
 
     def _begin(self, parameter: Tensor, group: dict[str, Any]) -> int:
         """Counts a step of a parameter, the first one from its initial state."""
@@ -182,6 +200,10 @@ class OwnOptimizer(StepsUncompiled):
 def hyperparameters(arguments: Mapping[str, Any]) -> dict[str, Any]:
     """Returns the arguments of a constructor, its ``locals()``, as defaults of the groups under the same names."""
     return {name: value for name, value in arguments.items() if name not in ("self", "params", "__class__")}
+
+
+def _is_tensor(value: Any) -> bool:
+    return isinstance(value, Tensor)
 
 
 def working_dtype(parameter: Tensor) -> torch.dtype:

@@ -121,7 +121,7 @@ class FusedStep:
         for group in (optimizer.defaults, *optimizer.param_groups):
             group.update(kernel)
         for parameter, state in optimizer.state.items():
-            if "step" in state:
+            if isinstance(parameter, Tensor) and "step" in state:
                 # As torch does for a fused optimizer when it loads a checkpoint.
                 state["step"] = state["step"].to(parameter.device, torch.float32)
         lay_out_states(optimizer)

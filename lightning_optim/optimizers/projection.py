@@ -94,10 +94,11 @@ def any_bases(shapes: Mapping[str, tuple[int, int]], like: Tensor) -> dict[str, 
 def gaussian(seed: int, rows: int, columns: int, like: Tensor) -> Tensor:
     """Returns a ``[rows, columns]`` matrix of standard normal numbers in ``like``'s dtype, on its device.
 
-    The same seed gives the same numbers on every kind of device, and the global generators are left alone.
+    The same seed gives the same numbers on every kind of device and in every dtype, so that a state that is loaded for
+    parameters of another one keeps its meaning. The global generators are left alone.
     """
     generator = torch.Generator("cpu").manual_seed(seed)
-    return torch.randn(rows, columns, generator=generator, dtype=like.dtype, device="cpu").to(like.device)
+    return torch.randn(rows, columns, generator=generator, dtype=torch.float32, device="cpu").to(like)
 
 
 def project(gradients: Sequence[Tensor], left: Sequence[Tensor] | None, right: Sequence[Tensor] | None) -> Tensor:

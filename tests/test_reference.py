@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from torch.optim import Optimizer
 from transformers import get_scheduler
 
-from lightning_optim import build_optimizer
+from lightning_optim import InvalidOption, build_optimizer
 from tests.cases import BY_NAME, NAMES, Case
 from tests.models import LitTokens, TokenModel, loader, trainer
 
@@ -128,7 +128,7 @@ def test_embeddings_keep_32_bits_unless_asked(name: str, full_precision: dict[st
 
 
 def test_bitsandbytes_overrides_of_other_optimizers_do_not_leak_in() -> None:
-    """Upstream keys overrides by (group, index) in the whole process; ours does not look there."""
+    """Upstream asks for overrides by (group, index) in the whole process; ours asks for the parameter."""
     from bitsandbytes.optim import GlobalOptimManager
 
     manager = GlobalOptimManager.get_instance()
@@ -141,3 +141,42 @@ def test_bitsandbytes_overrides_of_other_optimizers_do_not_leak_in() -> None:
         assert optimizer.state[model.weight]["state1"].dtype is torch.uint8
     finally:
         del manager.index2config[0, 0]
+
+
+@pytest.mark.parametrize("name", ["adamw_bnb_8bit", "lion_8bit_layerwise"])
+@pytest.mark.parametrize("how", ["override_config", "register_module_override"])
+def test_bitsandbytes_overrides_of_a_parameter_are_honoured(name: str, how: str) -> None:
+    from bitsandbytes.optim import GlobalOptimManager
+
+    manager = GlobalOptimManager.get_instance()
+    model = nn.Sequential(*(nn.Linear(64, 64, bias=False) for _ in range(3)))
+    if how == "override_config":
+        manager.override_config(model[1].weight, "optim_bits", 32)
+    else:
+        manager.register_module_override(model[1], "weight", {"optim_bits": 32})
+    try:
+        optimizer = build_optimizer(model, name)
+        for parameter in model.parameters():
+            parameter.grad = torch.ones_like(parameter)
+        optimizer.step()
+        dtypes = [optimizer.state[layer.weight]["state1"].dtype for layer in model]
+        assert dtypes == [torch.uint8, torch.float32, torch.uint8]
+    finally:
+        manager.initialize()
+
+
+def test_other_bitsandbytes_overrides_are_refused_before_anything_moves() -> None:
+    from bitsandbytes.optim import GlobalOptimManager
+
+    manager = GlobalOptimManager.get_instance()
+    model = nn.Linear(64, 64, bias=False)
+    before = model.weight.detach().clone()
+    manager.override_config(model.weight, key_value_dict={"optim_bits": 32, "lr": 0.5})
+    try:
+        optimizer = build_optimizer(model, "adamw_8bit")
+        model.weight.grad = torch.ones_like(model.weight)
+        with pytest.raises(InvalidOption, match=r"GlobalOptimManager overrides lr .*param_groups="):
+            optimizer.step()
+        assert torch.equal(model.weight, before)
+    finally:
+        manager.initialize()

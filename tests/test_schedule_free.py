@@ -448,3 +448,28 @@ def test_state_written_by_upstream_is_read_as_upstream_reads_it() -> None:
     theirs.train()
     ours.train()
     assert_same(weights(models[1]), weights(models[0]))
+
+
+@pytest.mark.parametrize("beta2", [0.6, 0.5])
+def test_radam_that_would_never_leave_its_silent_phase_is_refused(beta2: float) -> None:
+    from lightning_optim import build_optimizer
+
+    asked = {"betas": (0.9, beta2)}
+    for arguments in ({"optim_args": asked}, {"param_groups": {"weight": asked}}):
+        with pytest.raises(InvalidOption, match=r"no weight ever moves.*above 0\.6.*silent_sgd_phase=False"):
+            build_optimizer(nn.Linear(2, 2), "schedule_free_radam", **arguments)
+
+
+@pytest.mark.parametrize(("beta2", "silent"), [(0.601, True), (0.6, False)])
+def test_radam_at_the_bound_moves(beta2: float, silent: bool) -> None:
+    from lightning_optim import build_optimizer
+
+    model = nn.Linear(2, 2)
+    before = weights(model)["weight"]
+    options = {"betas": (0.9, beta2), "silent_sgd_phase": silent}
+    optimizer: Any = build_optimizer(model, "schedule_free_radam", optim_args=options)
+    optimizer.train()
+    for _ in range(40):
+        model(torch.ones(1, 2)).square().mean().backward()
+        optimizer.step()
+    assert not torch.equal(model.weight, before)

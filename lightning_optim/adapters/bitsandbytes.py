@@ -1,8 +1,8 @@
 """bitsandbytes optimizers whose bits are chosen per param group, and that leave parameters where they lie in memory.
 
-bitsandbytes lets a parameter keep 32-bit states through ``GlobalOptimManager``, a process-wide table keyed by (group
-index, parameter index): an override meant for one optimizer also hits the next one built. Here the param group says it
-(``optim_bits``), and the manager is not consulted.
+bitsandbytes lets a parameter keep 32-bit states through ``GlobalOptimManager``, which upstream's optimizers ask by
+(group index, parameter index): an override meant for one optimizer also hits the next one built, and every bucket of a
+layerwise one. Here the param group says it (``optim_bits``), and the manager is asked for the parameter itself.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import torch
 from bitsandbytes import optim
 from torch import Tensor
 
+from lightning_optim.errors import InvalidOption
 from lightning_optim.optimizers.uncompiled import StepsUncompiled
 
 # What bitsandbytes' own get_config assumes where a group lacks the key.
@@ -28,11 +29,26 @@ class _BitsPerGroup(StepsUncompiled):
         config = {key: group.get(key, default) for key, default in _GROUP_DEFAULTS.items()}
         config.update(lr=group["lr"], weight_decay=group["weight_decay"])
         config.update(vars(self.args))
-        config["optim_bits"] = group.get("optim_bits", config["optim_bits"])
+        override = _override(group["params"][pindex])
+        config["optim_bits"] = override.get("optim_bits", group.get("optim_bits", config["optim_bits"]))
         return config
 
     def check_overrides(self) -> None:
-        """Ignores the process-wide overrides."""
+        """Refuses, in the first step, what cannot be taken over from ``GlobalOptimManager``.
+
+        Raises:
+            InvalidOption: If an override changes more than ``optim_bits``: schedules and reports would not know of it.
+        """
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                others = sorted(_override(parameter).keys() - {"optim_bits"})
+                if others:
+                    raise InvalidOption(
+                        f"bitsandbytes' GlobalOptimManager overrides {', '.join(others)} of a parameter of shape "
+                        f"{tuple(parameter.shape)}; optim_bits alone is taken from there. Give the rest by name, "
+                        f"param_groups={{'a pattern of its name': {{{others[0]!r}: ...}}}}, and drop the override, or "
+                        "clear those of earlier models with GlobalOptimManager.get_instance().initialize()."
+                    )
 
     def load_state_dict(self, state_dict: dict[str, Any], *args: Any, **kwargs: Any) -> None:
         """Loads as upstream does, and runs the hooks that torch runs and upstream leaves out."""
@@ -42,6 +58,16 @@ class _BitsPerGroup(StepsUncompiled):
         super().load_state_dict(state_dict, *args, **kwargs)
         for after in optimizer._optimizer_load_state_dict_post_hooks.values():
             after(self)
+
+
+def _override(parameter: Tensor) -> dict[str, Any]:
+    """Returns what ``GlobalOptimManager`` has for this very parameter."""
+    manager = optim.GlobalOptimManager.get_instance()
+    override = dict(manager.pid2config.get(id(parameter), {}))
+    for module, name, config in manager.module_weight_config_triple:
+        if getattr(module, name, None) is parameter:
+            override.update(config)
+    return override
 
 
 class _KeepsLayout:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from lightning_optim.availability import Requirement
+from lightning_optim.errors import InvalidOption
 from lightning_optim.options import NON_NEGATIVE, OPEN_UNIT, Options, option
 from lightning_optim.spec import Buffer, OptimizerSpec, StateLayout, Warmup
 
@@ -36,6 +37,16 @@ class ScheduleFreeRAdamOptions(ScheduleFreeAdamWOptions):
     """Options of ``schedulefree.RAdamScheduleFree``."""
 
     silent_sgd_phase: bool = option(True, "do not move while the variance is not yet known")
+
+    def check(self) -> None:
+        # RAdam moves by its variance once rho_t > 4. It rises towards rho_inf = 2 / (1 - beta2) - 1, which it does not
+        # reach, and rho_inf > 4 is beta2 > 0.6.
+        if self.silent_sgd_phase and self.betas[1] <= 0.6:
+            raise InvalidOption(
+                f"betas={self.betas!r}: with the second one at 0.6 or below, RAdam never knows its variance, and with "
+                "silent_sgd_phase=True no weight ever moves. Set betas[1] above 0.6 (0.999 is usual), or "
+                "silent_sgd_phase=False, or use optim='schedule_free_adamw'"
+            )
 
 
 @dataclass(frozen=True)

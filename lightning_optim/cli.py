@@ -15,7 +15,7 @@ from lightning.pytorch.trainer.connectors.accelerator_connector import _Accelera
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning_utilities.core.rank_zero import rank_zero_info
 
-from lightning_optim import trust
+from lightning_optim import packages, trust
 from lightning_optim.accelerators import NPUAccelerator, PJRTAccelerator
 from lightning_optim.callbacks.optim import OptimCallback
 from lightning_optim.config import OptimConfig
@@ -107,6 +107,12 @@ class OptimCLI(LightningCLI):
     """
 
     def add_core_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        if packages.is_others(self._model_class):
+            raise IncompatibleTrainer(
+                f"OptimCLI builds the Trainer of lightning.pytorch, and {self._model_class.__name__} is a module of "
+                f"{packages.OTHER}. Use that package's LightningCLI: with OptimMixin before its LightningModule the "
+                "model takes --model.optim NAME, --model.lr and so on. Or write `import lightning as L`."
+            )
         # Not in add_arguments_to_parser: users override that one without calling super().
         super().add_core_arguments_to_parser(parser)
         for name, (annotation, help) in _ARGUMENTS.items():

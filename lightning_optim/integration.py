@@ -11,7 +11,7 @@ from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
-from lightning_optim import report
+from lightning_optim import packages, report
 from lightning_optim.callbacks.layerwise import LayerwiseCallback, steps_in_backward
 from lightning_optim.callbacks.report import ReportCallback
 from lightning_optim.callbacks.schedule_free import ScheduleFreeCallback
@@ -91,7 +91,8 @@ def _resolve(trainer: Trainer | None, target: Target, config: OptimConfig, lengt
 
 
 def _facts(trainer: Trainer) -> TrainerFacts:
-    averaging = (c for c in trainer.callbacks if isinstance(c, (WeightAveraging, StochasticWeightAveraging)))  # type: ignore[attr-defined]
+    rivals = packages.kin(WeightAveraging, StochasticWeightAveraging)
+    averaging = (c for c in trainer.callbacks if isinstance(c, rivals))  # type: ignore[attr-defined]
     return TrainerFacts(
         accumulation_changes=trainer.max_steps == -1 and _accumulation_changes(trainer),
         averaging=next((type(callback).__name__ for callback in averaging), ""),
@@ -103,7 +104,7 @@ def _accumulation_changes(trainer: Trainer) -> bool:
     return any(
         len(set(callback.scheduling.values())) > 1
         for callback in callbacks
-        if isinstance(callback, GradientAccumulationScheduler)
+        if isinstance(callback, packages.kin(GradientAccumulationScheduler))
     )
 
 

@@ -14,7 +14,7 @@ from torch import nn
 from torch.optim import Optimizer
 from typing_extensions import Self
 
-from lightning_optim import integration, trust
+from lightning_optim import integration, packages, trust
 from lightning_optim.callbacks.old_checkpoints import OldCheckpoints, import_torchao, is_old_style
 from lightning_optim.callbacks.used import OptimIsUsed
 from lightning_optim.config import OptimConfig
@@ -108,15 +108,8 @@ class OptimMixin(_Base):
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        foreign = [base for base in cls.__mro__ if base.__module__.startswith("pytorch_lightning.")]
-        if foreign:
-            raise IncompatibleTrainer(
-                f"{cls.__name__} mixes OptimMixin with {foreign[0].__module__}.{foreign[0].__name__}: the packages "
-                "pytorch_lightning and lightning do not know each other's classes. Write `import lightning as L` and "
-                "use L.LightningModule and L.Trainer."
-            )
         mro = list(cls.__mro__)
-        if LightningModule in mro and mro.index(LightningModule) < mro.index(OptimMixin):
+        if any(base in mro and mro.index(base) < mro.index(OptimMixin) for base in packages.kin(LightningModule)):
             raise IncompatibleTrainer(
                 f"OptimMixin stands after LightningModule among the bases of {cls.__name__} and would never be asked. "
                 f"Write `class {cls.__name__}(OptimMixin, L.LightningModule)`."

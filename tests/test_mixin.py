@@ -52,14 +52,6 @@ class TestMixin:
             class Wrong(L.LightningModule, OptimMixin):
                 pass
 
-    def test_classes_of_the_other_lightning_are_refused(self) -> None:
-        import pytorch_lightning
-
-        with pytest.raises(IncompatibleTrainer, match=r"pytorch_lightning.*Write `import lightning as L`"):
-
-            class Wrong(OptimMixin, pytorch_lightning.LightningModule):
-                pass
-
     @pytest.mark.parametrize("collector", ["optim", "kwargs"])
     def test_hyperparameters_survive_saving_and_loading(self, collector: str, tmp_path: Path) -> None:
         """Lightning alone would lose ``optim`` where the collecting parameter is called ``**optim``."""

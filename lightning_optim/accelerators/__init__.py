@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import importlib
+from typing import Any
+
 from lightning.pytorch.accelerators import Accelerator, AcceleratorRegistry
 
+from lightning_optim import packages
 from lightning_optim.accelerators.npu import NPUAccelerator
 from lightning_optim.accelerators.pjrt import PJRTAccelerator
-from lightning_optim.packages import is_free
 
 __all__ = ["NPUAccelerator", "PJRTAccelerator", "register"]
 
@@ -16,6 +19,18 @@ _ACCELERATORS: tuple[type[Accelerator], ...] = (NPUAccelerator, PJRTAccelerator)
 def register() -> None:
     """Makes ``Trainer(accelerator=...)`` know them by name; a name that somebody else has taken stays theirs."""
     for accelerator in _ACCELERATORS:
-        if is_free(AcceleratorRegistry, "accelerator", accelerator.name(), accelerator):
-            description = (accelerator.__doc__ or "").splitlines()[0]
-            AcceleratorRegistry.register(accelerator.name(), accelerator, description, override=True)
+        _enter(AcceleratorRegistry, accelerator.name(), accelerator)
+    packages.when_imported(_register_with_the_other)
+
+
+def _register_with_the_other() -> None:
+    theirs = importlib.import_module(f"{packages.OTHER}.accelerators")
+    for accelerator in _ACCELERATORS:
+        flag = accelerator.name()
+        _enter(theirs.AcceleratorRegistry, flag, packages.refused("accelerator", flag, accelerator))
+
+
+def _enter(registry: Any, flag: str, accelerator: type) -> None:
+    if packages.is_free(registry, "accelerator", flag, accelerator):
+        description = (accelerator.__doc__ or "").partition("\n")[0]
+        registry.register(flag, accelerator, description, override=True)

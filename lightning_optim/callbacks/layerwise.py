@@ -22,14 +22,13 @@ from lightning.pytorch.strategies import (
 from lightning.pytorch.strategies.single_xla import SingleDeviceXLAStrategy
 from lightning.pytorch.strategies.xla import XLAStrategy
 from lightning.pytorch.utilities import GradClipAlgorithmType
-from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 from torch._functorch import config as functorch_config
 from torch.amp import GradScaler
 from torch.optim import Optimizer
 
-from lightning_optim import rules
+from lightning_optim import packages, rules
 from lightning_optim.callbacks.attached import detach
 from lightning_optim.catalog.layerwise import LayerwiseOptions
 from lightning_optim.errors import IncompatibleTrainer
@@ -130,7 +129,7 @@ class LayerwiseCallback(Callback):
         for layerwise in self._driven(trainer):
             layerwise.scaler = self._scaler
         # Lightning calls the closure before optimizer.step then, and the module's own may do it without stepping.
-        self._may_step = not is_overridden("optimizer_step", pl_module)
+        self._may_step = not packages.is_overridden("optimizer_step", pl_module)
         if not self._may_step:
             rank_zero_warn(
                 f"{type(pl_module).__name__} overrides optimizer_step: with loss scaling it is not known beforehand "
@@ -283,7 +282,7 @@ def _strategy_name(strategy: Strategy) -> str:
         (ModelParallelStrategy, "ModelParallelStrategy"),
     )
     unknown = f"{type(strategy).__module__}.{type(strategy).__qualname__}"
-    return next((name for family, name in families if isinstance(strategy, family)), unknown)
+    return next((name for family, name in families if isinstance(strategy, packages.kin(family))), unknown)
 
 
 def _facts(trainer: Trainer, options: LayerwiseOptions, name: str, strategy: str) -> rules.Stepping:
@@ -296,7 +295,7 @@ def _facts(trainer: Trainer, options: LayerwiseOptions, name: str, strategy: str
         clips_norm=clipping is not None and clipping.kind != "value",
         norm_clipping=options.norm_clipping,
         gradient_readers=tuple(_gradient_readers(trainer)),
-        own_clipping=is_overridden("configure_gradient_clipping", module),
+        own_clipping=packages.is_overridden("configure_gradient_clipping", module),
         retains_graph=_takes_retain_graph(module),
         sparse=_sparse_parameter(module),
     )
@@ -315,7 +314,8 @@ def _reads_gradients(owner: type, method: str, depth: int) -> bool:
     """Whether a method of a user's class, or one that it calls on itself, names gradients."""
     function = inspect.unwrap(getattr(owner, method, None))  # type: ignore[arg-type]
     module = getattr(function, "__module__", None) or ""
-    if not inspect.isfunction(function) or module.partition(".")[0] in ("lightning", "lightning_optim", "torch"):
+    libraries = ("lightning", packages.OTHER, "lightning_optim", "torch")
+    if not inspect.isfunction(function) or module.partition(".")[0] in libraries:
         return False
     names = list(_names(function.__code__))
     if any(_GRADIENT.fullmatch(name) for name in names):

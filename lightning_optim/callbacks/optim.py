@@ -10,7 +10,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import LearningRateFinder
 from lightning_utilities.core.rank_zero import rank_zero_info
 
-from lightning_optim import integration
+from lightning_optim import integration, packages
 from lightning_optim.callbacks.old_checkpoints import OldCheckpoints
 from lightning_optim.config import OptimConfig
 from lightning_optim.errors import IncompatibleTrainer
@@ -98,7 +98,8 @@ class OptimCallback(Callback):
         callbacks = trainer.callbacks  # type: ignore[attr-defined]
         if sum(isinstance(callback, OptimCallback) for callback in callbacks) > 1:
             raise IncompatibleTrainer("two OptimCallbacks in one Trainer; keep one.")
-        if any(isinstance(callback, LearningRateFinder) and callback._update_attr for callback in callbacks):
+        finders = (callback for callback in callbacks if isinstance(callback, packages.kin(LearningRateFinder)))
+        if any(finder._update_attr for finder in finders):
             raise IncompatibleTrainer(
                 "the learning-rate finder sets an attribute of the module, which OptimCallback does not read. Use "
                 "Tuner.lr_find(..., update_attr=False) and pass its suggestion as OptimCallback(lr=...)."

@@ -15,6 +15,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.hooks import RemovableHandle
 
+from lightning_optim import packages
 from lightning_optim.callbacks.attached import detach
 from lightning_optim.errors import IncompatibleTrainer, InvalidOption
 from lightning_optim.optimizers.averaging import KeepsTrainingPoint
@@ -163,7 +164,7 @@ def _averaging(trainer: Trainer) -> list[KeepsTrainingPoint]:
 def _second_reading(trainer: Trainer) -> CombinedLoader:
     """Returns the training data, to be read without disturbing the reading that goes on."""
     data: Any = trainer.train_dataloader
-    return CombinedLoader(data.iterables if isinstance(data, CombinedLoader) else data, "max_size_cycle")
+    return CombinedLoader(data.iterables if isinstance(data, packages.kin(CombinedLoader)) else data, "max_size_cycle")
 
 
 def _batch_norms(module: nn.Module) -> Iterator[_BatchNorm]:

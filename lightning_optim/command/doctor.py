@@ -144,11 +144,11 @@ def _notes() -> tuple[str, ...]:
         version = importlib.metadata.version("pytorch-lightning")
     except importlib.metadata.PackageNotFoundError:
         return ()
-    # lightning itself depends on it, so that it is no problem to be installed, only to be imported.
+    # lightning itself depends on it, so that it is no problem to be installed, only to be mixed.
     return (
-        f"pytorch_lightning {version} is installed, too. It and lightning do not know each other's classes: "
-        "OptimMixin, OptimCallback and OptimCLI work with those of lightning.pytorch (`import lightning as L`), not "
-        "with those of `import pytorch_lightning`.",
+        f"pytorch_lightning {version} is installed, too. It and lightning do not know each other's classes: module, "
+        "Trainer and callbacks have to come from the same of them. OptimMixin, OptimCallback and the strategies work "
+        "with both; OptimCLI and the accelerators npu and pjrt with lightning.pytorch (`import lightning as L`).",
     )
 
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import importlib
 from typing import Any
 
 from lightning.pytorch.strategies import Strategy, StrategyRegistry
 
-from lightning_optim.packages import is_free
+from lightning_optim import packages
 from lightning_optim.strategies.fused import FusedDDPStrategy, FusedMixedPrecision, FusedStrategy, StepsFused
 from lightning_optim.strategies.layerwise import LayerwiseStrategy
 from lightning_optim.strategies.layerwise_ddp import LayerwiseDDPStrategy
@@ -16,6 +17,7 @@ from lightning_optim.strategies.xla import SingleDeviceXLASyncFreeStrategy, XLAS
 from lightning_optim.strategies.xla_precision import XLASyncFreePrecision
 
 __all__ = [
+    "MOVABLE",
     "FusedDDPStrategy",
     "FusedMixedPrecision",
     "FusedStrategy",
@@ -30,6 +32,15 @@ __all__ = [
     "XLASyncFreeStrategy",
     "register",
 ]
+
+# Those that train under a Trainer of pytorch_lightning, too.
+MOVABLE: tuple[type[Strategy], ...] = (
+    FusedStrategy,
+    FusedDDPStrategy,
+    LayerwiseStrategy,
+    LayerwiseDDPStrategy,
+    LayerwiseFSDP2Strategy,
+)
 
 _FLAGS: tuple[tuple[str, type[Strategy], dict[str, Any]], ...] = (
     ("fused", FusedStrategy, {}),
@@ -53,6 +64,24 @@ _FLAGS: tuple[tuple[str, type[Strategy], dict[str, Any]], ...] = (
 def register() -> None:
     """Makes ``Trainer(strategy=...)`` know the flags; one that somebody else has taken stays theirs."""
     for flag, strategy, arguments in _FLAGS:
-        if is_free(StrategyRegistry, "strategy", flag, strategy):
-            description = (strategy.__doc__ or "").splitlines()[0]
-            StrategyRegistry.register(flag, strategy, description, override=True, **arguments)
+        _enter(StrategyRegistry, flag, strategy, arguments)
+    packages.when_imported(_register_with_the_other)
+
+
+def _register_with_the_other() -> None:
+    """The same for the Trainer of ``pytorch_lightning``."""
+    theirs = importlib.import_module(f"{packages.OTHER}.strategies")
+    for ours in MOVABLE:
+        theirs.Strategy.register(ours)
+    for flag, strategy, arguments in _FLAGS:
+        try:
+            same = packages.derived(strategy) if strategy in MOVABLE else None
+        except LookupError:
+            same = None
+        _enter(theirs.StrategyRegistry, flag, same or packages.refused("strategy", flag, strategy), arguments)
+
+
+def _enter(registry: Any, flag: str, strategy: type, arguments: dict[str, Any]) -> None:
+    if packages.is_free(registry, "strategy", flag, strategy):
+        description = (strategy.__doc__ or "").partition("\n")[0]
+        registry.register(flag, strategy, description, override=True, **arguments)

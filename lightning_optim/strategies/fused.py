@@ -15,33 +15,23 @@ from lightning_utilities.core.rank_zero import rank_zero_info
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightning_optim import rules
+from lightning_optim import packages, rules
 from lightning_optim.errors import IncompatibleTrainer
 from lightning_optim.optimizers.fused import SCALES, FusedStep
+from lightning_optim.strategies.movable import Movable
 from lightning_optim.strategies.one_device import OneDevice
 
 if TYPE_CHECKING:
     _Base = Strategy
+    _Precision = MixedPrecision
 else:
-    _Base = object
+    _Base = _Precision = object
 
 _CHECKPOINT_KEY = MixedPrecision.__qualname__
 
 
-class FusedMixedPrecision(MixedPrecision):
-    """Mixed precision that unscales the gradients of a fused optimizer before they are clipped.
-
-    Lightning leaves the unscaling to the fused kernel, so that hooks and clipping would see scaled gradients; it
-    refuses to clip, even where nothing is scaled (``"bf16-mixed"``). Here the order is that of every other optimizer:
-    unscale, ``on_before_optimizer_step``, clip, step. The kernel is handed the flag that says whether a gradient
-    overflowed, and skips the step by itself: the host does not wait for the device to ask. The strategies ``fused`` and
-    ``fused_ddp`` put it in the place of Lightning's ``MixedPrecision``; checkpoints are the same.
-
-    Args:
-        precision: ``"16-mixed"`` or ``"bf16-mixed"``.
-        device: Type of the device, for autocast and the scaler.
-        scaler: Scales the loss; ``None`` makes one for ``"16-mixed"``.
-    """
+class UnscalesFused(_Precision):
+    """Mixin: all of :class:`FusedMixedPrecision` but Lightning's base class."""
 
     def optimizer_step(  # type: ignore[override]
         self, optimizer: Optimizer, model: LightningModule, closure: Callable[[], Any], **kwargs: Any
@@ -67,7 +57,7 @@ class FusedMixedPrecision(MixedPrecision):
         gradient_clip_algorithm: GradClipAlgorithmType = GradClipAlgorithmType.NORM,
     ) -> None:
         # Without what MixedPrecision refuses.
-        Precision.clip_gradients(self, optimizer, clip_val, gradient_clip_algorithm)
+        packages.of(self, Precision).clip_gradients(self, optimizer, clip_val, gradient_clip_algorithm)
 
     def state_dict(self) -> dict[str, Any]:
         # Lightning would file it under the name of this class.
@@ -84,7 +74,23 @@ class FusedMixedPrecision(MixedPrecision):
             self.scaler.load_state_dict(checkpoint[_CHECKPOINT_KEY])
 
 
-class StepsFused(_Base):
+class FusedMixedPrecision(UnscalesFused, MixedPrecision):
+    """Mixed precision that unscales the gradients of a fused optimizer before they are clipped.
+
+    Lightning leaves the unscaling to the fused kernel, so that hooks and clipping would see scaled gradients; it
+    refuses to clip, even where nothing is scaled (``"bf16-mixed"``). Here the order is that of every other optimizer:
+    unscale, ``on_before_optimizer_step``, clip, step. The kernel is handed the flag that says whether a gradient
+    overflowed, and skips the step by itself: the host does not wait for the device to ask. The strategies ``fused`` and
+    ``fused_ddp`` put it in the place of Lightning's ``MixedPrecision``; checkpoints are the same.
+
+    Args:
+        precision: ``"16-mixed"`` or ``"bf16-mixed"``.
+        device: Type of the device, for autocast and the scaler.
+        scaler: Scales the loss; ``None`` makes one for ``"16-mixed"``.
+    """
+
+
+class StepsFused(Movable, _Base):
     """Mixin for strategies that have every optimizer of the module stepped by torch's fused kernel."""
 
     strategy_name: str
@@ -98,9 +104,10 @@ class StepsFused(_Base):
 
     @precision_plugin.setter
     def precision_plugin(self, plugin: Precision | None) -> None:
-        if type(plugin) is MixedPrecision:
-            plugin = FusedMixedPrecision(plugin.precision, plugin.device, plugin.scaler)  # type: ignore[arg-type]
-        elif isinstance(plugin, MixedPrecision) and not isinstance(plugin, FusedMixedPrecision):
+        if type(plugin) in packages.kin(MixedPrecision):
+            exchanged: Any = plugin
+            plugin = packages.of(self, FusedMixedPrecision)(exchanged.precision, exchanged.device, exchanged.scaler)
+        elif isinstance(plugin, packages.kin(MixedPrecision)) and not isinstance(plugin, UnscalesFused):
             raise IncompatibleTrainer(
                 f"strategy={self.strategy_name!r} with plugins={type(plugin).__name__}(...), a MixedPrecision, "
                 "which refuses to clip for a fused optimizer. Derive it from lightning_optim.FusedMixedPrecision, or "
@@ -112,7 +119,8 @@ class StepsFused(_Base):
         self._detach()
         super().setup_optimizers(trainer)
         module = trainer.lightning_module
-        optimizers = [optimizer for optimizer in self.optimizers if not isinstance(optimizer, _MockOptimizer)]
+        mocks = packages.kin(_MockOptimizer)
+        optimizers = [optimizer for optimizer in self.optimizers if not isinstance(optimizer, mocks)]
         for optimizer in optimizers:
             rules.check_fused(self._facts(module, optimizer))
         self._steps = tuple(FusedStep(optimizer) for optimizer in optimizers)

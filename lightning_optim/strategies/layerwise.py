@@ -15,6 +15,7 @@ from lightning_optim.callbacks.layerwise import LayerwiseCallback
 from lightning_optim.catalog.layerwise import LayerwiseOptions
 from lightning_optim.layerwise.engine import Layerwise
 from lightning_optim.options import parse
+from lightning_optim.strategies.movable import Movable
 from lightning_optim.strategies.one_device import OneDevice
 
 if TYPE_CHECKING:
@@ -23,7 +24,7 @@ else:
     _Base = object
 
 
-class StepsInBackward(_Base):
+class StepsInBackward(Movable, _Base):
     """Mixin for strategies that make every optimizer of the module layerwise, whoever built it."""
 
     #: The flag, and the name by which the rules know it.
@@ -48,7 +49,26 @@ def layerwise_options(strategy: str, **given: Any) -> LayerwiseOptions:
     return parse(LayerwiseOptions, {name: value for name, value in given.items() if value is not None}, strategy)
 
 
-class LayerwiseStrategy(StepsInBackward, OneDevice, SingleDeviceStrategy):
+class StepsInBackwardAlone(StepsInBackward, OneDevice):
+    """Mixin: all of :class:`LayerwiseStrategy` but Lightning's base class."""
+
+    def __init__(
+        self,
+        bucket_mb: float | None = None,
+        norm_clipping: str | None = None,
+        log_grad_norm: bool | None = None,
+        device: torch.device | str | None = None,
+        accelerator: Accelerator | None = None,
+        checkpoint_io: CheckpointIO | None = None,
+        precision_plugin: Precision | None = None,
+    ) -> None:
+        super().__init__(device, accelerator, checkpoint_io, precision_plugin)
+        self.layerwise_options = layerwise_options(
+            self.layerwise_name, bucket_mb=bucket_mb, norm_clipping=norm_clipping, log_grad_norm=log_grad_norm
+        )
+
+
+class LayerwiseStrategy(StepsInBackwardAlone, SingleDeviceStrategy):
     """Steps every optimizer during backward, on one device: CPU, CUDA or MPS.
 
     An identifier that ends in ``_layerwise`` does not need it; an optimizer of the module's own becomes layerwise by
@@ -73,18 +93,3 @@ class LayerwiseStrategy(StepsInBackward, OneDevice, SingleDeviceStrategy):
     """
 
     strategy_name = layerwise_name = "layerwise"
-
-    def __init__(
-        self,
-        bucket_mb: float | None = None,
-        norm_clipping: str | None = None,
-        log_grad_norm: bool | None = None,
-        device: torch.device | str | None = None,
-        accelerator: Accelerator | None = None,
-        checkpoint_io: CheckpointIO | None = None,
-        precision_plugin: Precision | None = None,
-    ) -> None:
-        super().__init__(device, accelerator, checkpoint_io, precision_plugin)
-        self.layerwise_options = layerwise_options(
-            self.layerwise_name, bucket_mb=bucket_mb, norm_clipping=norm_clipping, log_grad_norm=log_grad_norm
-        )

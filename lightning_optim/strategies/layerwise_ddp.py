@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from datetime import timedelta
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -20,37 +20,14 @@ from lightning_optim.layerwise.engine import Layerwise
 from lightning_optim.layerwise.replicas import Replicas
 from lightning_optim.strategies.layerwise import StepsInBackward, layerwise_options
 
+if TYPE_CHECKING:
+    _Base = DDPStrategy
+else:
+    _Base = object
 
-class LayerwiseDDPStrategy(StepsInBackward, DDPStrategy):
-    """Steps every optimizer during backward, in several processes with a copy of the model each.
 
-    The model is not wrapped in ``DistributedDataParallel``: its gradients are averaged bucket by bucket while backward
-    goes on, stepped and freed. Ranks stay bit-identical. Parameters and buffers of rank 0 are broadcast when fit
-    starts, buffers also before every forward. Every parameter must get a gradient in every process.
-
-    Args:
-        bucket_mb: As in :class:`~lightning_optim.LayerwiseStrategy`.
-        norm_clipping: As there.
-        log_grad_norm: As there.
-        broadcast_buffers: Whether all processes take rank 0's buffers (BatchNorm's statistics) before every forward.
-        process_group_backend: As in ``DDPStrategy``.
-        timeout: As in ``DDPStrategy``.
-        start_method: As in ``DDPStrategy``.
-        accelerator: As in ``DDPStrategy``; the Trainer sets it.
-        parallel_devices: As in ``DDPStrategy``; the Trainer sets it.
-        cluster_environment: As in ``DDPStrategy``.
-        checkpoint_io: As in ``DDPStrategy``.
-        precision_plugin: As in ``DDPStrategy``; the Trainer sets it.
-        **others: Refused.
-
-    Raises:
-        InvalidOption: If an option is of the wrong type or out of range.
-        IncompatibleTrainer: When fit starts, if the module cannot be trained so; in the first step, if a parameter gets
-            no gradient.
-        TypeError: For arguments of ``DistributedDataParallel``, which is not used.
-    """
-
-    strategy_name = layerwise_name = "layerwise_ddp"
+class StepsCopiesInBackward(StepsInBackward, _Base):
+    """Mixin: all of :class:`LayerwiseDDPStrategy` but Lightning's base class."""
 
     def __init__(
         self,
@@ -133,3 +110,35 @@ class LayerwiseDDPStrategy(StepsInBackward, DDPStrategy):
                 parts = torch.split_with_sizes(flat, [buffer.numel() for buffer in buffers])
                 for buffer, part in zip(buffers, parts, strict=True):
                     buffer.copy_(part.view_as(buffer))
+
+
+class LayerwiseDDPStrategy(StepsCopiesInBackward, DDPStrategy):
+    """Steps every optimizer during backward, in several processes with a copy of the model each.
+
+    The model is not wrapped in ``DistributedDataParallel``: its gradients are averaged bucket by bucket while backward
+    goes on, stepped and freed. Ranks stay bit-identical. Parameters and buffers of rank 0 are broadcast when fit
+    starts, buffers also before every forward. Every parameter must get a gradient in every process.
+
+    Args:
+        bucket_mb: As in :class:`~lightning_optim.LayerwiseStrategy`.
+        norm_clipping: As there.
+        log_grad_norm: As there.
+        broadcast_buffers: Whether all processes take rank 0's buffers (BatchNorm's statistics) before every forward.
+        process_group_backend: As in ``DDPStrategy``.
+        timeout: As in ``DDPStrategy``.
+        start_method: As in ``DDPStrategy``.
+        accelerator: As in ``DDPStrategy``; the Trainer sets it.
+        parallel_devices: As in ``DDPStrategy``; the Trainer sets it.
+        cluster_environment: As in ``DDPStrategy``.
+        checkpoint_io: As in ``DDPStrategy``.
+        precision_plugin: As in ``DDPStrategy``; the Trainer sets it.
+        **others: Refused.
+
+    Raises:
+        InvalidOption: If an option is of the wrong type or out of range.
+        IncompatibleTrainer: When fit starts, if the module cannot be trained so; in the first step, if a parameter gets
+            no gradient.
+        TypeError: For arguments of ``DistributedDataParallel``, which is not used.
+    """
+
+    strategy_name = layerwise_name = "layerwise_ddp"

@@ -5,38 +5,21 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch.distributed.constants import default_pg_timeout
 
 from lightning_optim.strategies.layerwise import StepsInBackward, layerwise_options
 
+if TYPE_CHECKING:
+    _Base = ModelParallelStrategy
+else:
+    _Base = object
 
-class LayerwiseFSDP2Strategy(StepsInBackward, ModelParallelStrategy):
-    """Steps every optimizer during backward, on parameters that ``fully_shard`` (FSDP2) divided among the processes.
 
-    As with Lightning's ``ModelParallelStrategy``, the module calls ``fully_shard`` in ``configure_model``, on the mesh
-    ``self.device_mesh["data_parallel"]``. Gradients are reduced by FSDP2 before they are stepped; micro-batches that
-    accumulate are not reduced.
-
-    Args:
-        bucket_mb: As in :class:`~lightning_optim.LayerwiseStrategy`, counted in shards.
-        norm_clipping: As there.
-        log_grad_norm: As there.
-        data_parallel_size: Processes that share the shards; ``"auto"`` means all that tensor parallelism leaves, unlike
-            in ``ModelParallelStrategy``, where it means the number of nodes.
-        tensor_parallel_size: Processes of each tensor-parallel group.
-        save_distributed_checkpoint: As in ``ModelParallelStrategy``.
-        process_group_backend: As there.
-        timeout: As there.
-
-    Raises:
-        InvalidOption: If an option is of the wrong type or out of range.
-        IncompatibleTrainer: When fit starts, if the module cannot be trained so.
-    """
-
-    strategy_name = layerwise_name = "layerwise_fsdp2"
+class StepsShardsInBackward(StepsInBackward, _Base):
+    """Mixin: all of :class:`LayerwiseFSDP2Strategy` but Lightning's base class."""
 
     def __init__(
         self,
@@ -76,3 +59,29 @@ class LayerwiseFSDP2Strategy(StepsInBackward, ModelParallelStrategy):
         finally:
             for module in sharded:
                 module.set_requires_gradient_sync(True, recurse=False)
+
+
+class LayerwiseFSDP2Strategy(StepsShardsInBackward, ModelParallelStrategy):
+    """Steps every optimizer during backward, on parameters that ``fully_shard`` (FSDP2) divided among the processes.
+
+    As with Lightning's ``ModelParallelStrategy``, the module calls ``fully_shard`` in ``configure_model``, on the mesh
+    ``self.device_mesh["data_parallel"]``. Gradients are reduced by FSDP2 before they are stepped; micro-batches that
+    accumulate are not reduced.
+
+    Args:
+        bucket_mb: As in :class:`~lightning_optim.LayerwiseStrategy`, counted in shards.
+        norm_clipping: As there.
+        log_grad_norm: As there.
+        data_parallel_size: Processes that share the shards; ``"auto"`` means all that tensor parallelism leaves, unlike
+            in ``ModelParallelStrategy``, where it means the number of nodes.
+        tensor_parallel_size: Processes of each tensor-parallel group.
+        save_distributed_checkpoint: As in ``ModelParallelStrategy``.
+        process_group_backend: As there.
+        timeout: As there.
+
+    Raises:
+        InvalidOption: If an option is of the wrong type or out of range.
+        IncompatibleTrainer: When fit starts, if the module cannot be trained so.
+    """
+
+    strategy_name = layerwise_name = "layerwise_fsdp2"

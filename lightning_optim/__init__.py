@@ -17,6 +17,7 @@ from lightning_optim.availability import Requirement
 from lightning_optim.callbacks.grokking import GrokkingSignal
 from lightning_optim.callbacks.optim import OptimCallback
 from lightning_optim.callbacks.schedule_free import ScheduleFreeCallback
+from lightning_optim.callbacks.unattended import watch as _watch
 from lightning_optim.config import OptimConfig
 from lightning_optim.errors import (
     DuplicateOptimizer,
@@ -28,6 +29,7 @@ from lightning_optim.errors import (
     UnknownSchedule,
     UntrustedOptimizer,
 )
+from lightning_optim.factory import WATCHERS as _WATCHERS
 from lightning_optim.factory import build_optimizer
 from lightning_optim.layerwise.clipping import Clipping
 from lightning_optim.layerwise.engine import Layerwise
@@ -101,6 +103,7 @@ __all__ = [
 ]
 
 _register_accelerators()
+_WATCHERS.append(_watch)
 _register_strategies()
 
 

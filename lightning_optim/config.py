@@ -41,7 +41,8 @@ class OptimConfig:
         param_groups: Hyperparameters by regular expression over parameter names; the first match wins.
         layer_decay: The learning rate is multiplied by this once per layer below the top.
         layer_pattern: Regular expression whose one group is a layer's number.
-        lr_scheduler: Name of the learning-rate schedule; ``None`` for none.
+        lr_scheduler: Name of the learning-rate schedule; ``None`` for none, ``"module"`` for the one of the module's
+            own ``configure_optimizers``.
         lr_scheduler_args: Options of the schedule.
         warmup_steps: Optimizer steps of warm-up, or a fraction of the training.
         optim_fallback: Whether the nearest identifier that can run here takes the place of one that cannot.

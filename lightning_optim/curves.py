@@ -291,12 +291,25 @@ SCHEDULES: dict[str, ScheduleSpec] = {
 }
 
 
+#: The schedule that a LightningModule makes by itself, kept around an optimizer of ours; not one of the named.
+MODULE_SCHEDULE = ScheduleSpec(
+    "module",
+    "that of the module's own configure_optimizers",
+    ScheduleOptions,
+    None,
+    warms_up=False,
+    needs_total=False,
+)
+
+
 def get_schedule(name: str) -> ScheduleSpec:
     """Returns the schedule's row.
 
     Raises:
         UnknownSchedule: If there is none of that name; the text lists all.
     """
+    if name == MODULE_SCHEDULE.name:
+        return MODULE_SCHEDULE
     if not isinstance(name, str) or name not in SCHEDULES:
         near = close_names(str(name), SCHEDULES, limit=2)
         hint = f" Did you mean {listing(near)}?" if near else ""

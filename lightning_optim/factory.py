@@ -7,10 +7,13 @@ from __future__ import annotations
 
 import dataclasses
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
 
+from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_optim import availability, rules
@@ -32,6 +35,24 @@ from lightning_optim.target_modules import TargetModules, left_out
 
 # Wrong wherever it runs, if it is said of the identifier that was asked for.
 _MISTAKES = (InvalidOption, InvalidParamGroups)
+
+
+Builder = Callable[[Target, OptimConfig], Optimizer]
+
+# Who carries build_optimizer out; None is build_optimizer itself.
+_BUILDER: ContextVar[Builder | None] = ContextVar("builder", default=None)
+#: Are told of every optimizer that build_optimizer builds by itself, and its identifier.
+WATCHERS: list[Callable[[Optimizer, str], None]] = []
+
+
+@contextmanager
+def built_by(builder: Builder) -> Iterator[None]:
+    """Has ``builder`` carry out every call of :func:`build_optimizer` inside of the context."""
+    token = _BUILDER.set(builder)
+    try:
+        yield
+    finally:
+        _BUILDER.reset(token)
 
 
 @dataclass(frozen=True)
@@ -71,7 +92,12 @@ class ResolvedOptimizer:
 
 
 def resolve(
-    target: Target, config: OptimConfig, *, warmup_steps: int = 0, trainer: rules.TrainerFacts | None = None
+    target: Target,
+    config: OptimConfig,
+    *,
+    warmup_steps: int = 0,
+    trainer: rules.TrainerFacts | None = None,
+    only: Set[Tensor] | None = None,
 ) -> ResolvedOptimizer:
     """Builds the optimizer that ``config`` asks for, the first of its candidates that can run.
 
@@ -80,11 +106,14 @@ def resolve(
         config: The request.
         warmup_steps: Warm-up in steps; only optimizers that warm up themselves use it.
         trainer: What to know of the Trainer, if there is one.
+        only: Leaves the other parameters of ``target`` alone.
 
     Raises:
         UnknownOptimizer, MissingDependency, InvalidOption, InvalidParamGroups, IncompatibleTrainer: See there.
     """
-    parameters = named_parameters(target)
+    parameters = [p for p in named_parameters(target) if only is None or p.parameter in only]
+    if not parameters:
+        raise InvalidParamGroups("no parameter to optimize: the module's own optimizer has none that can be trained")
     refusals: dict[str, Exception] = {}
     for name in _candidates(config, parameters):
         try:
@@ -221,6 +250,11 @@ def build_optimizer(
         >>> [group["name"] for group in optimizer.param_groups]
         ['decay', 'no_decay']
     """
+    if warmup_steps and REGISTRY.find(optim).warmup != "optimizer":
+        raise IncompatibleTrainer(
+            f"warmup_steps={warmup_steps} beside optim={optim!r}: build_optimizer makes no schedule. Leave it out and "
+            f"call build_schedule(optimizer, 'constant_with_warmup', warmup_steps={warmup_steps})."
+        )
     config = OptimConfig(
         optim=optim,
         lr=lr,
@@ -230,16 +264,17 @@ def build_optimizer(
         param_groups=param_groups,
         layer_decay=layer_decay,
         layer_pattern=layer_pattern,
+        warmup_steps=warmup_steps,
         optim_fallback=optim_fallback,
         override_on_resume=override_on_resume,
     )
-    if warmup_steps and REGISTRY.find(optim).warmup != "optimizer":
-        raise IncompatibleTrainer(
-            f"warmup_steps={warmup_steps} beside optim={optim!r}: build_optimizer makes no schedule. Leave it out and "
-            f"call build_schedule(optimizer, 'constant_with_warmup', warmup_steps={warmup_steps})."
-        )
+    builder = _BUILDER.get()
+    if builder is not None:
+        return builder(target, config)
     resolved = resolve(target, config, warmup_steps=warmup_steps)
     substitution = resolved.substitution(optim)
     if substitution:
         warnings.warn(substitution, stacklevel=2)
+    for watch in WATCHERS:
+        watch(resolved.optimizer, optim)
     return resolved.optimizer

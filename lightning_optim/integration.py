@@ -2,23 +2,32 @@
 
 from __future__ import annotations
 
+from collections.abc import Set
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import GradientAccumulationScheduler, StochasticWeightAveraging, WeightAveraging
+from lightning.pytorch.core.optimizer import _configure_optimizers
 from lightning_utilities.core.rank_zero import rank_zero_warn
+from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from lightning_optim import packages, report
 from lightning_optim.callbacks.layerwise import LayerwiseCallback, steps_in_backward
+from lightning_optim.callbacks.manual_schedule import ManualSchedule
 from lightning_optim.callbacks.report import ReportCallback
 from lightning_optim.callbacks.schedule_free import ScheduleFreeCallback
+from lightning_optim.callbacks.standstill import Standstill
 from lightning_optim.catalog.layerwise import LayerwiseOptions
 from lightning_optim.config import OptimConfig
-from lightning_optim.curves import PlateauOptions, get_schedule
-from lightning_optim.factory import ResolvedOptimizer, resolve
+from lightning_optim.curves import MODULE_SCHEDULE, PlateauOptions, get_schedule
+from lightning_optim.expected import Expected, OwnHook
+from lightning_optim.factory import ResolvedOptimizer, built_by, resolve
+from lightning_optim.layerwise.engine import Layerwise
+from lightning_optim.optimizers.averaging import KeepsTrainingPoint
 from lightning_optim.options import parse
 from lightning_optim.parameters import Target
 from lightning_optim.rules import TrainerFacts
@@ -42,17 +51,43 @@ class _Length:
     total: int | None
 
 
-def configure(module: LightningModule, config: OptimConfig) -> OptimizerLRScheduler:
+def configure(module: LightningModule, config: OptimConfig, own: OwnHook | None = None) -> OptimizerLRScheduler:
     """Does the work of ``configure_optimizers``: builds optimizer and schedule, reports them, attaches what they need.
 
-    It raises what :func:`lightning_optim.build_optimizer` and :func:`lightning_optim.build_schedule` raise.
+    Args:
+        module: The module.
+        config: What to build.
+        own: The module's own ``configure_optimizers``, whose place this takes. It is asked what the module's loop
+            expects; what it builds is not stepped.
+
+    It raises what :func:`lightning_optim.build_optimizer` and :func:`lightning_optim.build_schedule` raise, and
+    :class:`IncompatibleTrainer` if the module's loop expects what this does not give.
     """
     trainer = module._trainer
+    expected = Expected.ask(module, own)
+    expected.check(config)
     name = config.lr_scheduler
     length = _length(trainer, config)
-    resolved = _resolve(trainer, module, config, length)
+    asked = config.replace(lr=expected.lr(config))
+    resolved = _resolve(trainer, module, asked, length, expected.only())
+    for sentence in expected.losses(module, asked, resolved.lr):
+        rank_zero_warn(sentence)
     # Before the schedule sets the learning rates of its first step.
-    _announce(trainer, resolved, config, name or "none", length)
+    _announce(trainer, resolved, asked, expected.schedule if name == MODULE_SCHEDULE.name else name or "none", length)
+    if name == MODULE_SCHEDULE.name:
+        return expected.follow(module, resolved.optimizer)
+    configured = _scheduled(module, resolved, config, length)
+    handed: Any = configured
+    scheduler = handed["lr_scheduler"]["scheduler"] if isinstance(handed, dict) else None
+    expected.replace_attributes(module, resolved.optimizer, scheduler)
+    return configured
+
+
+def _scheduled(
+    module: LightningModule, resolved: ResolvedOptimizer, config: OptimConfig, length: _Length
+) -> OptimizerLRScheduler:
+    """Returns the optimizer with its named schedule, as Lightning takes them."""
+    trainer, name = module._trainer, config.lr_scheduler
     if name is None:
         return resolved.optimizer
     # An optimizer that warms up by itself got its warm-up already.
@@ -62,9 +97,34 @@ def configure(module: LightningModule, config: OptimConfig) -> OptimizerLRSchedu
         monitor = parse(PlateauOptions, config.lr_scheduler_args, name).monitor
         # Without a validation there is no new value of the metric.
         every = (trainer.check_val_every_n_epoch if trainer else None) or 1
+        if not module.automatic_optimization:
+            # Lightning neither steps a schedule then nor wants to know of the metric.
+            if trainer is not None:
+                ManualSchedule.attach(trainer, name, resolved.optimizer, scheduler, monitor)
+            return {"optimizer": resolved.optimizer, "lr_scheduler": {"scheduler": scheduler}}
         plateau = {"scheduler": scheduler, "monitor": monitor, "interval": "epoch", "frequency": every}
         return {"optimizer": resolved.optimizer, "lr_scheduler": plateau}  # type: ignore[return-value]
+    if trainer is not None and not module.automatic_optimization:
+        ManualSchedule.attach(trainer, name, resolved.optimizer, scheduler)
     return {"optimizer": resolved.optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+
+def attend(module: LightningModule, own: OwnHook) -> Any:
+    """Has what the module's own ``configure_optimizers`` builds reported, and attaches what it needs."""
+    trainer = module._trainer
+    with built_by(partial(build, module)):
+        configured = own()
+    if trainer is None or configured is None:
+        return configured
+    # Built before, for instance in the module's __init__.
+    for optimizer in _configure_optimizers(configured)[0]:
+        if isinstance(optimizer, KeepsTrainingPoint):
+            ScheduleFreeCallback.attach(trainer)
+        layerwise = Layerwise.of(optimizer)
+        if layerwise is not None:
+            options = LayerwiseOptions(bucket_mb=layerwise.bucket_mb)
+            LayerwiseCallback.attach(trainer, optimizer, options, f"the module's layerwise {type(optimizer).__name__}")
+    return configured
 
 
 def build(module: LightningModule, target: Target, config: OptimConfig) -> Optimizer:
@@ -76,11 +136,19 @@ def build(module: LightningModule, target: Target, config: OptimConfig) -> Optim
     return resolved.optimizer
 
 
-def _resolve(trainer: Trainer | None, target: Target, config: OptimConfig, length: _Length) -> ResolvedOptimizer:
+def _resolve(
+    trainer: Trainer | None,
+    target: Target,
+    config: OptimConfig,
+    length: _Length,
+    only: Set[Tensor] | None = None,
+) -> ResolvedOptimizer:
     facts = _facts(trainer) if trainer is not None else None
-    resolved = resolve(target, config, warmup_steps=length.warmup, trainer=facts)
+    resolved = resolve(target, config, warmup_steps=length.warmup, trainer=facts, only=only)
     if trainer is not None and isinstance(trainer.strategy, StepsFused):
         trainer.strategy.note_identifier(resolved.optimizer, config.optim)
+    if trainer is not None and resolved.lr:
+        Standstill.watch(trainer, resolved.optimizer, f"optim={config.optim!r}")
     if trainer is not None and resolved.spec.averages_weights:
         ScheduleFreeCallback.attach(trainer)
     if trainer is not None and (resolved.spec.layerwise or steps_in_backward(trainer)):

@@ -19,6 +19,7 @@ from lightning_optim.callbacks.old_checkpoints import OldCheckpoints, import_tor
 from lightning_optim.callbacks.used import OptimIsUsed
 from lightning_optim.config import OptimConfig
 from lightning_optim.errors import IncompatibleTrainer
+from lightning_optim.expected import own_hook
 from lightning_optim.parameters import Target
 from lightning_optim.target_modules import TargetModules
 
@@ -52,7 +53,8 @@ class OptimMixin(_Base):
         param_groups: Hyperparameters by regular expression over parameter names; the first match wins.
         layer_decay: The learning rate is multiplied by this once per layer below the top.
         layer_pattern: Regular expression whose one group is a layer's number; ``None`` finds the layers.
-        lr_scheduler: Name of the learning-rate schedule; ``None`` for none.
+        lr_scheduler: Name of the learning-rate schedule; ``None`` for none, ``"module"`` for the one that the next
+            class's ``configure_optimizers`` makes, at its learning rate unless ``lr`` says otherwise.
         lr_scheduler_args: Options of the schedule, a mapping or ``"name=value,..."``.
         warmup_steps: Optimizer steps of warm-up, or a fraction of the training below 1.
         optim_fallback: Whether the nearest identifier that can run here takes the place of one that cannot, with a
@@ -184,7 +186,7 @@ class OptimMixin(_Base):
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """Builds the optimizer and the schedule that were named."""
         self._use_config()
-        return integration.configure(self, self.optim_config)
+        return integration.configure(self, self.optim_config, own_hook(super().configure_optimizers))
 
     def build_optimizer(
         self,

@@ -17,8 +17,8 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
-from lightning_optim.curves import get_schedule
-from lightning_optim.errors import InvalidOption
+from lightning_optim.curves import MODULE_SCHEDULE, SCHEDULES, get_schedule
+from lightning_optim.errors import InvalidOption, listing
 from lightning_optim.options import convert, parse
 
 
@@ -148,6 +148,10 @@ def make_schedule(
 ) -> NamedSchedule | ReduceLROnPlateau:
     """Does the work of :func:`build_schedule`, without its warning."""
     spec = get_schedule(name)
+    if spec is MODULE_SCHEDULE:
+        raise InvalidOption(
+            f"lr_scheduler={name!r} keeps the schedule of a LightningModule; without one there are {listing(SCHEDULES)}"
+        )
     if spec.multiplier is None:
         _check_warmup(name, warmup_steps)
         return ReduceLROnPlateau(optimizer, **parse(spec.options, args, name).select("group"))

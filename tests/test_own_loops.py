@@ -129,6 +129,14 @@ class TestTheModulesOwnSchedule:
         fit(named)
         assert named.rates == pytest.approx([0.1] * 4 + [0.01] * 4)
 
+    def test_a_named_one_that_the_own_hook_does_not_make_is_refused(self) -> None:
+        class Forgets(LitTokens):
+            def configure_optimizers(self) -> Any:
+                return self.build_optimizer()
+
+        with pytest.raises(IncompatibleTrainer, match=r"lr_scheduler='cosine' was given to Forgets.*build_schedule"):
+            fit(Forgets(lr_scheduler="cosine"))
+
     def test_there_is_none_to_keep(self) -> None:
         with pytest.raises(IncompatibleTrainer, match="makes no schedule"):
             fit(Own(), OptimCallback("sgd", lr=0.1, lr_scheduler="module"))

@@ -6,11 +6,14 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 from lightning_optim.callbacks.attached import detach
 from lightning_optim.config import OptimConfig
+from lightning_optim.curves import MODULE_SCHEDULE
 from lightning_optim.errors import IncompatibleTrainer
 
 
 class OptimIsUsed(Callback):
-    """Refuses, at the start of fit, a module whose ``configure_optimizers`` did not look at the ``optim`` it was given.
+    """Refuses, at the start of fit, a module whose ``configure_optimizers`` did not look at what it was given.
+
+    That is its ``optim``, and its ``lr_scheduler`` where it returns no schedule at all.
 
     Args:
         config: What the module was given.
@@ -27,6 +30,14 @@ class OptimIsUsed(Callback):
                 f"optim={self._config.optim!r} was given to {type(pl_module).__name__}, but its configure_optimizers "
                 "was replaced (by its own code or by --optimizer) and ignores it. Build the optimizer there with "
                 "self.build_optimizer(), or leave optim out."
+            )
+
+        name = self._config.lr_scheduler
+        if name not in (None, MODULE_SCHEDULE.name) and not trainer.lr_scheduler_configs:
+            raise IncompatibleTrainer(
+                f"lr_scheduler={name!r} was given to {type(pl_module).__name__}, but its configure_optimizers returns "
+                "no schedule: self.build_optimizer() makes none. Return build_schedule(optimizer, "
+                f"{name!r}, ...) beside the optimizer, or leave lr_scheduler out."
             )
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:

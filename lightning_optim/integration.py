@@ -15,10 +15,11 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
-from lightning_optim import packages, report
+from lightning_optim import packages
 from lightning_optim.callbacks.layerwise import LayerwiseCallback, steps_in_backward
 from lightning_optim.callbacks.manual_schedule import ManualSchedule
 from lightning_optim.callbacks.report import ReportCallback
+from lightning_optim.callbacks.resume import ResumeCallback
 from lightning_optim.callbacks.schedule_free import ScheduleFreeCallback
 from lightning_optim.callbacks.standstill import Standstill
 from lightning_optim.catalog.layerwise import LayerwiseOptions
@@ -89,10 +90,12 @@ def _scheduled(
     """Returns the optimizer with its named schedule, as Lightning takes them."""
     trainer, name = module._trainer, config.lr_scheduler
     if name is None:
+        _resume(trainer, resolved, None, config)
         return resolved.optimizer
     # An optimizer that warms up by itself got its warm-up already.
     warmup = length.warmup if resolved.spec.warmup == "schedule" else 0
     scheduler = build_schedule(resolved.optimizer, name, length.total, warmup, config.lr_scheduler_args)
+    _resume(trainer, resolved, scheduler, config)
     if isinstance(scheduler, ReduceLROnPlateau):
         monitor = parse(PlateauOptions, config.lr_scheduler_args, name).monitor
         # Without a validation there is no new value of the metric.
@@ -125,6 +128,12 @@ def attend(module: LightningModule, own: OwnHook) -> Any:
             options = LayerwiseOptions(bucket_mb=layerwise.bucket_mb)
             LayerwiseCallback.attach(trainer, optimizer, options, f"the module's layerwise {type(optimizer).__name__}")
     return configured
+
+
+def _resume(trainer: Trainer | None, resolved: ResolvedOptimizer, schedule: Any, config: OptimConfig) -> None:
+    """Has the schedule that was asked for go on from the checkpoint that the fit restores, if it restores one."""
+    if trainer is not None:
+        ResumeCallback(resolved.optimizer, schedule, config.overrides).attach(trainer)
 
 
 def build(module: LightningModule, target: Target, config: OptimConfig) -> Optimizer:
@@ -196,5 +205,4 @@ def _announce(
     substitution = resolved.substitution(config.optim)
     if substitution:
         rank_zero_warn(substitution)
-    text = report.describe(resolved, config.optim, schedule)
-    ReportCallback.add(trainer, text, report.hyperparameters(resolved, config.optim, schedule))
+    ReportCallback.add(trainer, resolved, config.optim, schedule)

@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from torch import Tensor
-
 from lightning_optim.factory import ResolvedOptimizer
 from lightning_optim.layerwise.engine import Layerwise
 from lightning_optim.memory import state_bytes
+from lightning_optim.resume import INITIAL_LR, KERNEL, LR, plain
 
 # How many of the modules that are not projected the report names.
 _NAMED = 4
@@ -99,25 +98,40 @@ def _elements(group: Mapping[str, Any]) -> int:
 
 
 def _settings(resolved: ResolvedOptimizer) -> dict[str, Any]:
+    """Returns what trains, where a checkpoint has replaced what was asked for."""
     settings = {"lr": resolved.lr}
     if resolved.spec.decays:
         settings["weight_decay"] = resolved.weight_decay
-    return {**settings, **resolved.options.settled().select("group", "constructor", "policy")}
+    settings |= resolved.options.settled().select("group", "constructor", "policy")
+    return {name: _trained(resolved, name, asked) for name, asked in settings.items()}
+
+
+def _trained(resolved: ResolvedOptimizer, name: str, asked: Any) -> Any:
+    """Returns the value in the first group that was to have the one asked for."""
+    if name in KERNEL:
+        return asked
+    value = resolved.resuming.value
+    for before, group in zip(resolved.resuming.asked, resolved.optimizer.param_groups, strict=False):
+        wanted = plain(value(before, name))
+        if wanted in (plain(asked), float(f"{asked:.7g}") if isinstance(asked, float) else asked):
+            trains = plain(_peak(group) if name == LR else value(group, name))
+            return asked if trains == wanted else trains
+    return asked
+
+
+def _peak(group: Mapping[str, Any]) -> Any:
+    """Returns a group's base rate, not what a schedule makes of it."""
+    return group.get(INITIAL_LR, group[LR])
 
 
 def _differences(group: Mapping[str, Any], resolved: ResolvedOptimizer) -> dict[str, Any]:
     """Returns what a group sets by itself: its lr and weight decay, its bits, its overrides."""
-    options = resolved.options.settled().select("group")
+    options, settings = resolved.options.select("group"), _settings(resolved)
     return {
-        key: _plain(value)
+        key: plain(_peak(group) if key == LR else value)
         for key, value in group.items()
-        if key in ("lr", "weight_decay", "optim_bits") or (key in options and options[key] != value)
+        if key in (LR, "weight_decay", "optim_bits") or (key in options and plain(settings[key]) != plain(value))
     }
-
-
-def _plain(value: Any) -> Any:
-    # A float32 tensor's 0.001 would print as 0.0010000000474974513.
-    return float(f"{value.item():.7g}") if isinstance(value, Tensor) else value
 
 
 def _bytes_text(resolved: ResolvedOptimizer) -> str:

@@ -198,7 +198,7 @@ class Resuming:
             for name in self._names:
                 # OneCycleLR moves momentum or betas, and keeps their range in the group.
                 cycled = name in ("betas", "momentum") and "max_momentum" in group
-                if not set(self.keys(name)) <= set(asked) or name in _KERNEL or cycled:
+                if not set(self.keys(name)) <= set(asked) or name in KERNEL or cycled:
                     continue
                 trained, wanted = plain(self.value(group, name)), plain(self.value(asked, name))
                 if trained != wanted:
@@ -211,8 +211,8 @@ def _runs_hooks(optimizer_class: type[Optimizer]) -> bool:
     return load is Optimizer.load_state_dict or load.__module__.partition(".")[0] == __name__.partition(".")[0]
 
 
-# How a step is computed, not what: the run's own are kept.
-_KERNEL = frozenset({"foreach", "fused", "capturable", "triton"})
+#: Options that say how a step is computed, not what: the run's own are kept.
+KERNEL = frozenset({"foreach", "fused", "capturable", "triton"})
 
 
 def override_lr(group: dict[str, Any], lr: Any) -> None:

@@ -20,6 +20,7 @@ from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from lightning_optim.curves import MODULE_SCHEDULE, SCHEDULES, get_schedule
 from lightning_optim.errors import InvalidOption, listing
 from lightning_optim.options import convert, parse
+from lightning_optim.schedule_state import KnowsItsName, Plateau, set_rate
 
 
 def parse_warmup(warmup_steps: Any) -> int | float:
@@ -61,7 +62,7 @@ def resolve_warmup(warmup_steps: int | float, total_steps: int | None) -> int:
 Multiplier = Callable[[int], float]
 
 
-class NamedSchedule(LRScheduler):
+class NamedSchedule(KnowsItsName):
     """Multiplies every group's peak by a function of the step.
 
     As ``torch.optim.lr_scheduler.LambdaLR``, but for groups that are added while training goes on, as finetuning
@@ -69,7 +70,8 @@ class NamedSchedule(LRScheduler):
     it is set: the schedule goes on from there.
     """
 
-    def __init__(self, optimizer: Optimizer, multiplier: Multiplier) -> None:
+    def __init__(self, optimizer: Optimizer, multiplier: Multiplier, name: str) -> None:
+        self.name = name
         self._multiplier = multiplier
         self._first = len(optimizer.param_groups)
         super().__init__(optimizer)
@@ -89,6 +91,13 @@ class NamedSchedule(LRScheduler):
         self.base_lrs = list(peaks)
         self._last_lr = [peak * factor for peak in peaks]
 
+    def begin(self, step: int) -> None:
+        self.last_epoch = step
+        self._step_count = step + 1
+        # A checkpoint written without a schedule has taken the peaks away: its rates are theirs.
+        peaks = [float(group.get("initial_lr", group["lr"])) for group in self.optimizer.param_groups]
+        self.start_anew(self._multiplier, peaks)
+
     def _follow_added_groups(self) -> None:
         """Makes the peak of an added group, whose rate somebody has set since the last step, what gives that rate."""
         for index, group in enumerate(self.optimizer.param_groups[self._first :], self._first):
@@ -99,14 +108,6 @@ class NamedSchedule(LRScheduler):
 
     def state_dict(self) -> dict[str, Any]:
         return {name: value for name, value in super().state_dict().items() if name not in ("_multiplier", "_first")}
-
-
-def set_rate(group: dict[str, Any], rate: float) -> None:
-    """Sets a group's learning rate; one that is a tensor stays the same tensor, which a compiled step reads."""
-    if isinstance(group["lr"], Tensor):
-        group["lr"].fill_(rate)
-    else:
-        group["lr"] = rate
 
 
 def build_schedule(
@@ -145,7 +146,7 @@ def make_schedule(
     total_steps: int | None,
     warmup_steps: int | float,
     args: Mapping[str, Any] | str | None,
-) -> NamedSchedule | ReduceLROnPlateau:
+) -> NamedSchedule | Plateau:
     """Does the work of :func:`build_schedule`, without its warning."""
     spec = get_schedule(name)
     if spec is MODULE_SCHEDULE:
@@ -154,8 +155,8 @@ def make_schedule(
         )
     if spec.multiplier is None:
         _check_warmup(name, warmup_steps)
-        return ReduceLROnPlateau(optimizer, **parse(spec.options, args, name).select("group"))
-    return NamedSchedule(optimizer, make_multiplier(optimizer, name, total_steps, warmup_steps, args))
+        return Plateau(optimizer, **parse(spec.options, args, name).select("group"))
+    return NamedSchedule(optimizer, make_multiplier(optimizer, name, total_steps, warmup_steps, args), name)
 
 
 def make_multiplier(

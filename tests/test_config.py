@@ -50,6 +50,7 @@ def test_every_identifier_is_a_request_by_itself(name: str) -> None:
         "lr_scheduler_args": None,
         "warmup_steps": 0,
         "optim_fallback": False,
+        "override_on_resume": None,
     }
 
 

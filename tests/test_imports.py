@@ -20,7 +20,7 @@ ROOT = Path(lightning_optim.__file__).parent
 LAYERS = (
     ("errors",),
     ("availability", "options", "parameters", "trust"),
-    ("spec", "target_modules", "layer_decay", "curves"),
+    ("spec", "target_modules", "layer_decay", "curves", "schedule_state"),
     ("optimizers",),
     ("adapters", "catalog"),
     ("registry",),
@@ -38,6 +38,7 @@ LAYERS = (
         "callbacks.manual_schedule",
         "callbacks.old_checkpoints",
         "callbacks.report",
+        "callbacks.resume",
         "callbacks.standstill",
         "callbacks.used",
     ),

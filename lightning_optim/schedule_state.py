@@ -1,0 +1,141 @@
+"""A schedule's state says whose it is: one kind of schedule never reads the counters of another."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
+
+from lightning_optim.errors import InvalidOption
+
+_NAME = "name"
+PLATEAU = "reduce_lr_on_plateau"
+# What is of this run alone.
+_TRANSIENT = frozenset({"resumed", "replaces"})
+# What the state of a schedule that is stepped after every step holds in any version, also LambdaLR's, which Hugging
+# Face's schedules are.
+_OF_STEPS = frozenset(
+    {
+        "base_lrs",
+        "last_epoch",
+        "verbose",
+        "lr_lambdas",
+        "_step_count",
+        "_is_initial",
+        "_get_lr_called_within_step",
+        "_last_lr",
+    }
+)
+_SETTINGS = (
+    "mode",
+    "factor",
+    "patience",
+    "threshold",
+    "threshold_mode",
+    "cooldown",
+    "eps",
+    "min_lrs",
+    "default_min_lr",
+)
+
+
+def written_by(state: Mapping[str, Any]) -> str | None:
+    """Returns the name of the schedule that wrote a state; ``None`` if it can be any that counts steps."""
+    if _NAME in state:
+        return str(state[_NAME])
+    if "num_bad_epochs" in state:
+        return PLATEAU
+    others = sorted(set(state) - _OF_STEPS)
+    return f"another scheduler's ({', '.join(others)})" if others else None
+
+
+def other_schedule(asked: str | None, written: str | None) -> InvalidOption:
+    """Returns the error for a run whose schedule is not the checkpoint's; ``None`` stands for none."""
+    return InvalidOption(
+        f"lr_scheduler={asked!r}, and the checkpoint was written with lr_scheduler={written!r}: the learning rate "
+        f"would follow neither. Resume with lr_scheduler={written!r}; or pass override_on_resume=['lr_scheduler'] to "
+        "go on with what was asked, at the step of the checkpoint; or start anew from its weights: "
+        "LitModel.load_from_checkpoint(path)."
+    )
+
+
+class KnowsItsName(LRScheduler):
+    """Mixin for a schedule that refuses the state of another.
+
+    Attributes:
+        name: The schedule's name.
+        resumed: Whether a state was loaded.
+        replaces: Whether it takes the place of the schedule that wrote the checkpoint.
+    """
+
+    name: str
+    resumed = False
+    replaces = False
+
+    def state_dict(self) -> dict[str, Any]:
+        return {key: value for key, value in super().state_dict().items() if key not in _TRANSIENT}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Loads as torch does.
+
+        Raises:
+            InvalidOption: If another schedule wrote the state; nothing is loaded if this one replaces it.
+        """
+        written = written_by(state_dict)
+        if written != self.name and not (written is None and self.name != PLATEAU):
+            if self.replaces:
+                return
+            raise other_schedule(self.name, written)
+        super().load_state_dict(self._taken(state_dict))
+        self.resumed = True
+
+    def _taken(self, state_dict: dict[str, Any]) -> dict[str, Any]:
+        return {**state_dict, _NAME: self.name}
+
+    def begin(self, step: int) -> None:
+        """Goes on at a step from the groups' peaks (``initial_lr``)."""
+        raise NotImplementedError
+
+
+class Plateau(KnowsItsName, ReduceLROnPlateau):
+    """``torch.optim.lr_scheduler.ReduceLROnPlateau`` whose groups keep the rate that it began with, and which says so.
+
+    Its settings come from the checkpoint, with a warning if others were asked for, unless it ``replaces`` those.
+    """
+
+    def __init__(self, optimizer: Optimizer, **settings: Any) -> None:
+        self.name = PLATEAU
+        for group in optimizer.param_groups:
+            peak = group["lr"]
+            group.setdefault("initial_lr", peak.clone() if isinstance(peak, Tensor) else peak)
+        super().__init__(optimizer, **settings)
+
+    def _taken(self, state_dict: dict[str, Any]) -> dict[str, Any]:
+        own = {key: getattr(self, key) for key in _SETTINGS if hasattr(self, key)}
+        differing = [key for key, value in own.items() if key in state_dict and state_dict[key] != value]
+        if differing and not self.replaces:
+            texts = (f"{key}={state_dict[key]!r} (asked: {own[key]!r})" for key in differing)
+            warnings.warn(
+                f"lr_scheduler={self.name!r} resumes with the checkpoint's settings: {', '.join(texts)}. To go on with "
+                "what was asked, pass override_on_resume=['lr_scheduler'].",
+                UserWarning,
+                stacklevel=3,
+            )
+        return super()._taken({**state_dict, **(own if self.replaces else {})})
+
+    def begin(self, step: int) -> None:
+        """Starts anew: what the metric was is not known."""
+        for group in self.optimizer.param_groups:
+            set_rate(group, float(group.get("initial_lr", group["lr"])))
+
+
+def set_rate(group: dict[str, Any], rate: float) -> None:
+    """Sets a group's learning rate; one that is a tensor stays the same tensor, which a compiled step reads."""
+    if isinstance(group["lr"], Tensor):
+        group["lr"].fill_(rate)
+    else:
+        group["lr"] = rate

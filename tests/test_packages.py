@@ -195,7 +195,7 @@ def test_resume_is_exact_and_crosses_the_packages(optim: str, tmp_path: Path) ->
 )
 def test_callbacks_of_the_package_are_told_by_their_class(optim: dict[str, Any], callback: Any, text: str) -> None:
     with pytest.raises(IncompatibleTrainer, match=text):
-        fit(Own(), callbacks=[OptimCallback(**optim), callback()])
+        fit(Own(), callbacks=[OptimCallback(**{"optim": "adamw_torch", **optim}), callback()])
 
 
 @pytest.mark.parametrize("strategy", strategies.MOVABLE)

@@ -23,6 +23,7 @@ from lightning_optim.errors import IncompatibleTrainer, InvalidOption, InvalidPa
 from lightning_optim.layerwise.engine import Layerwise
 from lightning_optim.memory import state_bytes
 from lightning_optim.optimizers.base import OwnOptimizer
+from lightning_optim.optimizers.finite import say_if_not_finite
 from lightning_optim.optimizers.fused import SCALES
 from lightning_optim.optimizers.kernels import keep_kernel
 from lightning_optim.options import Options, parse
@@ -183,6 +184,7 @@ def _build(
         arguments["warmup_steps"] = warmup_steps
     optimizer = optimizer_class(groups, **arguments)
     keep_kernel(optimizer)
+    say_if_not_finite(optimizer)
     state_format = optimizer_class.format() if issubclass(optimizer_class, OwnOptimizer) else spec.format
     mark(optimizer, REGISTRY.known_as(config.optim.removesuffix(SUFFIX)), state_format, names)
     resuming = Resuming(optimizer, spec, options, config.overrides)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,6 +14,7 @@ from torch.optim import Optimizer
 from lightning_optim import build_optimizer
 from lightning_optim.optimizers.averaging import KeepsTrainingPoint
 from tests.cases import CASES, Case
+from tests.models import LitTokens, loader, trainer
 
 # One for each class.
 CLASSES = tuple({case.upstream: case for case in CASES}.values())
@@ -119,3 +122,47 @@ def test_a_counter_may_be_a_tensor(case: Case) -> None:
     step(other, second, 1)
     for expected, parameter in zip(model.parameters(), other.parameters(), strict=True):
         assert torch.equal(expected, parameter)
+
+
+@pytest.mark.parametrize("case", CLASSES, ids=lambda case: case.name)
+def test_a_state_that_is_not_finite_is_said_once(case: Case) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(64, 64), nn.LayerNorm(64))
+    optimizer = built(case, model)
+
+    def said() -> list[str]:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            optimizer.state_dict()
+        return [str(warning.message) for warning in caught if "NaN or infinite" in str(warning.message)]
+
+    assert not said()
+    step(model, optimizer, 0)
+    assert not said()
+    model[0].weight.grad[3, 5] = float("nan")
+    optimizer.step()
+    # torchao's and bitsandbytes' quantized tensors have scales.
+    state = (getattr(value, "scale", value) for value in optimizer.state.get(model[0].weight, {}).values())
+    broken = any(
+        isinstance(value, Tensor) and value.is_floating_point() and bool(value.isnan().any()) for value in state
+    )
+    messages = said()
+    assert len(messages) == broken
+    assert all("the state of '0.weight' has become" in message for message in messages)
+    assert not said()
+
+
+def test_a_checkpoint_says_that_lion_stands_still(tmp_path: Path) -> None:
+    module = LitTokens(optim="lion_32bit")
+    fit = trainer(max_steps=1)
+    fit.fit(module, loader(2))
+    fit.save_checkpoint(tmp_path / "before.ckpt")
+    optimizer = fit.optimizers[0]
+    for parameter in module.parameters():
+        parameter.grad = torch.full_like(parameter, float("nan"))
+    optimizer.step()
+    assert all(parameter.isfinite().all() for parameter in module.parameters())
+    with pytest.warns(
+        RuntimeWarning, match=r"the state of 'model\.\S+' and of \d+ more .*since the state dict.*Resume"
+    ):
+        fit.save_checkpoint(tmp_path / "after.ckpt")

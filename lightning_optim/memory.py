@@ -28,12 +28,18 @@ def state_bytes(spec: OptimizerSpec, options: Options, groups: Iterable[dict[str
         own = dataclasses.replace(options, **{key: group[key] for key in options.select("group") if key in group})
         for parameter in group["params"]:
             shape = tuple(parameter.shape)
-            total += parameter_bytes(spec, own, shape, parameter.element_size(), group.get("optim_bits"))
+            bits, stack_dims = group.get("optim_bits"), group.get("stack_dims", 0)
+            total += parameter_bytes(spec, own, shape, parameter.element_size(), bits, stack_dims)
     return total
 
 
 def parameter_bytes(
-    spec: OptimizerSpec, options: Options, shape: tuple[int, ...], element_size: int, bits: int | None = None
+    spec: OptimizerSpec,
+    options: Options,
+    shape: tuple[int, ...],
+    element_size: int,
+    bits: int | None = None,
+    stack_dims: int = 0,
 ) -> int:
     """Returns the bytes of one parameter's state.
 
@@ -43,22 +49,27 @@ def parameter_bytes(
         shape: Shape of the parameter.
         element_size: Bytes per element of the parameter.
         bits: The group's ``optim_bits``; 32 keeps the state unquantized.
+        stack_dims: The group's leading dimensions that count matrices.
     """
     assert spec.state is not None
     layout = spec.state
     quantization = layout.quantization
+    if len(shape) >= 2 + stack_dims:
+        count, shape = math.prod(shape[:stack_dims]), shape[stack_dims:]
+    else:
+        count = 1
     total = layout.scalar_bytes + layout.scalars_like_parameter * element_size
     for buffer in layout.buffers:
         if not buffer.exists(options, element_size):
             continue
-        elements = buffer.elements(shape, options) if buffer.elements else math.prod(shape)
+        elements = count * (buffer.elements(shape, options) if buffer.elements else math.prod(shape))
         may_be_quantized = quantization if buffer.quantized and bits != 32 else None
         if may_be_quantized is not None and is_quantized(may_be_quantized, options, elements):
             per_copy = _quantized_bytes(may_be_quantized, options, elements)
         elif buffer.element_size is not None:
             per_copy = elements * buffer.element_size(options)
         else:
-            per_copy = elements * (max(4, element_size) if buffer.float32 or bits == 32 else element_size)
+            per_copy = elements * (max(4, element_size) if buffer.is_float32(options, bits) else element_size)
         total += buffer.copies * per_copy
     return total
 

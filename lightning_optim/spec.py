@@ -23,7 +23,8 @@ class Buffer:
 
     Attributes:
         name: Key in the optimizer's state.
-        float32: True if it is stored in float32 where the parameter's dtype is narrower; else it has that dtype.
+        float32: True if it is stored in float32 where the parameter's dtype is narrower; else it has that dtype. A
+            function tells it from the options.
         copies: How many tensors of the parameter's shape it holds.
         when: Tells from the options whether it exists; ``None`` means always.
         low_precision_only: True if it exists only for parameters of two bytes per element (bfloat16, float16).
@@ -34,13 +35,22 @@ class Buffer:
     """
 
     name: str
-    float32: bool = False
+    float32: bool | Callable[[Any], bool] = False
     copies: int = 1
     when: Callable[[Any], bool] | None = None
     low_precision_only: bool = False
     elements: Callable[[tuple[int, ...], Any], int] | None = None
     quantized: bool = True
     element_size: Callable[[Any], int] | None = None
+
+    def is_float32(self, options: Options, bits: int | None = None) -> bool:
+        """Whether it is stored in float32 where the parameter's dtype is narrower.
+
+        Args:
+            options: The options.
+            bits: The group's ``optim_bits``; 32 keeps the state in float32, unless the options say what it is in.
+        """
+        return self.float32(options) if callable(self.float32) else self.float32 or bits == 32
 
     def exists(self, options: Options, element_size: int) -> bool:
         """Whether it is kept for a parameter of ``element_size`` bytes per element."""

@@ -56,17 +56,23 @@ SHAPES: tuple[tuple[int, ...], ...] = (
     (8, 4, 3, 3),
     (2, 3, 2, 2, 2),
     (5, 4, 3),
+    (5, 16, 24),
 )
 
 
 def build(name: str, parameters: list[Tensor], **options: Any) -> Optimizer:
     """The optimizer with settings under which every path is taken within a few steps."""
     spec = REGISTRY[name]
+    groups: list[dict[str, Any]] = [{"params": parameters}]
     if spec.projects:
         options = {"rank": 4, "update_proj_gap": 2, **options}
+        # Every other one that is no matrix: as a stack of matrices, with states of the parameter's dtype.
+        other = [p for index, p in enumerate(parameters) if index % 2 and p.ndim != 2]
+        rest = [p for index, p in enumerate(parameters) if not (index % 2 and p.ndim != 2)]
+        groups = [{"params": rest}, {"params": other, "stack_dims": 1, "state_dtype": "parameter"}][: 1 + bool(other)]
     if name == "galore_adamw_8bit":
         options = {"min_8bit_size": 64, **options}
-    return spec.load()(parameters, lr=1e-2, weight_decay=0.1, **options)
+    return spec.load()(groups, lr=1e-2, weight_decay=0.1, **options)
 
 
 def parameters(dtype: torch.dtype = torch.float32, shapes: tuple[tuple[int, ...], ...] = SHAPES) -> list[Tensor]:
@@ -111,6 +117,7 @@ class TestShapesAndDtypes:
         working = torch.promote_types(dtype, torch.float32)
         # Eight-bit moments are codes, and AnyPrecision's states have the dtypes that they are given.
         exempt = {torch.uint8} if name != "adamw_anyprecision" else {torch.float32}
+        exempt |= {dtype} if REGISTRY[name].projects else set()
         assert {state.dtype for state in states} <= {working, torch.float32} | exempt
 
     def test_noncontiguous_parameters_are_stepped_as_contiguous_ones(self, name: str, dtype: torch.dtype) -> None:

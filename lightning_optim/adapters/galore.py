@@ -18,7 +18,7 @@ from torch import Tensor
 from lightning_optim.optimizers.adamw import check_moment
 from lightning_optim.optimizers.base import OwnOptimizer, hyperparameters
 from lightning_optim.optimizers.galore import GaLoreAdamW
-from lightning_optim.optimizers.low_rank import MOMENTS
+from lightning_optim.optimizers.low_rank import MOMENTS, StateDtype
 from lightning_optim.optimizers.projection import ProjectionMethod, ProjectionType
 
 _BLOCK = 256  # what the kernels are compiled for
@@ -28,7 +28,8 @@ class GaLoreAdamW8bit(GaLoreAdamW):
     """:class:`GaLoreAdamW` with 8-bit moments, projected or not.
 
     A quantized moment is ``uint8`` codes of the moment's shape and one float32 scale per block of 256
-    (``"exp_avg_absmax"``); bases stay float32, the arithmetic of the update is float32.
+    (``"exp_avg_absmax"``), whose blocks run through a stack of matrices as through one tensor; bases are not quantized,
+    the arithmetic of the update is float32.
 
     Args:
         params: Parameters or param groups; all arguments below may differ between groups.
@@ -42,8 +43,10 @@ class GaLoreAdamW8bit(GaLoreAdamW):
         proj_type: See there.
         projection: See there.
         match_galore_torch: See there.
-        min_8bit_size: Moments with fewer elements stay float32.
-        optim_bits: 8, or 32 where the moments stay float32.
+        min_8bit_size: Moments with fewer elements stay unquantized.
+        optim_bits: 8, or 32 where the moments stay unquantized.
+        state_dtype: See there; of what is not quantized.
+        stack_dims: See there.
     """
 
     def __init__(
@@ -61,6 +64,8 @@ class GaLoreAdamW8bit(GaLoreAdamW):
         match_galore_torch: bool = False,
         min_8bit_size: int = 4096,
         optim_bits: int = 8,
+        state_dtype: StateDtype = "float32",
+        stack_dims: int = 0,
     ) -> None:
         OwnOptimizer.__init__(self, params, hyperparameters(locals()))
 
@@ -106,7 +111,9 @@ class GaLoreAdamW8bit(GaLoreAdamW):
         if not self._is_quantized(parameters[0]):
             return super()._adamw_of(parameters, low, step, group, lr)
         updates = torch.zeros_like(low)
-        for parameter, update, gradient in zip(parameters, updates, low.contiguous(), strict=True):
+        counts = parameters[0].shape[: group["stack_dims"]]
+        shape = len(parameters), *counts, *low.shape[1:]
+        for parameter, update, gradient in zip(parameters, updates.view(shape), low.reshape(shape), strict=True):
             self._add_update(parameter, update, gradient, step, group, lr)
         return updates
 

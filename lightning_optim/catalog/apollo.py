@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
-from lightning_optim.catalog.low_rank import left_elements, moment_elements, right_elements
+from lightning_optim.catalog.low_rank import MOMENTS, left_elements, right_elements, states_are_float32
+from lightning_optim.optimizers.low_rank import StateDtype
 from lightning_optim.options import AT_LEAST_ONE, NON_NEGATIVE, POSITIVE, UNIT, Options, option
 from lightning_optim.spec import Buffer, OptimizerSpec, StateLayout
 
@@ -33,6 +34,9 @@ class ApolloOptions(Options):
     seed: int = option(0, "of the first random subspace", NON_NEGATIVE)
     betas: tuple[float, float] = option((0.9, 0.999), "decay rates of the first and second moment", UNIT)
     eps: float = option(1e-8, "added to the denominator", NON_NEGATIVE)
+    state_dtype: StateDtype = option(
+        "float32", "dtype of moments and bases; 'parameter': the parameter's, half the bytes for bfloat16 weights"
+    )
 
 
 def _left_elements(shape: tuple[int, ...], options: Any) -> int:
@@ -60,10 +64,9 @@ ROWS = (
         default_weight_decay=0.0,
         state=StateLayout(
             buffers=(
-                Buffer("exp_avg", float32=True, elements=moment_elements),
-                Buffer("exp_avg_sq", float32=True, elements=moment_elements),
-                Buffer("left", float32=True, elements=_left_elements),
-                Buffer("right", float32=True, elements=_right_elements),
+                *MOMENTS,
+                Buffer("left", float32=states_are_float32, elements=_left_elements),
+                Buffer("right", float32=states_are_float32, elements=_right_elements),
                 Buffer("update_norm", float32=True, elements=_norm_elements),
             ),
         ),

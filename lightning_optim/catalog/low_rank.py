@@ -13,6 +13,7 @@ from lightning_optim.catalog import bitsandbytes
 from lightning_optim.catalog.lean import AdafactorOptions
 from lightning_optim.optimizers.factored import column_elements, full_elements, row_elements
 from lightning_optim.optimizers.galore import default_eps
+from lightning_optim.optimizers.low_rank import StateDtype
 from lightning_optim.optimizers.projection import ProjectionMethod, ProjectionType, base_shapes, low_rank_shape
 from lightning_optim.options import AT_LEAST_ONE, NON_NEGATIVE, UNIT, Options, option
 from lightning_optim.spec import Buffer, OptimizerSpec, StateLayout
@@ -39,6 +40,9 @@ class GaLoreOptions(Options):
     )
     projection: ProjectionMethod = option(
         "randomized", "'svd' is exact, 'randomized' finds nearly the same subspace at a fraction of the cost"
+    )
+    state_dtype: StateDtype = option(
+        "float32", "dtype of moments and bases; 'parameter': the parameter's, half the bytes for bfloat16 weights"
     )
 
 
@@ -67,7 +71,7 @@ class GaLoreAdafactorOptions(GaLoreOptions, AdafactorOptions):
 class GaLoreAdamW8bitOptions(GaLoreAdamWOptions):
     """Options of ``lightning_optim.adapters.galore.GaLoreAdamW8bit``."""
 
-    min_8bit_size: int = option(4096, "moments with fewer elements stay float32", NON_NEGATIVE)
+    min_8bit_size: int = option(4096, "moments with fewer elements stay unquantized", NON_NEGATIVE)
     quantize_embeddings: bool = option(False, "store embeddings' moments in 8 bits, too", scope="policy")
 
 
@@ -106,13 +110,19 @@ def _low_column_elements(shape: tuple[int, ...], options: Any) -> int:
     return column_elements(_moment_shape(shape, options))
 
 
-_MOMENTS = (
-    Buffer("exp_avg", float32=True, elements=moment_elements),
-    Buffer("exp_avg_sq", float32=True, elements=moment_elements),
+def states_are_float32(options: Any) -> bool:
+    """Whether moments and bases are float32 where the parameter's dtype is narrower."""
+    return bool(options.state_dtype == "float32")
+
+
+#: AdamW's moments, those of projected matrices in the subspace.
+MOMENTS = (
+    Buffer("exp_avg", float32=states_are_float32, elements=moment_elements),
+    Buffer("exp_avg_sq", float32=states_are_float32, elements=moment_elements),
 )
 _BASES = (
-    Buffer("left", float32=True, elements=left_elements, quantized=False),
-    Buffer("right", float32=True, elements=right_elements, quantized=False),
+    Buffer("left", float32=states_are_float32, elements=left_elements, quantized=False),
+    Buffer("right", float32=states_are_float32, elements=right_elements, quantized=False),
 )
 
 _GALORE_ADAMW = OptimizerSpec(
@@ -124,7 +134,7 @@ _GALORE_ADAMW = OptimizerSpec(
     state_format="GaLoreAdamW/1",
     default_lr=1e-3,
     default_weight_decay=0.0,
-    state=StateLayout(buffers=_MOMENTS + _BASES),
+    state=StateLayout(buffers=MOMENTS + _BASES),
     half_weights=True,
     lists_layerwise=True,
     projects=True,
@@ -142,7 +152,7 @@ ROWS = (
         source=f"{_PAPER}; lightning_optim.adapters.galore.GaLoreAdamW8bit",
         options=GaLoreAdamW8bitOptions,
         state_format="GaLoreAdamW8bit/1",
-        state=StateLayout(_MOMENTS + _BASES, quantization=bitsandbytes.QUANTIZATION),
+        state=StateLayout(MOMENTS + _BASES, quantization=bitsandbytes.QUANTIZATION),
         requirements=bitsandbytes.REQUIREMENTS,
         extra="bitsandbytes",
         devices=bitsandbytes.DEVICES,
@@ -161,7 +171,12 @@ ROWS = (
                 Buffer("exp_avg_sq_row", float32=True, elements=_low_row_elements),
                 Buffer("exp_avg_sq_col", float32=True, elements=_low_column_elements),
                 Buffer("exp_avg_sq", float32=True, elements=full_elements),
-                Buffer("exp_avg", float32=True, when=lambda o: o.beta1 is not None, elements=moment_elements),
+                Buffer(
+                    "exp_avg",
+                    float32=states_are_float32,
+                    when=lambda o: o.beta1 is not None,
+                    elements=moment_elements,
+                ),
                 *_BASES,
             )
         ),

@@ -227,8 +227,11 @@ def _defaults(spec: OptimizerSpec) -> Options | None:
 
 def _storage(buffer: Buffer, spec: OptimizerSpec) -> str:
     dtype = "float32" if buffer.float32 else "the parameter's dtype"
+    if callable(buffer.float32):
+        dtype += " by default"
     copies = f"{buffer.copies} tensors, " if buffer.copies > 1 else ""
-    return copies + (dtype if spec.bits is None else f"{spec.bits} bits ({dtype} where not quantized)")
+    quantized = spec.bits is not None and buffer.quantized
+    return copies + (f"{spec.bits} bits ({dtype} where not quantized)" if quantized else dtype)
 
 
 def _quantization(spec: OptimizerSpec) -> Iterator[str]:

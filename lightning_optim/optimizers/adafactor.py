@@ -135,11 +135,20 @@ class Adafactor(OwnOptimizer):
         return rms(parameters).clamp_(min=group["eps"][1]).mul_(lr)
 
     def _moved(
-        self, parameters: list[Tensor], gradients: Tensor, rate: float | Tensor, step: int, group: dict[str, Any]
+        self,
+        parameters: list[Tensor],
+        gradients: Tensor,
+        rate: float | Tensor,
+        step: int,
+        group: dict[str, Any],
+        stack_dims: int = 0,
     ) -> Tensor:
-        """Returns what to subtract for a stack of gradients, and updates what the state keeps of them."""
+        """Returns what to subtract for a stack of gradients, and updates what the state keeps of them.
+
+        The first ``stack_dims`` dimensions of what a state keeps are part of the stack.
+        """
         states = [self.state[parameter] for parameter in parameters]
-        with stacked(states, _kept(tuple(gradients.shape[1:]), group)) as moments:
+        with stacked(states, _kept(tuple(gradients.shape[1:]), group), stack_dims) as moments:
             return adafactor_update(
                 gradients,
                 moments,

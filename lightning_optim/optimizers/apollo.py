@@ -7,15 +7,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor
 
 from lightning_optim.optimizers.base import gradients, hyperparameters, working, write_back
-from lightning_optim.optimizers.low_rank import LowRankAdamW, as_matrices
+from lightning_optim.optimizers.low_rank import LowRankAdamW, StateDtype, as_matrices, as_stack
 from lightning_optim.optimizers.projection import base_shapes, gaussian, project
-from lightning_optim.optimizers.stacks import stack, stacked, unstack
+from lightning_optim.optimizers.stacks import stacked, unstack
 
 # Elements whose squares stay in the cache; fewer would begin and end all threads more often.
 _BLOCK = 2**22
@@ -49,10 +49,14 @@ class ApolloAdamW(LowRankAdamW):
         norm_growth_limit: The norm of an update is at most this many times the norm of the one before; ``None``: no
             limit.
         seed: Of the first random projection; the ones after it take the numbers that follow.
+        state_dtype: Dtype of moments and bases, as of :class:`~lightning_optim.optimizers.galore.GaLoreAdamW`.
+        stack_dims: How many leading dimensions of the group's parameters count matrices: 1 for experts ``[E, m, n]``.
+            Each matrix is scaled and its growth limited by itself.
 
     Raises:
-        InvalidOption: If ``rank`` or ``update_proj_gap`` is no whole number of at least 1, or ``proj``, ``proj_type``
-            or ``scale_type`` is none of the above.
+        InvalidOption: If ``rank`` or ``update_proj_gap`` is no whole number of at least 1, or ``proj``, ``proj_type``,
+            ``scale_type`` or ``state_dtype`` is none of the above, or float16 parameters are given
+            ``state_dtype="parameter"``.
         InvalidParamGroups: If a parameter is complex or sharded, or a gradient is sparse.
     """
 
@@ -61,6 +65,7 @@ class ApolloAdamW(LowRankAdamW):
         # Not "full": a channel is what is left of a row or a column, so one side stays as it is.
         "proj_type": ("std", "reverse_std", "right", "left"),
         "scale_type": ("channel", "tensor"),
+        "state_dtype": get_args(StateDtype),
     }
 
     def __init__(
@@ -78,6 +83,8 @@ class ApolloAdamW(LowRankAdamW):
         scale_type: Literal["channel", "tensor"] = "channel",
         norm_growth_limit: float | None = 1.01,
         seed: int = 0,
+        state_dtype: StateDtype = "float32",
+        stack_dims: int = 0,
     ) -> None:
         defaults = hyperparameters(locals())
         self._forget_projections()
@@ -88,10 +95,11 @@ class ApolloAdamW(LowRankAdamW):
         self._forget_projections()
 
     def _step_projected(self, parameters: list[Tensor], step: int, group: dict[str, Any]) -> None:
-        matrices = as_matrices(gradients(parameters))
+        found, stack_dims = gradients(parameters), group["stack_dims"]
+        matrices = as_matrices(found, stack_dims)
         left, right = self._bases(parameters, matrices, step, group)
         low = project(matrices, left, right)
-        gradient = stack(matrices)
+        gradient = as_stack(found, stack_dims)
         update = self._adamw_of(parameters, low, step, group)
         scaled = (1, 2) if group["scale_type"] == "tensor" else (1,) if right is None else (2,)
         # A zero divided by zero, or a moment that outlasts its gradient.
@@ -102,21 +110,22 @@ class ApolloAdamW(LowRankAdamW):
 
         lr = float(group["lr"])
         weights = working(parameters)
-        stepped = stack(as_matrices(weights))
+        stepped = as_stack(weights, stack_dims)
         if group["weight_decay"]:
             stepped.mul_(1 - lr * group["weight_decay"])
         stepped.addcmul_(gradient, scaling, value=-lr * math.sqrt(group["scale"]))
-        unstack(stepped, as_matrices(weights))
+        if len(weights) > 1:
+            unstack(stepped, as_matrices(weights))
         write_back(parameters, weights)
 
     def _limited(self, parameters: Sequence[Tensor], norm: Tensor, growth: float) -> Tensor:
-        """Returns factors ``[batch, 1]`` that limit the growth of the updates' norms, and notes the limited norms."""
+        """Returns factors ``[matrices, 1]`` that limit the growth of the updates, and notes the norms that remain."""
         states = [self.state[parameter] for parameter in parameters]
         for state in states:
             if "update_norm" not in state:
-                state["update_norm"] = norm.new_full((1,), math.inf)
+                state["update_norm"] = norm.new_full((len(norm) // len(states),), math.inf)
         with stacked(states, ("update_norm",)) as noted:
-            last = noted["update_norm"]
+            last = noted["update_norm"].view(norm.shape)
             limited = torch.minimum(norm, growth * last)
             # No update could follow one of norm zero.
             last.copy_(torch.where(limited > 0, limited, last))
@@ -135,7 +144,7 @@ class ApolloAdamW(LowRankAdamW):
         seeds = [state["seed"] for state in states]
         # One for all, unless the gap was changed while some parameters had no gradient.
         found = {seed: self._projection(seed, side, rank, gradients[0]) for seed in set(seeds)}
-        bases = [found[seed] for seed in seeds]
+        bases = [found[seed] for seed in seeds for _ in range(len(gradients) // len(parameters))]
         return (bases, None) if name == "left" else (None, bases)
 
     def _projection(self, seed: int, side: int, rank: int, like: Tensor) -> Tensor:

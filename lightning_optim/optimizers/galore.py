@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from lightning_optim.optimizers.base import gradients, hyperparameters, working, write_back
-from lightning_optim.optimizers.low_rank import LowRankAdamW, as_matrices
+from lightning_optim.optimizers.low_rank import LowRankAdamW, StateDtype, as_matrices
 from lightning_optim.optimizers.projection import (
     ProjectionMethod,
     ProjectionType,
@@ -41,9 +41,13 @@ class GaLoreAdamW(LowRankAdamW):
         projection: ``"randomized"`` or ``"svd"``, see :func:`~lightning_optim.optimizers.projection.find_bases`.
         match_galore_torch: Do as galore-torch 1.0, for comparisons: the epsilon is not bias-corrected, and the decay
             comes after the update.
+        state_dtype: Dtype of moments and bases: ``"float32"`` (float64 for float64 parameters), or ``"parameter"``, the
+            parameter's own; the arithmetic is float32 in both.
+        stack_dims: How many leading dimensions of the group's parameters count matrices: 1 for experts ``[E, m, n]``.
 
     Raises:
-        InvalidOption: If ``rank`` or ``update_proj_gap`` is no whole number of at least 1.
+        InvalidOption: If ``rank`` or ``update_proj_gap`` is no whole number of at least 1, or float16 parameters are
+            given ``state_dtype="parameter"``.
         InvalidParamGroups: If a parameter is complex or sharded, or a gradient is sparse.
     """
 
@@ -60,6 +64,8 @@ class GaLoreAdamW(LowRankAdamW):
         proj_type: ProjectionType = "std",
         projection: ProjectionMethod = "randomized",
         match_galore_torch: bool = False,
+        state_dtype: StateDtype = "float32",
+        stack_dims: int = 0,
     ) -> None:
         super().__init__(params, hyperparameters(locals()))
 
@@ -76,7 +82,7 @@ class GaLoreAdamW(LowRankAdamW):
             parameter.mul_(1 - float(group["lr"]) * group["weight_decay"])
 
     def _step_projected(self, parameters: list[Tensor], step: int, group: dict[str, Any]) -> None:
-        matrices = as_matrices(gradients(parameters))
+        matrices = as_matrices(gradients(parameters), group["stack_dims"])
         left, right = self._bases(parameters, matrices, step, group)
         low = project(matrices, left, right)
         lr, match = float(group["lr"]), group["match_galore_torch"]
@@ -84,7 +90,8 @@ class GaLoreAdamW(LowRankAdamW):
             group = _as_upstream(group, step)
         update = self._adamw_of(parameters, low, step, group, lr * group["scale"])
         decay = 1 - lr * group["weight_decay"]
-        add_to_weights(parameters, update, left, right, beta=decay, alpha=decay if match else 1.0)
+        alpha = decay if match else 1.0
+        add_to_weights(parameters, update, left, right, beta=decay, alpha=alpha, stack_dims=group["stack_dims"])
 
 
 def default_eps(match_galore_torch: bool) -> float:
@@ -105,16 +112,18 @@ def add_to_weights(
     *,
     beta: float | Tensor,
     alpha: float = 1.0,
+    stack_dims: int = 0,
 ) -> None:
-    """Computes ``beta * parameter + alpha * left @ update @ rightᵀ`` for parameters of one shape, in place.
+    """Computes ``beta * matrix + alpha * left @ update @ rightᵀ`` for the matrices of parameters, in place.
 
     Args:
         parameters: Weights of one shape.
-        update: ``[batch, ...]`` in the subspace, in the working dtype.
+        update: ``[batch, ...]``, one for each matrix, in the subspace, in the working dtype.
         left: Left bases or ``None``.
         right: Right bases or ``None``.
         beta: Factor on the weights; a tensor ``[batch, 1, 1]`` has one for each.
         alpha: Factor on the update.
+        stack_dims: Leading dimensions of the parameters that count matrices.
     """
     if left is not None and right is not None:
         update, left = products(left, update.unbind()), None
@@ -123,7 +132,7 @@ def add_to_weights(
     other: Sequence[Tensor] = update.unbind() if right is None else [basis.mT for basis in right]
     weights = working(parameters)
     # In one pass over the weights, if all have the same factor.
-    for index, (weight, first, second) in enumerate(zip(as_matrices(weights), one, other, strict=True)):
+    for index, (weight, first, second) in enumerate(zip(as_matrices(weights, stack_dims), one, other, strict=True)):
         if isinstance(beta, Tensor):
             weight.mul_(beta[index])
         weight.addmm_(first, second, beta=1.0 if isinstance(beta, Tensor) else beta, alpha=alpha)

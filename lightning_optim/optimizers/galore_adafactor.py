@@ -12,9 +12,8 @@ from torch import Tensor
 from lightning_optim.optimizers.adafactor import Adafactor, default_lr
 from lightning_optim.optimizers.base import OwnOptimizer, gradients, hyperparameters, working
 from lightning_optim.optimizers.galore import add_to_weights
-from lightning_optim.optimizers.low_rank import LowRankOptimizer, as_matrices
+from lightning_optim.optimizers.low_rank import LowRankOptimizer, StateDtype, as_matrices, as_stack, state_dtype
 from lightning_optim.optimizers.projection import ProjectionMethod, ProjectionType, project
-from lightning_optim.optimizers.stacks import stack
 
 
 class GaLoreAdafactor(LowRankOptimizer, Adafactor):
@@ -39,6 +38,9 @@ class GaLoreAdafactor(LowRankOptimizer, Adafactor):
         scale: Factor on the update of projected parameters.
         proj_type: Side to project, see :func:`~lightning_optim.optimizers.projection.sides`; ``"full"`` is both.
         projection: ``"randomized"`` or ``"svd"``, see :func:`~lightning_optim.optimizers.projection.find_bases`.
+        state_dtype: Dtype of bases and first moments, see :class:`~lightning_optim.optimizers.galore.GaLoreAdamW`; the
+            factored second moment, small as it is, stays float32: in bfloat16 it would soon stop moving.
+        stack_dims: See there; the update is clipped matrix by matrix.
 
     Raises:
         InvalidOption: If ``rank`` or ``update_proj_gap`` is no whole number of at least 1, or a group has
@@ -63,18 +65,25 @@ class GaLoreAdafactor(LowRankOptimizer, Adafactor):
         scale: float = 0.25,
         proj_type: ProjectionType = "std",
         projection: ProjectionMethod = "randomized",
+        state_dtype: StateDtype = "float32",
+        stack_dims: int = 0,
     ) -> None:
         lr = default_lr(relative_step) if lr is None else lr
         OwnOptimizer.__init__(self, params, hyperparameters(locals()))
 
-    _initial_moments = Adafactor._initial_moments
     _step_plainly = Adafactor._update
 
+    def _initial_moments(self, parameter: Tensor, shape: tuple[int, ...], group: dict[str, Any]) -> dict[str, Any]:
+        moments = Adafactor._initial_moments(self, parameter, shape, group)
+        first = {name: moments[name].to(state_dtype(parameter, group)) for name in ("exp_avg",) if name in moments}
+        return {**moments, **first}
+
     def _step_projected(self, parameters: list[Tensor], step: int, group: dict[str, Any]) -> None:
-        matrices = as_matrices(gradients(parameters))
+        stack_dims = group["stack_dims"]
+        matrices = as_matrices(gradients(parameters), stack_dims)
         left, right = self._bases(parameters, matrices, step, group)
-        weights = stack(as_matrices(working(parameters))) if group["scale_parameter"] else None
+        weights = as_stack(working(parameters), stack_dims) if group["scale_parameter"] else None
         rate = self._rate(weights, step, group)
-        update = self._moved(parameters, project(matrices, left, right), rate, step, group)
+        update = self._moved(parameters, project(matrices, left, right), rate, step, group, stack_dims)
         beta = 1 - rate * group["weight_decay"]
-        add_to_weights(parameters, update, left, right, beta=beta, alpha=-group["scale"])
+        add_to_weights(parameters, update, left, right, beta=beta, alpha=-group["scale"], stack_dims=stack_dims)

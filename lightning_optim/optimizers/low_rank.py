@@ -6,7 +6,7 @@ import math
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from numbers import Integral
-from typing import Any, ClassVar, get_args
+from typing import Any, ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -23,8 +23,10 @@ from lightning_optim.optimizers.projection import (
     low_rank_shape,
     matrix_shape,
 )
-from lightning_optim.optimizers.stacks import batches, stacked
+from lightning_optim.optimizers.stacks import batches, stack, stacked
 
+#: The dtype of moments and bases; ``"parameter"``: that of the parameter.
+StateDtype = Literal["float32", "parameter"]
 #: Names of AdamW's moments in the state.
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -32,13 +34,15 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 class LowRankOptimizer(OwnOptimizer):
     """Base of optimizers that project the gradients of the groups whose ``rank`` is not ``None``.
 
-    In such a group parameters with two or more dimensions are projected (a convolution's as the matrix
-    ``[out, rest]``), the others are stepped as those of groups without a rank.
+    In such a group parameters with two or more dimensions are projected, as the matrix ``[out, rest]`` if they have
+    more (convolutions). With ``stack_dims`` the first dimensions count matrices, each of which has a basis and moments
+    of its own: experts ``[E, m, n]`` are ``E`` matrices ``[m, n]`` with ``stack_dims=1``. Parameters that have too few
+    dimensions are stepped as those of groups without a rank.
 
     A parameter whose gradient is not finite is not stepped: its weights, its state and its projection stay as they
     are, its state counts it (``"skipped"``) and a warning says so. If a decomposition fails, the last projection stays
     (``"kept"`` counts). If a gradient is zero when its subspace is due, the next one that is not is asked
-    (``"found"`` is false until then).
+    (``"found"`` is false until then; of a stack it is a list).
     """
 
     def _initial_moments(self, parameter: Tensor, shape: tuple[int, ...], group: dict[str, Any]) -> dict[str, Any]:
@@ -50,13 +54,14 @@ class LowRankOptimizer(OwnOptimizer):
         raise NotImplementedError
 
     def _step_projected(self, parameters: list[Tensor], step: int, group: dict[str, Any]) -> None:
-        """Steps projected parameters of one kind and of one shape."""
+        """Steps projected parameters of one kind and of one shape; one alone if it is a stack of matrices."""
         raise NotImplementedError
 
     #: The values that the arguments which are words may have.
     choices: ClassVar[Mapping[str, tuple[str, ...]]] = {
         "proj_type": get_args(ProjectionType),
         "projection": get_args(ProjectionMethod),
+        "state_dtype": get_args(StateDtype),
     }
 
     def _check_group(self, group: dict[str, Any]) -> None:
@@ -70,12 +75,24 @@ class LowRankOptimizer(OwnOptimizer):
             value = group[name]
             if not (isinstance(value, Integral) and int(value) >= 1) and not (name == "rank" and value is None):
                 raise InvalidOption(f"{name}={value!r} of {type(self).__name__} is no whole number of at least 1")
+        stack_dims = group["stack_dims"]
+        if not (isinstance(stack_dims, Integral) and int(stack_dims) >= 0):
+            raise InvalidOption(f"stack_dims={stack_dims!r} of {type(self).__name__} is no whole number of at least 0")
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        for group in self.param_groups:
+            # Checkpoints from before there were these.
+            group.setdefault("state_dtype", "float32")
+            group.setdefault("stack_dims", 0)
 
     def _initial_state(self, parameter: Tensor, group: dict[str, Any]) -> dict[str, Any]:
         if not _is_projected(parameter, group):
             return {"skipped": 0, **self._initial_moments(parameter, tuple(parameter.shape), group)}
-        shape = low_rank_shape(parameter.shape, group["rank"], group["proj_type"])
-        return {"skipped": 0, "kept": 0, "found": False, **self._initial_moments(parameter, shape, group)}
+        counts, matrix = parameter.shape[: group["stack_dims"]], parameter.shape[group["stack_dims"] :]
+        shape = *counts, *low_rank_shape(matrix, group["rank"], group["proj_type"])
+        found = [False] * math.prod(counts) if counts else False
+        return {"skipped": 0, "kept": 0, "found": found, **self._initial_moments(parameter, shape, group)}
 
     def _steppable(self, parameters: list[Tensor]) -> list[Tensor]:
         found = [parameter.grad for parameter in parameters if parameter.grad is not None]
@@ -101,6 +118,10 @@ class LowRankOptimizer(OwnOptimizer):
         for parameter in parameters:
             (projected if _is_projected(parameter, group) else others).append(parameter)
         self._step_plainly(others, step, group)
+        if group["stack_dims"]:
+            for parameter in projected:
+                self._step_projected([parameter], step, group)
+            return
 
         def shapes(shape: tuple[int, ...]) -> tuple[tuple[int, ...], ...]:
             bases = base_shapes(shape, group["rank"], group["proj_type"])
@@ -112,36 +133,67 @@ class LowRankOptimizer(OwnOptimizer):
     def _bases(
         self, parameters: Sequence[Tensor], gradients: Sequence[Tensor], step: int, group: dict[str, Any]
     ) -> tuple[list[Tensor] | None, list[Tensor] | None]:
-        """Returns the left and the right bases to project with; finds new ones from the gradients where that is due."""
-        shapes = base_shapes(parameters[0].shape, group["rank"], group["proj_type"])
+        """Returns the left and the right bases to project with; finds new ones from the gradients where that is due.
+
+        Args:
+            parameters: Parameters of one shape.
+            gradients: The matrices of their gradients.
+            step: Number of this step.
+            group: Their group.
+        """
+        shapes = base_shapes(parameters[0].shape[group["stack_dims"] :], group["rank"], group["proj_type"])
         due = (step - 1) % group["update_proj_gap"] == 0
+        each = len(gradients) // len(parameters)
+        for index, parameter in enumerate(parameters):
+            self._search(parameter, gradients[index * each : (index + 1) * each], shapes, group, due=due)
         states = [self.state[parameter] for parameter in parameters]
-        for state, gradient in zip(states, gradients, strict=True):
-            if due or not (state.get("found") and shapes.keys() <= state.keys()):
-                state.update(self._found(state, gradient, shapes, group))
-        left, right = ([state[name] for state in states] if name in shapes else None for name in ("left", "right"))
+        left, right = (
+            as_matrices(working(state[name] for state in states), group["stack_dims"]) if name in shapes else None
+            for name in ("left", "right")
+        )
         return left, right
 
-    def _found(
-        self, state: Mapping[str, Any], gradient: Tensor, shapes: Mapping[str, tuple[int, int]], group: dict[str, Any]
-    ) -> dict[str, Any]:
-        """Returns what a search for bases of these shapes changes in the state."""
-        found = bool(gradient.any())  # else it is looked for again in the next step
-        if found:
-            (_, rank), *_ = shapes.values()
-            try:
-                bases = find_bases(gradient, rank, group["projection"])
-            except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
-                bases = {}
-            if bases and all(bool(bases[name].isfinite().all()) for name in shapes):
-                kept = {name: bases[name].clone(memory_format=torch.contiguous_format) for name in shapes}
-                return {"found": True, **kept}
-        changed: dict[str, Any] = {"found": found, "kept": state.get("kept", 0) + found}
-        if found:
-            self._say("the decomposition of a gradient failed; its last projection stays", changed["kept"])
-        if not shapes.keys() <= state.keys():
-            changed |= any_bases(shapes, gradient)
-        return changed
+    def _search(
+        self,
+        parameter: Tensor,
+        gradients: Sequence[Tensor],
+        shapes: Mapping[str, tuple[int, int]],
+        group: dict[str, Any],
+        *,
+        due: bool,
+    ) -> None:
+        """Finds bases of these shapes for the matrices of a parameter: for all if it is ``due``, or for the missing."""
+        state = self.state[parameter]
+        counts = parameter.shape[: group["stack_dims"]]
+        found = list(state["found"]) if counts else [state.get("found", False)]
+        complete = shapes.keys() <= state.keys()
+        bases = {name: dict[int, Tensor]() for name in shapes}
+        for index, gradient in enumerate(gradients):
+            if not due and complete and found[index]:
+                continue
+            found[index] = bool(gradient.any())  # else it is looked for again in the next step
+            chosen = _decomposed(gradient, shapes, group["projection"]) if found[index] else {}
+            if found[index] and not chosen:
+                state["kept"] = state.get("kept", 0) + 1
+                self._say("the decomposition of a gradient failed; its last projection stays", state["kept"])
+            if not chosen and not complete:
+                chosen = any_bases(shapes, gradient)
+            for name, basis in chosen.items():
+                bases[name][index] = basis
+        state["found"] = found if counts else found[0]
+        for name, by_index in bases.items():
+            if by_index:
+                shape = (*counts, *shapes[name])
+                kept = name in state and state[name].shape == shape
+                # Anew, not in place: whoever holds the state of before has it still.
+                state[name] = (
+                    state[name].clone()
+                    if kept
+                    else torch.zeros(shape, dtype=state_dtype(parameter, group), device=parameter.device)
+                )
+                matrices = as_matrices([state[name]], len(counts))
+                for index, basis in by_index.items():
+                    matrices[index].copy_(basis)
 
     def _say(self, what: str, count: int) -> None:
         if math.log2(count).is_integer():
@@ -153,10 +205,19 @@ class LowRankOptimizer(OwnOptimizer):
 
 
 class LowRankAdamW(LowRankOptimizer):
-    """A low-rank optimizer whose moments are AdamW's, in the working dtype."""
+    """A low-rank optimizer whose moments are AdamW's; its arithmetic is float32 whatever their dtype."""
+
+    def _check_group(self, group: dict[str, Any]) -> None:
+        super()._check_group(group)
+        if group["state_dtype"] == "parameter" and any(p.dtype is torch.float16 for p in group["params"]):
+            raise InvalidOption(
+                f"state_dtype='parameter' of {type(self).__name__} for float16 parameters: squares of small gradients "
+                "round to 0 in float16. Use state_dtype='float32', or bfloat16 parameters (precision='bf16-true')"
+            )
 
     def _initial_moments(self, parameter: Tensor, shape: tuple[int, ...], group: dict[str, Any]) -> dict[str, Any]:
-        return {name: torch.zeros(shape, dtype=working_dtype(parameter), device=parameter.device) for name in MOMENTS}
+        dtype = state_dtype(parameter, group)
+        return {name: torch.zeros(shape, dtype=dtype, device=parameter.device) for name in MOMENTS}
 
     def _step_plainly(self, parameters: list[Tensor], step: int, group: dict[str, Any]) -> None:
         weights = working(parameters)
@@ -169,7 +230,8 @@ class LowRankAdamW(LowRankOptimizer):
         """Returns what AdamW adds to zeros for a stack of gradients in the subspace, and advances the moments."""
         update = torch.zeros_like(low)
         # As one tensor: the fused kernel starts and joins the threads once for each.
-        with stacked([self.state[parameter] for parameter in parameters], MOMENTS) as moments:
+        states = [self.state[parameter] for parameter in parameters]
+        with stacked(states, MOMENTS, group["stack_dims"]) as moments:
             adamw_update(
                 [update],
                 [low],
@@ -192,23 +254,53 @@ class LowRankAdamW(LowRankOptimizer):
         group: dict[str, Any],
     ) -> None:
         """Steps ``weights`` in place with the moments that the state keeps for ``parameters``."""
+        moments = [[self.state[parameter][name] for parameter in parameters] for name in MOMENTS]
+        first, second = map(working, moments)
         adamw_update(
             weights,
             gradients,
-            [self.state[parameter]["exp_avg"] for parameter in parameters],
-            [self.state[parameter]["exp_avg_sq"] for parameter in parameters],
+            first,
+            second,
             step=step,
             lr=float(group["lr"]),
             betas=group["betas"],
             eps=group["eps"],
             weight_decay=group["weight_decay"],
         )
+        for kept, values in zip(moments, (first, second), strict=True):
+            write_back(kept, values)
 
 
-def as_matrices(tensors: Iterable[Tensor]) -> list[Tensor]:
-    """Returns contiguous tensors as matrices, views of those that are none."""
-    return [tensor if tensor.ndim == 2 else tensor.view(matrix_shape(tensor.shape)) for tensor in tensors]
+def state_dtype(parameter: Tensor, group: Mapping[str, Any]) -> torch.dtype:
+    """Returns the dtype of a parameter's moments and bases."""
+    return parameter.dtype if group["state_dtype"] == "parameter" else working_dtype(parameter)
+
+
+def as_matrices(tensors: Iterable[Tensor], stack_dims: int = 0) -> list[Tensor]:
+    """Returns the matrices of contiguous tensors, of which the first ``stack_dims`` dimensions count them, as views."""
+    if not stack_dims:
+        return [tensor if tensor.ndim == 2 else tensor.view(matrix_shape(tensor.shape)) for tensor in tensors]
+    return [matrix for tensor in tensors for matrix in as_stack([tensor], stack_dims).unbind()]
+
+
+def as_stack(tensors: Sequence[Tensor], stack_dims: int = 0) -> Tensor:
+    """Returns the matrices of contiguous tensors of one shape as one tensor; those of a single one are not copied."""
+    if len(tensors) == 1:
+        return tensors[0].view(-1, *matrix_shape(tensors[0].shape, stack_dims))
+    return stack(as_matrices(tensors, stack_dims))
+
+
+def _decomposed(
+    gradient: Tensor, shapes: Mapping[str, tuple[int, int]], method: ProjectionMethod
+) -> Mapping[str, Tensor]:
+    """Returns bases of these shapes from a matrix; none if the decomposition fails."""
+    (_, rank), *_ = shapes.values()
+    try:
+        bases = find_bases(gradient, rank, method)
+    except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
+        return {}
+    return {name: bases[name] for name in shapes} if all(bool(bases[name].isfinite().all()) for name in shapes) else {}
 
 
 def _is_projected(parameter: Tensor, group: dict[str, Any]) -> bool:
-    return group["rank"] is not None and parameter.ndim >= 2
+    return group["rank"] is not None and parameter.ndim >= 2 + group["stack_dims"]

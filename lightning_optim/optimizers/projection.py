@@ -25,9 +25,13 @@ ProjectionMethod = Literal["svd", "randomized"]
 _OVERSAMPLING, _POWER_ITERATIONS = 8, 2
 
 
-def matrix_shape(shape: Sequence[int]) -> tuple[int, int]:
-    """Returns the shape of a parameter with two or more dimensions as a matrix: a convolution is ``[out, rest]``."""
-    return shape[0], math.prod(shape[1:])
+def matrix_shape(shape: Sequence[int], stack_dims: int = 0) -> tuple[int, int]:
+    """Returns the shape of a parameter's matrices; its first ``stack_dims`` dimensions count them.
+
+    What has more than two dimensions after these is one matrix: a convolution is ``[out, rest]``.
+    """
+    rows, *rest = shape[stack_dims:]
+    return rows, math.prod(rest)
 
 
 def sides(rows: int, columns: int, proj_type: ProjectionType) -> tuple[bool, bool]:
@@ -42,7 +46,7 @@ def sides(rows: int, columns: int, proj_type: ProjectionType) -> tuple[bool, boo
 
 
 def low_rank_shape(shape: Sequence[int], rank: int, proj_type: ProjectionType) -> tuple[int, int]:
-    """Returns the shape of a parameter's gradient in the subspace."""
+    """Returns the shape in the subspace of the gradient of one matrix."""
     rows, columns = matrix_shape(shape)
     left, right = sides(rows, columns, proj_type)
     rank = min(rank, rows, columns)

@@ -52,10 +52,26 @@ def unstack(stacked: Tensor, tensors: Sequence[Tensor]) -> None:
 
 
 @contextmanager
-def stacked(states: Sequence[Mapping[str, Any]], names: Iterable[str]) -> Iterator[dict[str, Tensor]]:
-    """Stacks these tensors of several parameters' states by name, and writes what became of them back."""
+def stacked(
+    states: Sequence[Mapping[str, Any]], names: Iterable[str], stack_dims: int = 0
+) -> Iterator[dict[str, Tensor]]:
+    """Stacks these tensors of several parameters' states by name, and writes what became of them back.
+
+    Tensors of two bytes per element are float32 meanwhile.
+
+    Args:
+        states: The states.
+        names: Keys of the tensors.
+        stack_dims: How many leading dimensions of every tensor join that of the stack.
+
+    Yields:
+        The stacks, to be changed in place.
+    """
     tensors = {name: [state[name] for state in states] for name in names}
     stacks = {name: stack(items) for name, items in tensors.items()}
-    yield stacks
+    wide = {name: each.to(torch.promote_types(each.dtype, torch.float32)) for name, each in stacks.items()}
+    yield {name: each.view(-1, *each.shape[1 + stack_dims :]) if stack_dims else each for name, each in wide.items()}
     for name, items in tensors.items():
-        unstack(stacks[name], items)
+        if wide[name] is not stacks[name] and len(items) == 1:
+            items[0].copy_(wide[name][0])
+        unstack(wide[name], items)

@@ -37,7 +37,7 @@ class OptimConfig:
         optim_args: Options of the optimizer, a mapping or ``"name=value,..."``. ``weight_decay`` is understood here,
             too.
         optim_target_modules: Modules whose weights are projected, for optimizers that project: ``"all-linear"``, a
-            regular expression over names, or a list of parts of names; ``None`` means every ``nn.Linear``.
+            regular expression over names, or a list of parts of names; ``None`` means ``"all-linear"``.
         param_groups: Hyperparameters by regular expression over parameter names; the first match wins.
         layer_decay: The learning rate is multiplied by this once per layer below the top.
         layer_pattern: Regular expression whose one group is a layer's number.

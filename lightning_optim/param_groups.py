@@ -35,7 +35,7 @@ class GroupPolicy:
         overrides: Hyperparameters by regular expression over parameter names.
         layer_decay: Factor per layer of depth; ``None`` leaves all layers the same lr.
         layer_pattern: Regular expression whose one group is the layer's number; ``None`` finds the layers itself.
-        target_modules: The modules whose matrices a projecting optimizer projects; ``None`` means every ``nn.Linear``.
+        target_modules: The modules whose matrices a projecting optimizer projects; ``None`` means ``"all-linear"``.
     """
 
     lr: float
@@ -64,7 +64,7 @@ def make_groups(
     overrides = {pattern: _checked(pattern, values, spec, options) for pattern, values in policy.overrides.items()}
     pattern_of = _assign(parameters, overrides)
     depths = layer_depths(parameters, policy.layer_pattern) if policy.layer_decay is not None else {}
-    targets = projected(parameters, policy.target_modules) if spec.projects else set()
+    targets = projected(parameters, policy.target_modules) if spec.projects else {}
     _check_projected(parameters, pattern_of, overrides, targets, options)
     groups: dict[tuple[Any, ...], dict[str, Any]] = {}
     for parameter in parameters:
@@ -86,12 +86,15 @@ def make_groups(
         if identity in targets:
             labels.append("low_rank")
             group["rank"] = options.rank  # type: ignore[attr-defined]
+            if targets[identity]:
+                labels.append("stacked")
+                group["stack_dims"] = targets[identity]
         elif spec.projects:
             override = {name: value for name, value in override.items() if name not in options.only_projected}
             group["rank"] = None
         name = "/".join(labels) or "all"
         # The pattern is part of the key: a pattern "decay" must not meet the group of that name.
-        key = (pattern, name)
+        key = (pattern, name, group.get("stack_dims"))
         groups.setdefault(key, {"name": name, "params": [], **group, **override})["params"].append(parameter.parameter)
     _make_unique(list(groups.values()))
     # Decayed groups first whatever module comes first, so that adding a leading norm layer does not swap the groups.
@@ -102,7 +105,7 @@ def _check_projected(
     parameters: list[NamedParameter],
     pattern_of: Mapping[int, str],
     overrides: Mapping[str, Mapping[str, Any]],
-    targets: set[int],
+    targets: Mapping[int, int],
     options: Options,
 ) -> None:
     """Refuses options of the projection for what is not projected; a pattern may match the bias beside a weight."""
@@ -114,8 +117,8 @@ def _check_projected(
         if stray is not None and wanted is not None:
             raise InvalidParamGroups(
                 f"param_groups[{pattern!r}] sets {wanted}={values[wanted]!r} for {stray.name!r}, which is not "
-                "projected. Name its module in optim_target_modules (nn.Linear and convolutions can be projected), or "
-                "narrow the pattern"
+                "projected. Name its module, or the parameter itself, in optim_target_modules (matrices, weights "
+                "of convolutions and stacks of matrices can be projected), or narrow the pattern"
             )
 
 

@@ -46,8 +46,12 @@ class NamedParameter:
     def is_matrix(self) -> bool:
         """Whether it is a weight of at least two dimensions and no bias."""
         # Not all biases have one dimension: those of experts are stacked, attention's bias_k is (1, 1, width).
-        is_bias = any("bias" in name.rpartition(".")[2].split("_") for name in self.names)
-        return self.parameter.ndim >= 2 and not is_bias
+        return self.parameter.ndim >= 2 and not self.is_bias
+
+    @property
+    def is_bias(self) -> bool:
+        """Whether it is called a bias."""
+        return any("bias" in name.rpartition(".")[2].split("_") for name in self.names)
 
     @property
     def decays(self) -> bool:

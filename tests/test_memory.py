@@ -22,6 +22,15 @@ from tests.models import TokenModel
 SHARED = {"bitsandbytes": {"qmap1", "qmap2"}, "schedulefree": {"y"}}
 
 
+class Experts(nn.Module):
+    """A stack of matrices and a bias of each."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up = nn.Parameter(torch.ones(3, 65, 40))  # 7800 elements
+        self.up_bias = nn.Parameter(torch.zeros(3, 65))
+
+
 class Shapes(nn.Module):
     """Sizes at the edges of block-wise quantization."""
 
@@ -32,6 +41,7 @@ class Shapes(nn.Module):
         self.partial = nn.Linear(64, 65)  # 4160 elements, no multiple of 128
         self.small = nn.Linear(63, 65, bias=False)  # 4095 elements
         self.large = nn.Conv1d(64, 64, 3)  # 12288 elements
+        self.experts = Experts()
         self.scale = nn.Parameter(torch.tensor(1.0))
 
 
@@ -100,10 +110,37 @@ def test_estimate_is_exact_in_bfloat16(name: str) -> None:
         ("lion_8bit", "min_8bit_size=4161"),
         ("ademamix_8bit", "min_8bit_size=1,quantize_embeddings=True"),
         ("rmsprop_bnb_8bit", "min_8bit_size=65"),
+        ("galore_adamw", "rank=7,proj_type=full"),
+        ("galore_adamw_8bit", "rank=7,min_8bit_size=300"),
+        ("galore_adafactor", "rank=7,beta1=0.9"),
+        ("apollo_adamw", "rank=7,proj=svd"),
     ],
 )
 def test_estimate_follows_the_options(name: str, args: str) -> None:
     assert_exact(name, stepped(name, Shapes(), torch.float32, optim_args=args))
+
+
+@pytest.mark.parametrize(
+    ("name", "args", "share"),
+    [
+        ("galore_adamw", "rank=7", 0.5),
+        ("galore_adafactor", "rank=7,beta1=0.9", 0.6),
+        ("apollo_adamw", "rank=7,proj=svd", 0.51),
+        ("galore_adamw_8bit", "rank=7,min_8bit_size=300", 0.75),
+        ("galore_adamw_8bit", "rank=7,quantize_embeddings=True", 0.75),
+    ],
+)
+def test_states_of_the_parameters_dtype_take_half_of_the_bytes(name: str, args: str, share: float) -> None:
+    """But for what is quantized, the factors of Adafactor and the norms of APOLLO's updates."""
+    wide, narrow = (
+        stepped(name, Shapes(), torch.bfloat16, optim_args=f"{args},state_dtype={dtype}")
+        for dtype in ("float32", "parameter")
+    )
+    assert_exact(name, wide)
+    assert_exact(name, narrow)
+    assert wide.state_bytes is not None
+    assert narrow.state_bytes is not None
+    assert wide.state_bytes / 2 <= narrow.state_bytes <= share * wide.state_bytes
 
 
 @pytest.mark.parametrize(

@@ -278,6 +278,59 @@ def test_any_rank_steps_to_the_same_bits(name: str, dtype: torch.dtype, rank: in
             assert torch.equal(left, right), (proj_type, tuple(left.shape))
 
 
+# The settings of each row under which a matrix decides something by itself: its rate, its clipping, its growth.
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("galore_adamw", {"proj_type": "full"}),
+        # A moment of each is a block of codes.
+        ("galore_adamw_8bit", {"min_8bit_size": 64}),
+        ("galore_adafactor", {"scale_parameter": True, "beta1": 0.9}),
+        ("apollo_adamw", {"scale_type": "tensor"}),
+        ("apollo_adamw", {"proj": "svd"}),
+    ],
+)
+@pytest.mark.parametrize("counts", [(5,), (2, 3)], ids=str)
+def test_a_stack_is_stepped_as_its_matrices(name: str, options: dict[str, Any], counts: tuple[int, ...]) -> None:
+    shape = (16, 64)
+    (stack,) = parameters(shapes=((*counts, *shape),))
+    matrices = [matrix.detach().clone().requires_grad_() for matrix in stack.view(-1, *shape)]
+    groups = [{"params": [stack], "stack_dims": len(counts)}], [{"params": matrices}]
+    arguments: dict[str, Any] = {"lr": 1e-2, "weight_decay": 0.1, "rank": 4, "update_proj_gap": 3, **options}
+    one, other = (REGISTRY[name].load()(each, **arguments) for each in groups)
+    for step in range(7):
+        give_gradients([stack], step)
+        assert stack.grad is not None
+        if step in (0, 1, 3):
+            stack.grad.view(-1, *shape)[2] = 0  # an expert without tokens, when the subspaces are due
+        for matrix, gradient in zip(matrices, stack.grad.view(-1, *shape), strict=True):
+            matrix.grad = gradient.clone()
+        one.step()
+        other.step()
+    for matrix, expected in zip(stack.view(-1, *shape), matrices, strict=True):
+        assert torch.equal(matrix, expected)
+    sizes = [measured_bytes(optimizer.state_dict()) for optimizer in (one, other)]
+    assert sizes[0] == sizes[1]
+
+
+@pytest.mark.parametrize("name", [name for name in OWN if REGISTRY[name].projects])
+def test_checkpoints_from_before_there_were_stacks_go_on(name: str) -> None:
+    old, new = parameters(shapes=((16, 24), (5, 16, 24))), parameters(shapes=((16, 24), (5, 16, 24)))
+    one, other = (REGISTRY[name].load()(params, rank=4, update_proj_gap=2) for params in (old, new))
+    train(one, old, range(3))
+    saved = copy.deepcopy(one.state_dict())
+    for group in saved["param_groups"]:
+        del group["stack_dims"], group["state_dtype"]
+    for parameter, trained in zip(new, old, strict=True):
+        parameter.data.copy_(trained.data)
+    other.load_state_dict(saved)
+    for optimizer, params in ((one, old), (other, new)):
+        train(optimizer, params, range(3, 6))
+    assert_equal(other.state_dict(), one.state_dict(), name)
+    for left, right in zip(old, new, strict=True):
+        assert torch.equal(left, right)
+
+
 @pytest.mark.parametrize("name", OWN)
 class TestSurroundings:
     """The same bits whatever a program sets around a step; Lightning steps inside training_step if that is manual."""

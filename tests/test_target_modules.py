@@ -26,11 +26,13 @@ from lightning_optim import (
     report,
 )
 from lightning_optim.factory import resolve
+from lightning_optim.layerwise.engine import Layerwise
 from lightning_optim.memory import measured_bytes, state_bytes
 from lightning_optim.options import Options
 from lightning_optim.parameters import named_parameters
 from lightning_optim.target_modules import left_out
 from tests.models import ForeignTokens, LitTokens, TokenModel, loader, trainer
+from tests.test_resume import assert_equal
 
 NAME = "galore_adamw"
 PROJECTING = sorted(name for name in REGISTRY.plain if REGISTRY[name].projects)
@@ -65,6 +67,77 @@ class Model(nn.Module):
         self.stem = nn.Conv2d(3, 8, 3)
         self.layers = nn.ModuleList(Block() for _ in range(2))
         self.head = nn.Linear(8, 16)
+
+
+class Conv1D(nn.Module):
+    """As GPT-2's, a linear layer whose weight is ``[in, out]``."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(8, 16))
+        self.bias = nn.Parameter(torch.zeros(16))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ self.weight + self.bias
+
+
+class Experts(nn.Module):
+    """As those of Hugging Face's mixtures, with the biases of gpt-oss."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up_proj = nn.Parameter(torch.randn(4, 16, 12))
+        self.up_proj_bias = nn.Parameter(torch.zeros(4, 12))
+        self.down_proj = nn.Parameter(torch.randn(4, 12, 16))
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = torch.einsum("bd,edh->ebh", x, self.up_proj) + self.up_proj_bias.unsqueeze(1)
+        return torch.einsum("ebh,ehd->bd", hidden.relu(), self.down_proj)
+
+
+class Tokens(nn.Module):
+    """Parameters of three dimensions that are no stacks of matrices."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.cls = nn.Parameter(torch.zeros(1, 1, 8))
+        self.positions = nn.Parameter(torch.zeros(1, 5, 8))
+
+
+class PositionTable(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(5, 8))
+
+
+class OwnConv1d(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(4, 4, 3))
+
+
+class Mixed(nn.Module):
+    """A stack beside a vector that is no bias: what it is cannot be told."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.relative = nn.Parameter(torch.zeros(4, 5, 6))
+        self.scale = nn.Parameter(torch.ones(4))
+
+
+class Mixture(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.tokens, self.table, self.conv, self.mixed = Tokens(), PositionTable(), OwnConv1d(), Mixed()
+        self.c_attn, self.experts, self.head = Conv1D(), Experts(), nn.Linear(16, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.head(self.experts(self.c_attn(x)))
+        return out
+
+
+STACKS = {"experts.up_proj", "experts.down_proj"}
+MATRICES = {"c_attn.weight", "head.weight"}
 
 
 def tied() -> Model:
@@ -137,6 +210,14 @@ def group_of(optimizer: Optimizer, parameter: Tensor) -> dict[str, Any]:
             {"0.weight", "1.weight", "2.weight"},
             id="convolutions of every dimension",
         ),
+        pytest.param(Mixture, None, MATRICES | STACKS, id="experts and Conv1D"),
+        pytest.param(Mixture, ".*", MATRICES | STACKS, id="experts and Conv1D, by expression"),
+        pytest.param(Mixture, ["c_attn"], {"c_attn.weight"}, id="Conv1D"),
+        pytest.param(Mixture, ["experts"], STACKS, id="experts"),
+        pytest.param(Mixture, ["up_proj"], {"experts.up_proj"}, id="part of a parameter's name"),
+        pytest.param(Mixture, r".*[.]down_proj|head", {"experts.down_proj", "head.weight"}, id="names of both kinds"),
+        pytest.param(Model, ["attn.table"], {f"layers.{i}.attn.table" for i in (0, 1)}, id="a container's parameter"),
+        pytest.param(Mixture, ["mixed.relative", "table.weight"], {"mixed.relative", "table.weight"}, id="as asked"),
         pytest.param(
             lambda: nn.Sequential(nn.Linear(4, 4), parametrizations.weight_norm(nn.Linear(4, 4))),
             None,
@@ -163,19 +244,29 @@ def test_modules_are_named_by_what_matches(create: Callable[[], nn.Module], sett
         ),
         (Model, "attn", ["'attn' matches no module that owns trainable parameters", "Write the list ['attn'] to"]),
         (Model, "attn, mlp", ["'attn, mlp' matches no module", "Write the list ['attn', 'mlp'] to match parts"]),
+        (Model, ["attn,mlp"], ["'attn,mlp' matches no module", "Write parts of names such as ['attn', 'mlp']"]),
         (Model, "layers[.]0", ["'layers[.]0' matches no module that owns trainable parameters"]),
         (frozen, ["layers.0"], ["'layers.0' matches no module that owns trainable parameters"]),
         (Model, ["attn", "("], ["'(' matches no module"]),
         (Model, "(", ["optim_target_modules='(' is no regular expression", "Write a list such as ['attn', 'mlp']"]),
         (Model, ["attn", "all-linear"], ["['attn', 'all-linear']: 'all-linear' beside other entries", "alone"]),
-        (Model, ["norm"], ["optim_target_modules=['norm'] projects nothing", "nn.Linear and of convolutions"]),
-        (tied, ["head"], ["optim_target_modules=['head'] projects nothing", "unless tied to an embedding"]),
-        (lambda: nn.LayerNorm(4), None, ["=None, every nn.Linear, projects nothing", "optim='adamw_torch'"]),
-        (lambda: nn.Conv2d(2, 2, 2), "all-linear", ["'all-linear', every nn.Linear, projects nothing"]),
+        (
+            Model,
+            ["norm"],
+            [
+                "=['norm'] projects nothing: it names 'layers.0.norm' (LayerNorm), 'layers.1.norm' (LayerNorm). ",
+                "Modules here: 'stem', 'layers.0.attn.q'",
+            ],
+        ),
+        (tied, ["head"], ["it names 'head' (Linear tied to an embedding)", "Modules here: 'stem', 'layers.0.attn.q'"]),
+        (Mixture, ["tokens", "conv"], ["it names 'tokens' (Tokens), 'conv' (OwnConv1d). Projected are"]),
+        (Mixture, ["conv.weight"], ["it names 'conv' (OwnConv1d)"]),
+        (lambda: nn.LayerNorm(4), None, ["=None, every linear layer and stack of matrices, projects nothing. "]),
+        (lambda: nn.Conv2d(2, 2, 2), "all-linear", ["'all-linear', every linear layer", "optim='adamw_torch'"]),
         (
             lambda: nn.Sequential(nn.Linear(2, 2), nn.Embedding(2, 2)).requires_grad_(False).append(nn.LayerNorm(2)),
             "all_linear",
-            ["optim_target_modules='all_linear', every nn.Linear, projects nothing", "Modules here: '2'."],
+            ["optim_target_modules='all_linear', every linear layer and", "projects nothing", "Modules here: '2'."],
         ),
     ],
 )
@@ -196,8 +287,12 @@ def test_pairs_are_known_by_their_names() -> None:
     assert targets(None) == matrices > ALL_LINEAR
     assert targets(["layers.0"]) == FIRST | {"layers.0.attn.table"}
     assert targets(r"layers[.]0[.]attn") == {"layers.0.attn.table"}
-    with pytest.raises(InvalidParamGroups, match="'weight' matches no module"):
-        build_optimizer(nn.Linear(2, 2).named_parameters(), NAME, optim_target_modules=["weight"])
+    assert targets(["stem.weight", "table"]) == {"stem.weight", *(f"layers.{i}.attn.table" for i in (0, 1))}
+    # Layers call their kernels weight, which tells them from stacks.
+    mixture = Mixture()
+    optimizer = build_optimizer(mixture.named_parameters(), NAME, optim_target_modules=["conv", "experts"])
+    assert group_of(optimizer, mixture.conv.weight)["stack_dims"] == 0
+    assert group_of(optimizer, mixture.experts.up_proj)["stack_dims"] == 1
 
 
 def test_bare_parameters_are_projected_all_or_refused() -> None:
@@ -257,7 +352,7 @@ def test_patterns_set_the_rank_of_targets() -> None:
 def test_a_rank_for_what_is_not_projected_is_refused(setting: Any, pattern: str, name: str) -> None:
     with pytest.raises(InvalidParamGroups) as caught:
         build_optimizer(Model(), NAME, optim_target_modules=setting, param_groups={pattern: {"rank": 2}})
-    expected = f"param_groups[{pattern!r}] sets rank=2 for {name!r}, which is not projected. Name its module in"
+    expected = f"param_groups[{pattern!r}] sets rank=2 for {name!r}, which is not projected. Name its module, or the"
     assert expected in str(caught.value)
 
 
@@ -277,6 +372,38 @@ def test_every_projecting_row_steps_and_stores_what_it_says(name: str) -> None:
         assert state_bytes(spec, options, optimizer.param_groups) == sizes[str(setting)]
     if name != "galore_adafactor":  # Adafactor's moments of a whole matrix are smaller than a basis.
         assert sizes["all-linear"] < sizes["['linear']"]
+
+
+def test_stacks_are_a_group_of_their_own() -> None:
+    model = Mixture()
+    optimizer = build_optimizer(model, NAME, optim_args="rank=3", param_groups={".*down_proj": {"rank": 2}})
+    assert {group["name"]: (group["rank"], group["stack_dims"]) for group in optimizer.param_groups} == {
+        "decay": (None, 0),
+        "decay/low_rank": (3, 0),
+        "decay/low_rank/stacked": (3, 1),
+        ".*down_proj/decay/low_rank/stacked": (2, 1),
+        "no_decay": (None, 0),
+    }
+
+
+@pytest.mark.parametrize("name", PROJECTING)
+def test_experts_are_stepped_in_backward_as_after_it(name: str) -> None:
+    plain, layerwise = Mixture(), Mixture()
+    layerwise.load_state_dict(plain.state_dict())
+    options = {"rank": 3, "update_proj_gap": 2, **({"min_8bit_size": 64} if REGISTRY[name].bits else {})}
+    optimizer = build_optimizer(plain, name, lr=1e-2, optim_args=options)
+    in_backward = build_optimizer(layerwise, f"{name}_layerwise", lr=1e-2, optim_args={**options, "bucket_mb": 0})
+    for step in range(4):
+        x = torch.randn(5, 8, generator=torch.Generator().manual_seed(step))
+        plain(x).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        engine = Layerwise.of(in_backward)
+        assert engine is not None
+        engine.backward(layerwise(x).square().mean())
+    for one, other in zip(plain.parameters(), layerwise.parameters(), strict=True):
+        assert torch.equal(one, other)
+    assert_equal(in_backward.state_dict()["state"], optimizer.state_dict()["state"], name)
 
 
 @pytest.mark.parametrize("name", [name for name in PROJECTING if REGISTRY[name].bits])
@@ -427,7 +554,7 @@ def test_the_report_tells_where_a_rank_costs_more_than_it_saves(name: str, rank:
     [("model.norm.*", {"rank": 2}), (".*bias", {"scale": 1.0}), ("model.embedding.weight", {"update_proj_gap": 5})],
 )
 def test_options_of_the_projection_for_what_is_not_projected_are_refused(pattern: str, override: Any) -> None:
-    with pytest.raises(InvalidParamGroups, match="Name its module in optim_target_modules"):
+    with pytest.raises(InvalidParamGroups, match="Name its module, or the parameter itself, in optim"):
         build_optimizer(LitTokens(), "galore_adamw", param_groups={pattern: override})
 
 

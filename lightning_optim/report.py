@@ -5,13 +5,20 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from lightning_optim.errors import InvalidOption
 from lightning_optim.factory import ResolvedOptimizer
 from lightning_optim.layerwise.engine import Layerwise
-from lightning_optim.memory import state_bytes
+from lightning_optim.memory import parameter_bytes, state_bytes
+from lightning_optim.options import parse
+from lightning_optim.registry import REGISTRY
 from lightning_optim.resume import INITIAL_LR, KERNEL, LR, plain
+from lightning_optim.spec import OptimizerSpec
 
 # How many of the modules that are not projected the report names.
 _NAMED = 4
+# What a small state is compared with, for which matrix it is promised, and from which shares on it saves hardly
+# anything and, but for counters, nothing.
+_USUAL, _LARGE, _HARDLY, _NONE = "adamw_torch", (4096, 4096), 0.9, 0.99
 
 
 def describe(resolved: ResolvedOptimizer, identifier: str, schedule: str) -> str:
@@ -34,6 +41,7 @@ def describe(resolved: ResolvedOptimizer, identifier: str, schedule: str) -> str
         lines.append(f"  {_not_projected_text(resolved.not_projected)}")
     if spec.projects:
         lines += _wide_ranks(resolved)
+    lines += _no_saving(resolved)
     if spec.note:
         lines.append(f"  note: {spec.note}")
     return "\n".join(lines)
@@ -91,6 +99,36 @@ def _wide_ranks(resolved: ResolvedOptimizer) -> list[str]:
         f"  {matrices} projected matrices keep more state than they would unprojected ({_size_text(with_rank)}, "
         f"{_size_text(without)}): use a smaller rank, or leave them out of optim_target_modules"
     ]
+
+
+def _no_saving(resolved: ResolvedOptimizer) -> list[str]:
+    """Returns a line if an optimizer that promises a small state keeps hardly less here than AdamW would.
+
+    So it is with ranks as large as the matrices, with tensors too small to be quantized, and where embeddings, which
+    are neither projected nor quantized, are most of the model.
+    """
+    if resolved.state_bytes is None or not _promises_memory(resolved.spec):
+        return []
+    usual = REGISTRY.find(_USUAL)
+    groups = [{"params": group["params"]} for group in resolved.optimizer.param_groups]
+    size = state_bytes(usual, usual.options(), groups) or 0
+    if resolved.state_bytes < _HARDLY * size:
+        return []
+    saved = "no" if resolved.state_bytes >= _NONE * size else "hardly any"
+    return [
+        f"  {saved} memory is saved: {_size_text(resolved.state_bytes)} of state, where {_USUAL!r} would keep "
+        f"{_size_text(size)}"
+    ]
+
+
+def _promises_memory(spec: OptimizerSpec) -> bool:
+    """Whether the state of a large matrix takes at most half of AdamW's bytes, by the row's defaults."""
+    try:
+        options = parse(spec.options, None, spec.name)
+    except InvalidOption:  # An option must be given.
+        return False
+    usual = REGISTRY.find(_USUAL)
+    return parameter_bytes(spec, options, _LARGE, 4) <= parameter_bytes(usual, usual.options(), _LARGE, 4) / 2
 
 
 def _elements(group: Mapping[str, Any]) -> int:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lightning_optim import REGISTRY, OptimConfig
+from lightning_optim import REGISTRY, OptimConfig, report
 from lightning_optim.factory import ResolvedOptimizer, resolve
 from lightning_optim.memory import measured_bytes, state_bytes
 from lightning_optim.options import parse
@@ -160,6 +160,37 @@ def test_estimate_follows_the_groups(name: str, override: dict[str, Any]) -> Non
     assert overridden.state_bytes is not None
     assert plain.state_bytes is not None
     assert overridden.state_bytes > plain.state_bytes
+
+
+@pytest.mark.parametrize(
+    ("name", "model", "request_", "line"),
+    [
+        # All moments of small tensors stay 32 bits.
+        ("adamw_8bit", nn.Linear(32, 32), {}, "no memory is saved: 8.25 KiB of state, where 'adamw_torch' would keep"),
+        ("adamw_8bit", nn.Linear(128, 128), {}, ""),
+        ("galore_adamw", nn.Linear(64, 64), {"optim_args": "rank=64"}, "no memory is saved: 48.5 KiB of state, where"),
+        ("galore_adamw", nn.Linear(64, 64), {"optim_args": "rank=8"}, ""),
+        (
+            "galore_adamw_layerwise",
+            nn.Sequential(nn.Embedding(1000, 64), nn.Linear(64, 64)),
+            {"optim_args": "rank=8"},
+            "hardly any memory is saved: 506.5 KiB of state, where 'adamw_torch' would keep 532.5 KiB",
+        ),
+        # AdamW's own states are bfloat16 there.
+        ("galore_adamw", nn.Linear(64, 64).bfloat16(), {"optim_args": "rank=24"}, "no memory is saved: 18.5 KiB"),
+        ("galore_adamw", nn.Linear(64, 64).bfloat16(), {"optim_args": "rank=24,state_dtype=parameter"}, ""),
+        # Whoever promises none need not say so.
+        ("adamw_torch", nn.Linear(8, 8), {}, ""),
+        ("ademamix", nn.Linear(8, 8), {}, ""),
+        ("torch.optim.NAdam", nn.Linear(8, 8), {}, ""),
+    ],
+)
+def test_the_report_says_where_no_memory_is_saved(
+    name: str, model: nn.Module, request_: dict[str, Any], line: str
+) -> None:
+    text = report.describe(resolve(model, OptimConfig(name, **request_)), name, "none")
+    assert text.count("memory is saved: ") == bool(line)
+    assert line in text
 
 
 def test_bitsandbytes_shares_two_tables_of_one_kibibyte() -> None:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import copy
 import functools
+import gc
 import io
 import itertools
 import pickle
 import warnings
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -165,6 +167,19 @@ class TestBackward:
             layerwise.wants_norm = True
             layerwise.backward(loss_of(model, data()[0]), clipping=clipping)
             torch.testing.assert_close(layerwise.gradient_norm, norm, rtol=1e-6, atol=0)
+
+    def test_tells_the_norm_of_several_dtypes_to_the_bit(self) -> None:
+        """torch adds the norms dtype by dtype."""
+        layers = [nn.Linear(16, 16).to(dtype) for dtype in (torch.float64, torch.float32, torch.bfloat16) * 3]
+        parameters = [parameter for layer in layers for parameter in layer.parameters()]
+        for number in range(5):
+            wanted = [torch.randn(p.shape, generator=torch.Generator().manual_seed(number)).to(p) for p in parameters]
+            norm = nn.utils.get_total_norm(wanted)
+            layerwise = Layerwise(torch.optim.SGD(parameters, lr=0.1), bucket_mb=0)
+            losses = [(p * gradient).sum().float() for p, gradient in zip(parameters, wanted, strict=True)]
+            layerwise.backward(torch.stack(losses).sum(), clipping=Clipping("norm", 1.0))
+            layerwise.detach()
+            assert torch.equal(layerwise.gradient_norm, norm)
 
     def test_skips_only_the_bucket_that_overflowed(self) -> None:
         model, optimizer = build("adamw_torch_layerwise", bucket_mb=0)
@@ -463,6 +478,18 @@ class TestAttaching:
             weights.seek(0)
             state.seek(0)
         assert_equal(expected(name), outcome(model, optimizer), name)
+
+    def test_forgotten_optimizers_are_freed_and_their_hooks_go(self) -> None:
+        model = TokenModel()
+        forgotten = []
+        for _ in range(2):
+            optimizer = build_optimizer(model, "adamw_torch_layerwise")
+            layerwise_loop(model, optimizer, data(1))
+            forgotten.append(weakref.ref(optimizer))
+            del optimizer
+        gc.collect()
+        assert [reference() for reference in forgotten] == [None, None]
+        assert not any(parameter._post_accumulate_grad_hooks for parameter in model.parameters())
 
     def test_a_state_dict_loaded_while_attached(self) -> None:
         model, optimizer = build("adamw_torch_layerwise")

@@ -8,6 +8,7 @@ from typing import Literal, get_args
 
 import torch
 from torch import Tensor
+from torch.utils._foreach_utils import _group_tensors_by_device_and_dtype
 
 from lightning_optim.errors import InvalidOption, listing
 
@@ -66,11 +67,16 @@ def norms_of(bucket: Iterable[Tensor]) -> list[Tensor]:
 
 
 def total_norm(norms: Sequence[Tensor]) -> Tensor:
-    """Returns the norm of all gradients together from their single norms, 0-dim."""
+    """Returns the norm of all gradients together from their single norms, 0-dim.
+
+    They are added in the order in which ``torch.nn.utils.get_total_norm`` adds them, by device and dtype.
+    """
     if not norms:
         return torch.zeros(())
     device = norms[0].device
-    return whole(torch.linalg.vector_norm(torch.stack([norm.to(device) for norm in norms])))
+    grouped = _group_tensors_by_device_and_dtype([list(norms)])
+    ordered = [norm.to(device) for (lists, _) in grouped.values() for norm in lists[0] if norm is not None]
+    return whole(torch.linalg.vector_norm(torch.stack(ordered)))
 
 
 def whole(norm: Tensor) -> Tensor:

@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 from torch.amp import GradScaler
 from torch.optim import Optimizer
-from torch.utils.hooks import RemovableHandle
 
 from lightning_optim.errors import IncompatibleTrainer, InvalidOption
-from lightning_optim.layerwise.buckets import AgreedBuckets, ArrivalBuckets, Buckets, nbytes
+from lightning_optim.layerwise.buckets import AgreedBuckets, ArrivalBuckets, Buckets
 from lightning_optim.layerwise.clipping import Clipping, norms_of, total_norm
 from lightning_optim.layerwise.coupled import refuse_coupled
+from lightning_optim.layerwise.hooks import GradientHooks
 from lightning_optim.layerwise.passes import Measurement, Observation, Pass, Step
 from lightning_optim.layerwise.replicas import AgreedOrder, Replicas, refuse_separate_processes, refuse_unused
 from lightning_optim.optimizers.averaging import KeepsTrainingPoint
@@ -89,8 +89,7 @@ class Layerwise:
         #: True if a backward stepped since the last ``optimizer.step``, which then has nothing to do.
         self.stepped = False
 
-        self._hooks: dict[Tensor, RemovableHandle] = {}
-        self._gradient_bytes = 0  # of the parameters that are hooked
+        self._hooks = GradientHooks(self._on_gradient)
         self._pass: Pass | None = None
         # Kept until the next step ends: a GradScaler tells the inner optimizers apart by their id().
         self._passes: list[Pass] = []
@@ -117,9 +116,7 @@ class Layerwise:
     def detach(self) -> None:
         """Removes all hooks and gives the optimizer its own ``step`` back; safe to call twice."""
         self.abort()
-        for handle in self._hooks.values():
-            handle.remove()
-        self._hooks.clear()
+        self._hooks.remove()
         self._passes.clear()
         attributes = vars(self.optimizer)
         for name, value in self._instead_of.items():
@@ -408,11 +405,7 @@ class Layerwise:
 
     def _hook_parameters(self) -> None:
         """Hooks every trainable parameter, also those that were added or unfrozen since."""
-        for parameter in self._trainable():
-            if parameter not in self._hooks:
-                register: Any = parameter.register_post_accumulate_grad_hook
-                self._hooks[parameter] = register(self._on_gradient)
-                self._gradient_bytes += nbytes(parameter)
+        self._hooks.add(self._trainable())
 
     @uncompiled
     def _on_gradient(self, parameter: Tensor) -> None:
@@ -434,7 +427,7 @@ class Layerwise:
         """Bytes of gradients that may be alive besides the one that arrives."""
         if self.bucket_mb is not None:
             return int(self.bucket_mb * MIB)
-        return min(self._gradient_bytes // _SHARE, _LARGEST)
+        return min(self._hooks.bytes // _SHARE, _LARGEST)
 
     def _parameters(self) -> Iterator[Tensor]:
         return (parameter for group in self.optimizer.param_groups for parameter in group["params"])

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import pkgutil
-from typing import Any
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, NoReturn
 
 from jsonargparse import ArgumentParser, Namespace
+from jsonargparse.typing import register_type
 from lightning.pytorch import Trainer
 from lightning.pytorch.accelerators import AcceleratorRegistry
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, LRSchedulerTypeTuple
@@ -28,16 +32,31 @@ from lightning_optim.errors import (
     UntrustedOptimizer,
 )
 from lightning_optim.mixin import OptimMixin
+from lightning_optim.options import as_mapping
+from lightning_optim.registry import REGISTRY
 
 # The torch scheduler of `--optimizer CLASS`; Lightning calls it `lr_scheduler`, which here takes a schedule's name.
 _TORCH_SCHEDULER = "torch_lr_scheduler"
+
+
+class OptionText:
+    """The type of options written as ``"name=value,..."``: read as a mapping, which ``--optim_args.eps`` may join."""
+
+
+def _mapping(text: Any) -> dict[str, Any]:
+    if not isinstance(text, str):
+        raise InvalidOption(f"{text!r} is no string of options")
+    return as_mapping(text, "the command line")
+
+
+register_type(OptionText, serializer=dict, deserializer=_mapping, fail_already_registered=False)
 
 _ARGUMENTS: dict[str, tuple[Any, str]] = {
     "optim": (str | None, "Optimizer by name; `lightning-optim list` shows all. Without it the model decides."),
     "lr": (float | None, "Learning rate (default: the optimizer's)."),
     "weight_decay": (float | None, "Weight decay of weights, not of biases and norms (default: the optimizer's)."),
     "optim_args": (
-        dict[str, Any] | str | None,
+        dict[str, Any] | OptionText | None,
         "Options of the optimizer: --optim_args.eps 1e-6, a mapping in YAML, or 'name=value,...'.",
     ),
     "optim_target_modules": (
@@ -51,7 +70,7 @@ _ARGUMENTS: dict[str, tuple[Any, str]] = {
     "layer_decay": (float | None, "The learning rate is multiplied by this once per layer below the top."),
     "layer_pattern": (str | None, "Regular expression whose one group is a layer's number."),
     "lr_scheduler": (str | None, "Learning-rate schedule by name: linear, cosine, ..."),
-    "lr_scheduler_args": (dict[str, Any] | str | None, "Options of the schedule."),
+    "lr_scheduler_args": (dict[str, Any] | OptionText | None, "Options of the schedule."),
     "warmup_steps": (int | float | None, "Warm-up in optimizer steps, or a fraction of the training below 1."),
     "optim_fallback": (bool | None, "Whether the nearest identifier that can run here may take the place of another."),
     "override_on_resume": (
@@ -87,6 +106,51 @@ def _for_layerwise(config: dict[str, Any]) -> str | None:
     return "layerwise_ddp" if chosen._start_method == "popen" else "layerwise_ddp_notebook"
 
 
+class OptimArgumentParser(LightningArgumentParser):
+    """Lightning's, with other places and texts where a name of ours is the name of something of torch's."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        #: Arguments of torch's classes that have no default: needed only where no optimizer is named.
+        self.needed_without_optim: set[str] = set()
+
+    def add_optimizer_args(self, *args: Any, **kwargs: Any) -> None:
+        with self._not_required():
+            super().add_optimizer_args(*args, **kwargs)
+
+    def add_lr_scheduler_args(
+        self,
+        lr_scheduler_class: Any = LRSchedulerTypeTuple,
+        nested_key: str = "lr_scheduler",
+        link_to: str = "AUTOMATIC",
+    ) -> None:
+        """Adds a scheduler of torch under ``torch_lr_scheduler`` where nothing else is said."""
+        key = _TORCH_SCHEDULER if nested_key == "lr_scheduler" else nested_key
+        with self._not_required():
+            super().add_lr_scheduler_args(lr_scheduler_class, key, link_to)
+
+    @contextmanager
+    def _not_required(self) -> Iterator[None]:
+        before = set(self._actions)
+        yield
+        for action in self._actions:
+            if action.required and action not in before:
+                action.required = False
+                self.needed_without_optim.add(action.dest)
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """Ends with a message, to which it adds what to write if one of ours was meant."""
+        named = next((word for word in re.findall(r"Given value: ([\w.]+)", message) if word in REGISTRY), None)
+        if named and re.search(r"\boptimizer\b", message):
+            message += f"\n--optimizer takes a class of torch. Write --optim {named} (in a file: `optim: {named}`)."
+        elif "lr_scheduler" in message and "class_path" in message:
+            message += (
+                "\nlr_scheduler takes the name of a schedule, such as cosine. A class of torch goes to "
+                f"--{_TORCH_SCHEDULER}, beside --optimizer CLASS."
+            )
+        super().error(message, ex)
+
+
 class OptimCLI(LightningCLI):
     """A ``LightningCLI`` with ``--optim``, ``--lr``, ``--weight_decay``, ``--optim_args.NAME``, ``--lr_scheduler`` ...
 
@@ -106,6 +170,9 @@ class OptimCLI(LightningCLI):
         $ python train.py fit --optim lion_8bit --lr 1e-4 --optim_args.betas "[0.9, 0.99]" --config run.yaml
     """
 
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **{"parser_class": OptimArgumentParser, **kwargs})
+
     def add_core_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         if packages.is_others(self._model_class):
             raise IncompatibleTrainer(
@@ -117,8 +184,6 @@ class OptimCLI(LightningCLI):
         super().add_core_arguments_to_parser(parser)
         for name, (annotation, help) in _ARGUMENTS.items():
             parser.add_argument(f"--{name}", type=annotation, default=None, help=help)
-        if self.auto_configure_optimizers:
-            parser.add_lr_scheduler_args(LRSchedulerTypeTuple, nested_key=_TORCH_SCHEDULER)
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         super().parse_arguments(parser, args)
@@ -132,8 +197,12 @@ class OptimCLI(LightningCLI):
 
     def instantiate_classes(self) -> None:
         # Lightning has added the hyperparameters that --ckpt_path holds.
+        automatic = self.auto_configure_optimizers
+        # A class that add_optimizer_args has put into the parser with its defaults does not train beside --optim.
+        self.auto_configure_optimizers = automatic and self.optim_config is None
         with trust.reading(said=self._said, held=self.config.as_dict()):
             super().instantiate_classes()
+        self.auto_configure_optimizers = automatic
         if self.optim_config is None:
             return
         if isinstance(self.model, OptimMixin):
@@ -187,16 +256,20 @@ class OptimCLI(LightningCLI):
         }
 
     def _checked_config(self) -> OptimConfig | None:
-        given, config = self._given(), self._section()
+        given, config, parser = self._given(), self._section(), self._parser(self.config.get("subcommand"))
         if "optim" not in given:
             if given:
                 first = next(iter(given))
                 takes_optim = "optim" in self._model_arguments(config)
                 hint = f" (the model's own argument is --model.{first})" if takes_optim else ""
                 raise InvalidOption(f"--{first} needs --optim, for instance --optim adamw_torch{hint}")
+            lacking = [key for key in getattr(parser, "needed_without_optim", ()) if config.get(key) is None]
+            if lacking:
+                raise InvalidOption(f"--optim NAME is required, or --{' and --'.join(sorted(lacking))}")
             return None
+        unchanged = parser.get_defaults()
         for rival in ("optimizer", _TORCH_SCHEDULER):
-            if config.get(rival) is not None:
+            if config.get(rival) not in (None, unchanged.get(rival)):
                 raise IncompatibleTrainer(
                     f"--optim {given['optim']} beside --{rival} {config[rival].get('class_path', '')}: "
                     "one of them would be ignored. Keep --optim NAME (with --lr_scheduler NAME), or --optimizer CLASS."

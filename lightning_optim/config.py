@@ -13,6 +13,7 @@ from lightning_optim.catalog.layerwise import SUFFIX
 from lightning_optim.curves import get_schedule
 from lightning_optim.errors import InvalidOption, MissingDependency
 from lightning_optim.options import NON_NEGATIVE, Range, as_mapping, as_number, parse
+from lightning_optim.plain import plain
 from lightning_optim.registry import REGISTRY
 from lightning_optim.resume import as_overrides
 from lightning_optim.schedules import parse_warmup
@@ -71,6 +72,8 @@ class OptimConfig:
     _withheld: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            object.__setattr__(self, field.name, plain(getattr(self, field.name)))
         for name, bounds in (("lr", NON_NEGATIVE), ("weight_decay", NON_NEGATIVE), ("layer_decay", _LAYER_DECAY)):
             object.__setattr__(self, name, as_number(name, getattr(self, name), bounds))
         object.__setattr__(self, "warmup_steps", parse_warmup(self.warmup_steps))

@@ -6,12 +6,13 @@ An identifier that stands for others (``adamw``), or one with a fallback, goes t
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NoReturn
 
 from torch import Tensor
 from torch.optim import Optimizer
@@ -22,6 +23,7 @@ from lightning_optim.config import OptimConfig
 from lightning_optim.errors import IncompatibleTrainer, InvalidOption, InvalidParamGroups, MissingDependency
 from lightning_optim.layerwise.engine import Layerwise
 from lightning_optim.memory import state_bytes
+from lightning_optim.misnomers import refuse_arguments
 from lightning_optim.optimizers.base import OwnOptimizer
 from lightning_optim.optimizers.finite import say_if_not_finite
 from lightning_optim.optimizers.fused import SCALES
@@ -29,7 +31,7 @@ from lightning_optim.optimizers.kernels import keep_kernel
 from lightning_optim.options import Options, parse
 from lightning_optim.param_groups import GroupPolicy, make_groups
 from lightning_optim.parameters import NamedParameter, Target, device_types, named_parameters
-from lightning_optim.registry import REGISTRY
+from lightning_optim.registry import REGISTRY, option_names
 from lightning_optim.resume import Resuming, mark
 from lightning_optim.spec import OptimizerSpec
 from lightning_optim.target_modules import TargetModules, left_out
@@ -212,6 +214,7 @@ def build_optimizer(
     warmup_steps: int = 0,
     optim_fallback: bool = False,
     override_on_resume: Sequence[str] | str | None = None,
+    **unknown: NoReturn,
 ) -> Optimizer:
     """Builds an optimizer by name, for plain PyTorch, Fabric and manual optimization.
 
@@ -233,6 +236,7 @@ def build_optimizer(
             warning.
         override_on_resume: Hyperparameters, such as ``["lr", "weight_decay"]``, of which the values given here win when
             a state dict is loaded; all others come from there.
+        **unknown: Refused, with what to write.
 
     Returns:
         An ordinary ``torch.optim.Optimizer``. If the name ends in ``_layerwise``, :class:`Layerwise` is attached to it:
@@ -252,6 +256,7 @@ def build_optimizer(
         >>> [group["name"] for group in optimizer.param_groups]
         ['decay', 'no_decay']
     """
+    refuse_arguments("build_optimizer", unknown, inspect.signature(build_optimizer).parameters, option_names(optim))
     if warmup_steps and REGISTRY.find(optim).warmup != "optimizer":
         raise IncompatibleTrainer(
             f"warmup_steps={warmup_steps} beside optim={optim!r}: build_optimizer makes no schedule. Leave it out and "

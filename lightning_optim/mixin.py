@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import inspect
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch.utilities.model_helpers import _restricted_classmethod
@@ -14,13 +17,16 @@ from torch import nn
 from torch.optim import Optimizer
 from typing_extensions import Self
 
-from lightning_optim import integration, packages, trust
+from lightning_optim import integration, packages, report, trust
 from lightning_optim.callbacks.old_checkpoints import OldCheckpoints, import_torchao, is_old_style
 from lightning_optim.callbacks.used import OptimIsUsed
 from lightning_optim.config import OptimConfig
 from lightning_optim.errors import IncompatibleTrainer
 from lightning_optim.expected import own_hook
+from lightning_optim.misnomers import refuse_arguments
 from lightning_optim.parameters import Target
+from lightning_optim.plain import storable
+from lightning_optim.registry import option_names
 from lightning_optim.target_modules import TargetModules
 
 if TYPE_CHECKING:
@@ -29,6 +35,14 @@ if TYPE_CHECKING:
     _Base = LightningModule
 else:
     _Base = object
+
+
+# The arguments of the mixin.
+_ARGUMENTS = tuple(field.name for field in dataclasses.fields(OptimConfig))
+_LIGHTNING = ("lightning", packages.OTHER, "lightning_fabric", "torch")
+_NOT_SCRIPTED = "__jit_unused_properties__"
+# Where the value of an attribute ``lr`` of the module's own is kept.
+_OWN_LR = "_own_lr"
 
 
 class OptimMixin(_Base):
@@ -86,11 +100,22 @@ class OptimMixin(_Base):
         override_on_resume: Sequence[str] | str | None = None,
         **kwargs: Any,
     ) -> None:
-        super().__init__(*args, **kwargs)
         if trust.is_reading():
             # The outermost got them out of the file; what it hands on may be words of its own.
             *_, outermost = _init_frames(self)
             trust.note(_arguments(outermost))
+            # The hparams.yaml of a logger.
+            kwargs = {name: value for name, value in kwargs.items() if not report.is_report(name, value)}
+        following = _following_arguments(type(self))
+        if not any(arguments.collects for arguments in following):
+            taken = {name for arguments in following for name in arguments.names}
+            unknown = {name: value for name, value in kwargs.items() if name not in taken}
+            refuse_arguments(type(self).__name__, unknown, _ARGUMENTS, option_names(optim))
+        for name, value in (("lr", lr), ("weight_decay", weight_decay)):
+            if value is not None and any(name in arguments.names for arguments in following):
+                # A module with such an argument of its own: both mean the same.
+                kwargs[name] = value
+        super().__init__(*args, **kwargs)
         self._optim_is_used: OptimIsUsed | None = None
         self.optim_config = OptimConfig(
             optim,
@@ -107,6 +132,13 @@ class OptimMixin(_Base):
             optim_fallback,
             override_on_resume,
         )
+        if vars(self).get(_OWN_LR) == self.optim_config.lr:
+            vars(self).pop(_OWN_LR, None)
+        if self.hparams:
+            # The next class has saved its own arguments: with these, load_from_checkpoint gives back this optimizer.
+            ours = {name: getattr(self.optim_config, name) for name in _ARGUMENTS}
+            given = {name: value for name, value in ours.items() if value != getattr(OptimConfig, name)}
+            self._update_hyperparameters({name: value for name, value in given.items() if name not in self.hparams})
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -116,6 +148,9 @@ class OptimMixin(_Base):
                 f"OptimMixin stands after LightningModule among the bases of {cls.__name__} and would never be asked. "
                 f"Write `class {cls.__name__}(OptimMixin, L.LightningModule)`."
             )
+        # TorchScript compiles all properties but these.
+        unused = {name for base in mro for name in vars(base).get(_NOT_SCRIPTED, ())}
+        setattr(cls, _NOT_SCRIPTED, sorted({*unused, "lr"}))
 
     def save_hyperparameters(
         self,
@@ -140,29 +175,40 @@ class OptimMixin(_Base):
         self._update_hyperparameters({name: value for name, value in lost.items() if name not in ignored})
 
     def _update_hyperparameters(self, values: Mapping[str, Any]) -> None:
-        """Changes the saved hyperparameters and what loggers are told of them."""
-        self.hparams.update(values)
+        """Changes the saved hyperparameters and what loggers are told of them; ours become plain values."""
+        saved: Any = self.hparams
+        saved.update(values)
+        for name in [name for name, value in saved.items() if report.is_report(name, value)]:
+            del saved[name]
+        saved.update({name: storable(saved[name]) for name in _ARGUMENTS if name in saved})
         self._hparams_initial = copy.deepcopy(self._hparams)
 
-    # Lightning's own kind of class method, which refuses to be called on an instance; its long union of types left out.
+    # Lightning's own kind of class method, which refuses to be called on an instance.
     @_restricted_classmethod
-    def load_from_checkpoint(  # type: ignore[override]
+    def load_from_checkpoint(
         cls,  # noqa: N805
         checkpoint_path: Any,
         map_location: Any = None,
+        hparams_file: str | Path | None = None,
+        strict: bool | None = None,
+        weights_only: bool | None = None,
         **kwargs: Any,
     ) -> Self:
-        """Loads as Lightning does, also old-style checkpoints that hold torchao's tensors (onto the CPU)."""
+        """Loads as Lightning does, also old-style checkpoints that hold torchao's tensors (onto the CPU).
+
+        A class by dotted path that only the checkpoint names is not imported: see :mod:`lightning_optim.trust`.
+        """
         # The defaults are words of code, too.
         defaults = [parameter.default for parameter in inspect.signature(cls.__init__).parameters.values()]
+        given = {"hparams_file": hparams_file, "strict": strict, "weights_only": weights_only, **kwargs}
         with trust.reading(said=[kwargs, defaults]):
             try:
-                return super().load_from_checkpoint(checkpoint_path, map_location, **kwargs)
+                return super().load_from_checkpoint(checkpoint_path, map_location, **given)
             except Exception as error:
                 if not is_old_style(error):
                     raise
             import_torchao()
-            return super().load_from_checkpoint(checkpoint_path, "cpu", **kwargs)
+            return super().load_from_checkpoint(checkpoint_path, "cpu", **given)
 
     def configure_callbacks(self) -> list[Callback]:
         """Adds what reads old-style checkpoints and what checks that ``optim`` is used; call ``super()`` in yours."""
@@ -174,14 +220,26 @@ class OptimMixin(_Base):
         if self._optim_is_used is not None:
             self._optim_is_used.used = True
 
+    # What the module's own code assigns while it is made, or has in its class, is the module's: it may mean another
+    # rate than the optimizer's, and the optimizer does not follow it.
     @property
-    def lr(self) -> float | None:
-        """The learning rate asked for; setting it takes effect when the optimizer is built."""
-        return self.optim_config.lr
+    def lr(self) -> Any:
+        """The learning rate asked for; setting it takes effect when the optimizer is built.
+
+        A module that has an ``lr`` of its own keeps it: see ``optim_config.lr`` then.
+        """
+        if _OWN_LR in vars(self):
+            return vars(self)[_OWN_LR]
+        return getattr(super(), "lr", None) if hasattr(super(), "lr") else self.optim_config.lr
 
     @lr.setter
-    def lr(self, value: float | None) -> None:
-        self.optim_config = self.optim_config.replace(lr=value)
+    def lr(self, value: Any) -> None:
+        making = next(_init_frames(self), None) is not None
+        config = vars(self).get("optim_config")
+        if config is None or (making and value != config.lr) or _OWN_LR in vars(self) or hasattr(super(), "lr"):
+            vars(self)[_OWN_LR] = value
+        else:
+            self.optim_config = config.replace(lr=value)
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """Builds the optimizer and the schedule that were named."""
@@ -203,6 +261,7 @@ class OptimMixin(_Base):
         warmup_steps: int | float = 0,
         optim_fallback: bool | None = None,
         override_on_resume: Sequence[str] | str | None = None,
+        **unknown: NoReturn,
     ) -> Optimizer:
         """Builds an optimizer by name inside your own ``configure_optimizers``, for GANs and manual optimization.
 
@@ -221,6 +280,7 @@ class OptimMixin(_Base):
             warmup_steps: Warm-up of an optimizer that warms up itself.
             optim_fallback: Whether the nearest identifier that can run here takes the place of one that cannot.
             override_on_resume: Names of what wins over a checkpoint, such as ``["lr", "weight_decay"]``.
+            **unknown: Refused, with what to write.
 
         Returns:
             The optimizer; what it needs from the Trainer (mode switches, the report) is taken care of.
@@ -239,6 +299,7 @@ class OptimMixin(_Base):
             "optim_fallback": optim_fallback,
             "override_on_resume": override_on_resume,
         }
+        refuse_arguments("self.build_optimizer", unknown, options, option_names(optim or self.optim_config.optim))
         given: dict[str, Any] = {name: value for name, value in options.items() if value is not None}
         if optim in (None, self.optim_config.optim):
             self._use_config()
@@ -249,6 +310,29 @@ class OptimMixin(_Base):
             without = {"lr_scheduler": None, "lr_scheduler_args": None, "warmup_steps": 0}
             config = self.optim_config.replace(**{**without, **given})
         return integration.build(self, self if target is None else target, config)
+
+
+@dataclass(frozen=True)
+class _Arguments:
+    """What the constructor of a class takes by name, and whether it collects others."""
+
+    names: frozenset[str]
+    collects: bool
+
+
+def _following_arguments(cls: type) -> list[_Arguments]:
+    """Returns what the constructors take that come after the mixin's, up to Lightning's."""
+    found: list[_Arguments] = []
+    for base in cls.__mro__[cls.__mro__.index(OptimMixin) + 1 :]:
+        if issubclass(base, nn.Module) and base.__module__.partition(".")[0] in _LIGHTNING:
+            break
+        if "__init__" in vars(base):
+            parameters = inspect.signature(vars(base)["__init__"]).parameters
+            collects = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
+            found.append(_Arguments(frozenset(parameters), collects))
+            if not collects:
+                break
+    return found
 
 
 def _init_frames(module: nn.Module) -> Iterator[FrameType]:

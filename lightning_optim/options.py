@@ -10,6 +10,7 @@ from __future__ import annotations
 import ast
 import dataclasses
 import math
+import re
 import types
 import typing
 from collections.abc import Mapping, Sequence
@@ -20,10 +21,13 @@ from typing import Any, ClassVar, Literal, TypeVar
 import torch
 from typing_extensions import Self
 
-from lightning_optim.errors import InvalidOption, close_names, listing
+from lightning_optim.errors import InvalidOption, listing
+from lightning_optim.misnomers import refuse_option
 
 _TRUE = ("true", "1", "yes", "y", "on", "t")
 _FALSE = ("false", "0", "no", "n", "off", "f")
+# What others put between options.
+_SEPARATOR = re.compile(r"([;\s])\s*[A-Za-z_]\w*\s*=")
 _OPENING, _CLOSING, _QUOTES = "([{", ")]}", "'\""
 
 Scope = Literal["group", "constructor", "policy", "layerwise"]
@@ -208,7 +212,12 @@ def split(text: str, owner: str) -> dict[str, str]:
         key, equals, value = piece.partition("=")
         if not equals or not key.strip():
             raise InvalidOption(
-                f"cannot read {piece.strip()!r} in {text!r}, given to {owner!r}; write 'name=value,name=value'"
+                f"cannot read {piece.strip()!r} in {text!r}, given to {owner!r}; {_instead_of(piece.strip(), pairs)}"
+            )
+        if (other := _SEPARATOR.search(value)) and value.strip()[:1] not in _OPENING + _QUOTES:
+            raise InvalidOption(
+                f"{other.group(1)!r} between the options in {text!r}, given to {owner!r}; separate them by commas: "
+                f"'name=value,name=value'"
             )
         if key.strip() in pairs:
             raise InvalidOption(f"{key.strip()!r} is given twice in {text!r}, given to {owner!r}")
@@ -224,9 +233,7 @@ def coerce(options: type[Options], name: str, value: Any, owner: str) -> Any:
     """
     fields = {field.name: field for field in dataclasses.fields(options)}
     if name not in fields:
-        near = close_names(str(name), fields, limit=3)
-        hint = f" Did you mean {listing(near)}?" if near else ""
-        raise InvalidOption(f"{owner!r} has no option {name!r}.{hint} {_allowed(options)}")
+        refuse_option(owner, name, value, fields, _allowed(options))
     hint_type = typing.get_type_hints(options)[name]
     bounds: Range | None = fields[name].metadata["range"]
     try:
@@ -239,7 +246,10 @@ def coerce(options: type[Options], name: str, value: Any, owner: str) -> Any:
     numbers = converted if isinstance(converted, tuple) else (converted,)
     for number in numbers:
         if bounds is not None and number is not None and number not in bounds:
-            raise InvalidOption(f"{name}={value!r} of {owner!r} is out of range: allowed is {bounds}{_finite(number)}")
+            raise InvalidOption(
+                f"{name}={value!r} of {owner!r} is out of range: allowed is {bounds}{_finite(number)} "
+                f"({fields[name].metadata['help']})"
+            )
     return converted
 
 
@@ -260,6 +270,16 @@ def _finite(number: float) -> str:
     return "" if -math.inf < number < math.inf else " (finite)"
 
 
+def _instead_of(piece: str, before: Mapping[str, str]) -> str:
+    """Returns what to write in place of a piece of options without a name."""
+    if piece.isidentifier():
+        return f"write '{piece}=True', or another value, as in 'name=value,name=value'"
+    last = next(reversed(list(before)), None)
+    if last is not None:
+        return f"several values go into brackets: '{last}=({before[last]}, {piece})'"
+    return "write 'name=value,name=value'"
+
+
 def _unquoted(text: str) -> str:
     quoted = len(text) > 1 and text[0] in _QUOTES and text[0] == text[-1]
     return text[1:-1] if quoted else text
@@ -278,6 +298,9 @@ def _merge_single_betas(options: type[Options], given: dict[str, Any], owner: st
     if "betas" not in fields:
         return given
     default: Any = fields["betas"].default
+    if not isinstance(default, tuple):
+        # By dotted path: a class may want them, or take one number.
+        return given
     betas = list(default)
     names = [f"beta{index + 1}" for index in range(len(betas)) if f"beta{index + 1}" in given]
     if not names:

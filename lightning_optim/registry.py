@@ -18,7 +18,7 @@ from torch.optim import LBFGS, Optimizer
 from lightning_optim.catalog import ROWS
 from lightning_optim.catalog.layerwise import SUFFIX, layerwise_row
 from lightning_optim.errors import DuplicateOptimizer, MissingDependency, UnknownOptimizer, close_names, listing
-from lightning_optim.options import Options, option, required
+from lightning_optim.options import Options, describe, option, required
 from lightning_optim.spec import OptimizerSpec
 
 ENTRY_POINT_GROUP = "lightning_optim.optimizers"
@@ -145,7 +145,13 @@ class Registry(Mapping[str, OptimizerSpec]):
     def _by_path(self, path: str) -> OptimizerSpec:
         """Returns a row made for a class; its states are those of the row that builds the same class."""
         spec, known = spec_from_path(path), self.known_as(path)
-        return spec if known == path else dataclasses.replace(spec, state_format=self._specs[known].state_format)
+        if known != path:
+            spec = dataclasses.replace(spec, state_format=self._specs[known].state_format)
+        class_name = path.rpartition(".")[2]
+        same = (row for row in self._specs.values() if row.implementation.rpartition(".")[2] == class_name)
+        kin = tuple(dict.fromkeys(row.name for row in same if not row.choices))
+        note = f"optim={kin[0]!r} is this algorithm with typed options and a state whose bytes are known" if kin else ""
+        return dataclasses.replace(spec, kin=kin, note=note)
 
     def _load_plugins(self) -> None:
         if self._plugins_loaded:
@@ -267,6 +273,11 @@ def _type_of(default: Any) -> Any:
 
 
 REGISTRY = Registry(ROWS)
+
+
+def option_names(name: object) -> tuple[str, ...]:
+    """Returns the names of the options of an identifier, none if it is none; for error texts."""
+    return tuple(info.name for info in describe(REGISTRY[name].options)) if name in REGISTRY else ()  # type: ignore[index]
 
 
 def register(spec: OptimizerSpec) -> None:

@@ -10,8 +10,9 @@ from lightning_optim.factory import ResolvedOptimizer
 from lightning_optim.layerwise.engine import Layerwise
 from lightning_optim.memory import parameter_bytes, state_bytes
 from lightning_optim.options import parse
+from lightning_optim.plain import storable
 from lightning_optim.registry import REGISTRY
-from lightning_optim.resume import INITIAL_LR, KERNEL, LR, plain
+from lightning_optim.resume import INITIAL_LR, KERNEL, LR, comparable
 from lightning_optim.spec import OptimizerSpec
 
 # How many of the modules that are not projected the report names.
@@ -49,7 +50,7 @@ def describe(resolved: ResolvedOptimizer, identifier: str, schedule: str) -> str
 
 def hyperparameters(resolved: ResolvedOptimizer, identifier: str, schedule: str) -> dict[str, Any]:
     """Returns the report as plain values, for ``Logger.log_hyperparams``."""
-    return {
+    values = {
         "identifier": identifier,
         "taken": resolved.name,
         "class": resolved.spec.implementation,
@@ -67,6 +68,13 @@ def hyperparameters(resolved: ResolvedOptimizer, identifier: str, schedule: str)
             for group in resolved.optimizer.param_groups
         },
     }
+    return {name: storable(value) for name, value in values.items()}
+
+
+def is_report(name: str, value: Any) -> bool:
+    """Whether a hyperparameter that a logger has stored is a report and no argument of the module."""
+    is_ours = isinstance(value, Mapping) and {"identifier", "taken"} <= set(value)
+    return is_ours and name.partition("_")[0] == "optimizer"
 
 
 def _layerwise_text(resolved: ResolvedOptimizer) -> str:
@@ -150,9 +158,9 @@ def _trained(resolved: ResolvedOptimizer, name: str, asked: Any) -> Any:
         return asked
     value = resolved.resuming.value
     for before, group in zip(resolved.resuming.asked, resolved.optimizer.param_groups, strict=False):
-        wanted = plain(value(before, name))
-        if wanted in (plain(asked), float(f"{asked:.7g}") if isinstance(asked, float) else asked):
-            trains = plain(_peak(group) if name == LR else value(group, name))
+        wanted = comparable(value(before, name))
+        if wanted in (comparable(asked), float(f"{asked:.7g}") if isinstance(asked, float) else asked):
+            trains = comparable(_peak(group) if name == LR else value(group, name))
             return asked if trains == wanted else trains
     return asked
 
@@ -166,9 +174,10 @@ def _differences(group: Mapping[str, Any], resolved: ResolvedOptimizer) -> dict[
     """Returns what a group sets by itself: its lr and weight decay, its bits, its overrides."""
     options, settings = resolved.options.select("group"), _settings(resolved)
     return {
-        key: plain(_peak(group) if key == LR else value)
+        key: comparable(_peak(group) if key == LR else value)
         for key, value in group.items()
-        if key in (LR, "weight_decay", "optim_bits") or (key in options and plain(settings[key]) != plain(value))
+        if key in (LR, "weight_decay", "optim_bits")
+        or (key in options and comparable(settings[key]) != comparable(value))
     }
 
 

@@ -192,15 +192,15 @@ class Resuming:
         for asked, group in zip(self.asked, groups, strict=False):
             # Without a peak the rate is what a schedule has made of it.
             if INITIAL_LR in group or INITIAL_LR not in asked:
-                trained = plain(group.get(INITIAL_LR, group[LR]))
-                if not math.isclose(trained, plain(asked[LR]), rel_tol=1e-6):
-                    yield LR, trained, plain(asked[LR])
+                trained = comparable(group.get(INITIAL_LR, group[LR]))
+                if not math.isclose(trained, comparable(asked[LR]), rel_tol=1e-6):
+                    yield LR, trained, comparable(asked[LR])
             for name in self._names:
                 # OneCycleLR moves momentum or betas, and keeps their range in the group.
                 cycled = name in ("betas", "momentum") and "max_momentum" in group
                 if not set(self.keys(name)) <= set(asked) or name in KERNEL or cycled:
                     continue
-                trained, wanted = plain(self.value(group, name)), plain(self.value(asked, name))
+                trained, wanted = comparable(self.value(group, name)), comparable(self.value(asked, name))
                 if trained != wanted:
                     yield name, trained, wanted
 
@@ -228,12 +228,12 @@ def _like(before: Any, value: float) -> Any:
     return before.new_tensor(value) if isinstance(before, Tensor) else value
 
 
-def plain(value: Any) -> Any:
+def comparable(value: Any) -> Any:
     """Returns a hyperparameter as a plain value that compares and prints well."""
     if isinstance(value, Tensor):
         # A float32 tensor's 0.001 would print as 0.0010000000474974513.
         return float(f"{value.item():.7g}")
-    return tuple(map(plain, value)) if isinstance(value, (list, tuple)) else value
+    return tuple(map(comparable, value)) if isinstance(value, (list, tuple)) else value
 
 
 def as_overrides(value: Iterable[str] | str | None) -> tuple[str, ...]:

@@ -149,6 +149,7 @@ class OptimizerSpec:
         paged_on: Device types on which its states are paged, for a row that promises it; ``None`` for others.
         state_format: What its state holds and how, with the number of the format; checkpoints move between rows of one
             format, and no others. Empty if nothing but its own class reads it: its dotted path.
+        kin: Identifiers of the same algorithm, for a row that was made for a dotted path.
         note: A limitation worth a line in ``info`` and the docs.
     """
 
@@ -183,6 +184,7 @@ class OptimizerSpec:
     fallbacks: tuple[str, ...] = ()
     paged_on: frozenset[str] | None = None
     state_format: str = ""
+    kin: tuple[str, ...] = ()
     note: str = ""
 
     @property

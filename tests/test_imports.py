@@ -19,6 +19,7 @@ ROOT = Path(lightning_optim.__file__).parent
 # for all its modules, unless one is named.
 LAYERS = (
     ("errors",),
+    ("misnomers", "plain", "quiet"),
     ("availability", "options", "parameters", "trust"),
     ("spec", "target_modules", "layer_decay", "curves", "schedule_state"),
     ("optimizers",),

@@ -515,6 +515,7 @@ NOT_OFFERED = {
     "fused": "a row of its own: adamw_torch_fused",
     "args": "bitsandbytes: a namespace in place of keyword arguments",
     "optim_bits": "what param groups say",
+    "stack_dims": "what param groups say: which parameters are stacks of matrices",
     "gradient_release": "optimi: stepping in backward, incompatible with a closure and so with Lightning",
 }
 # bitsandbytes ignores amsgrad, and min_8bit_size where states have 32 bits; torch refuses foreach beside fused.

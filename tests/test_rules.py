@@ -135,6 +135,21 @@ CONFIG_CASES = (
         {"optim": "adafactor", "optim_args": "relative_step=True", "param_groups": {"head.*": {"lr": 0.1}}},
         ("param_groups['head.*']['lr']=0.1", "optim='adafactor'", "Leave lr out, or set relative_step=False"),
     ),
+    Case(
+        rules.request._relative_step_makes_the_learning_rate,
+        {"optim": "transformers.optimization.Adafactor", "lr": 1e-3},
+        ("Set relative_step=False, or use optim='adafactor' with optim_args={'relative_step': True", "without lr"),
+    ),
+    Case(
+        rules.request._lr_is_known,
+        {"optim": "transformers.optimization.Adafactor"},
+        ("Give lr", "optim_args={'relative_step': False}, or use optim='adafactor' with optim_args="),
+    ),
+    Case(
+        rules.request._overrides_are_known,
+        {"optim": "galore_adamw", "override_on_resume": ["rank"]},
+        ("override_on_resume names 'rank'", "another value of which no state can be kept", "'weight_decay'"),
+    ),
 )
 
 
@@ -163,7 +178,8 @@ def test_requests_are_refused_when_they_are_written_down(
     case: Case, entry: Callable[..., Any], fired: list[Any]
 ) -> None:
     with pytest.raises(IncompatibleTrainer) as caught:
-        entry(**case.optim)
+        # Without a name the callback keeps what the module builds.
+        entry(**{"optim": "adamw_torch", **case.optim})
     assert all(part in str(caught.value) for part in case.parts), caught.value
     assert fired == [case.rule]
 

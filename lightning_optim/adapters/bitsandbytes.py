@@ -10,11 +10,14 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from bitsandbytes import optim
 from torch import Tensor
 
 from lightning_optim.errors import InvalidOption
 from lightning_optim.optimizers.uncompiled import StepsUncompiled
+from lightning_optim.quiet import BITSANDBYTES_CPU, without_records
+
+with without_records(*BITSANDBYTES_CPU):
+    from bitsandbytes import optim
 
 # What bitsandbytes' own get_config assumes where a group lacks the key.
 _GROUP_DEFAULTS = {"betas": (0.9, 0.999), "eps": 1e-8, "alpha": 0.0, "t_alpha": None, "t_beta3": None}

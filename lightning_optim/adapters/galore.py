@@ -11,7 +11,6 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import bitsandbytes.functional as bnb
 import torch
 from torch import Tensor
 
@@ -20,6 +19,10 @@ from lightning_optim.optimizers.base import OwnOptimizer, hyperparameters
 from lightning_optim.optimizers.galore import GaLoreAdamW
 from lightning_optim.optimizers.low_rank import MOMENTS, StateDtype
 from lightning_optim.optimizers.projection import ProjectionMethod, ProjectionType
+from lightning_optim.quiet import BITSANDBYTES_CPU, without_records
+
+with without_records(*BITSANDBYTES_CPU):
+    import bitsandbytes.functional as bnb
 
 _BLOCK = 256  # what the kernels are compiled for
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import fields
 from functools import partial
-from typing import Any
+from typing import Any, NoReturn
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import LearningRateFinder
@@ -15,7 +16,9 @@ from lightning_optim.callbacks.old_checkpoints import OldCheckpoints
 from lightning_optim.config import OptimConfig
 from lightning_optim.errors import IncompatibleTrainer, InvalidOption
 from lightning_optim.expected import own_hook
+from lightning_optim.misnomers import refuse_arguments
 from lightning_optim.mixin import OptimMixin
+from lightning_optim.registry import option_names
 from lightning_optim.target_modules import TargetModules
 
 
@@ -50,6 +53,7 @@ class OptimCallback(Callback):
             warning.
         override_on_resume: Names of what wins over the checkpoint that ``fit(ckpt_path=...)`` goes on from, such as
             ``["lr", "weight_decay", "betas", "lr_scheduler"]``.
+        **unknown: Refused, with what to write.
 
     Raises:
         UnknownOptimizer, UnknownSchedule, InvalidOption, IncompatibleTrainer: At once, when the request is wrong.
@@ -70,7 +74,9 @@ class OptimCallback(Callback):
         warmup_steps: int | float = 0,
         optim_fallback: bool = False,
         override_on_resume: Sequence[str] | str | None = None,
+        **unknown: NoReturn,
     ) -> None:
+        refuse_arguments("OptimCallback", unknown, (field.name for field in fields(OptimConfig)), option_names(optim))
         companions: dict[str, Any] = {
             "lr": lr,
             "weight_decay": weight_decay,

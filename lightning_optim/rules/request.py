@@ -98,9 +98,19 @@ def _layer_pattern_needs_layer_decay(request: Request) -> str | None:
 
 
 def _lr_is_known(request: Request) -> str | None:
-    if request.config.lr is None and request.options.default_lr(request.spec.default_lr) is None:
-        return f"optim={request.name!r} has no default learning rate. Give lr, for instance lr=1e-3."
-    return None
+    if request.config.lr is not None or request.options.default_lr(request.spec.default_lr) is not None:
+        return None
+    return f"optim={request.name!r} has no default learning rate. Give lr, for instance lr=1e-3{_or_kin(request)}."
+
+
+def _or_kin(request: Request) -> str:
+    """Returns what to use in place of a class by its path that makes its learning rate itself."""
+    if not (request.spec.kin and getattr(request.options, "relative_step", False)):
+        return ""
+    without = " and optim_args={'relative_step': False}" if request.config.lr is None else ""
+    scaled = {"scale_parameter": True} if getattr(request.options, "scale_parameter", False) else {}
+    options = {"relative_step": True, **scaled}
+    return f"{without}, or use optim={request.spec.kin[0]!r} with optim_args={options} and without lr"
 
 
 def _weight_decay_exists(request: Request) -> str | None:
@@ -136,7 +146,7 @@ def _relative_step_makes_the_learning_rate(request: Request) -> str | None:
         return None
     return (
         f"{where}={given[where]} beside optim={request.name!r} with relative_step=True, which computes the learning "
-        "rate itself. Leave lr out, or set relative_step=False."
+        f"rate itself. {'Set' if request.spec.kin else 'Leave lr out, or set'} relative_step=False{_or_kin(request)}."
     )
 
 

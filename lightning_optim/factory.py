@@ -72,6 +72,8 @@ class ResolvedOptimizer:
         state_bytes: Bytes of its full state, or ``None`` if the row does not say.
         not_projected: Modules that ``optim_target_modules`` names in vain, with what they are.
         resuming: What it does when a state dict is loaded, and what was asked for.
+        parameters: What was divided into groups.
+        policy: How it was divided.
         passed_over: Identifiers that were tried before, with the reason why they cannot run here.
     """
 
@@ -84,7 +86,14 @@ class ResolvedOptimizer:
     state_bytes: int | None
     not_projected: Mapping[str, str]
     resuming: Resuming
+    parameters: list[NamedParameter]
+    policy: GroupPolicy
     passed_over: Mapping[str, str] = field(default_factory=dict)
+
+    def rates(self, lr: float) -> list[float]:
+        """Returns the learning rate of each group, had ``lr`` been asked for."""
+        groups = make_groups(self.parameters, self.spec, self.options, dataclasses.replace(self.policy, lr=lr))
+        return [group["lr"] for group in groups]
 
     def substitution(self, asked: str) -> str:
         """Returns the sentence that tells which identifier fell back on this one and why; empty if none did."""
@@ -197,7 +206,9 @@ def _build(
         Layerwise(optimizer, options.select("layerwise")["bucket_mb"], names=names)
     not_projected = left_out(parameters, config.optim_target_modules) if spec.projects else {}
     size = state_bytes(spec, options, groups)
-    return ResolvedOptimizer(config.optim, optimizer, spec, options, lr, weight_decay, size, not_projected, resuming)
+    return ResolvedOptimizer(
+        config.optim, optimizer, spec, options, lr, weight_decay, size, not_projected, resuming, parameters, policy
+    )
 
 
 def build_optimizer(

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Set
-from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import GradientAccumulationScheduler, StochasticWeightAveraging, WeightAveraging
+from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
 from lightning.pytorch.core.optimizer import _configure_optimizers
 from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor
@@ -16,40 +15,30 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from lightning_optim import packages
+from lightning_optim.callbacks.finders import AfterFinders, Built, forgetful_finder, has_finder
 from lightning_optim.callbacks.layerwise import LayerwiseCallback, steps_in_backward
 from lightning_optim.callbacks.manual_schedule import ManualSchedule
+from lightning_optim.callbacks.plateau import PlateauCallback, lightning_config
 from lightning_optim.callbacks.report import ReportCallback
 from lightning_optim.callbacks.resume import ResumeCallback
 from lightning_optim.callbacks.schedule_free import ScheduleFreeCallback
 from lightning_optim.callbacks.standstill import Standstill
 from lightning_optim.catalog.layerwise import LayerwiseOptions
 from lightning_optim.config import OptimConfig
-from lightning_optim.curves import MODULE_SCHEDULE, PlateauOptions, get_schedule
+from lightning_optim.curves import MODULE_SCHEDULE, PlateauOptions
 from lightning_optim.expected import Expected, OwnHook
 from lightning_optim.factory import ResolvedOptimizer, built_by, resolve
 from lightning_optim.layerwise.engine import Layerwise
+from lightning_optim.length import Length
 from lightning_optim.optimizers.averaging import KeepsTrainingPoint
 from lightning_optim.options import parse
 from lightning_optim.parameters import Target
 from lightning_optim.rules import TrainerFacts
-from lightning_optim.schedules import build_schedule, resolve_warmup
+from lightning_optim.schedules import make_schedule
 from lightning_optim.strategies import StepsFused
 
 if TYPE_CHECKING:
     from lightning.pytorch.utilities.types import OptimizerLRScheduler
-
-
-@dataclass(frozen=True)
-class _Length:
-    """How long a training is, in optimizer steps.
-
-    Attributes:
-        warmup: Steps of warm-up.
-        total: Steps of the whole training; ``None`` if it has no end or nobody needs to know.
-    """
-
-    warmup: int
-    total: int | None
 
 
 def configure(module: LightningModule, config: OptimConfig, own: OwnHook | None = None) -> OptimizerLRScheduler:
@@ -68,7 +57,7 @@ def configure(module: LightningModule, config: OptimConfig, own: OwnHook | None 
     expected = Expected.ask(module, own)
     expected.check(config)
     name = config.lr_scheduler
-    length = _length(trainer, config)
+    length = Length.of(trainer, config)
     asked = config.replace(lr=expected.lr(config))
     resolved = _resolve(trainer, module, asked, length, expected.only())
     for sentence in expected.losses(module, asked, resolved.lr):
@@ -85,27 +74,31 @@ def configure(module: LightningModule, config: OptimConfig, own: OwnHook | None 
 
 
 def _scheduled(
-    module: LightningModule, resolved: ResolvedOptimizer, config: OptimConfig, length: _Length
+    module: LightningModule, resolved: ResolvedOptimizer, config: OptimConfig, length: Length
 ) -> OptimizerLRScheduler:
     """Returns the optimizer with its named schedule, as Lightning takes them."""
     trainer, name = module._trainer, config.lr_scheduler
     if name is None:
         _resume(trainer, resolved, None, config)
+        if trainer is not None:
+            AfterFinders.attach(trainer, Built(resolved, config))
         return resolved.optimizer
     # An optimizer that warms up by itself got its warm-up already.
     warmup = length.warmup if resolved.spec.warmup == "schedule" else 0
-    scheduler = build_schedule(resolved.optimizer, name, length.total, warmup, config.lr_scheduler_args)
+    scheduler = make_schedule(resolved.optimizer, name, length.total, warmup, config.lr_scheduler_args)
     _resume(trainer, resolved, scheduler, config)
+    if trainer is not None:
+        AfterFinders.attach(trainer, Built(resolved, config, scheduler))
     if isinstance(scheduler, ReduceLROnPlateau):
         monitor = parse(PlateauOptions, config.lr_scheduler_args, name).monitor
-        # Without a validation there is no new value of the metric.
-        every = (trainer.check_val_every_n_epoch if trainer else None) or 1
         if not module.automatic_optimization:
             # Lightning neither steps a schedule then nor wants to know of the metric.
             if trainer is not None:
                 ManualSchedule.attach(trainer, name, resolved.optimizer, scheduler, monitor)
             return {"optimizer": resolved.optimizer, "lr_scheduler": {"scheduler": scheduler}}
-        plateau = {"scheduler": scheduler, "monitor": monitor, "interval": "epoch", "frequency": every}
+        if trainer is not None:
+            PlateauCallback.attach(trainer, scheduler, monitor)
+        plateau = lightning_config(scheduler, monitor)
         return {"optimizer": resolved.optimizer, "lr_scheduler": plateau}  # type: ignore[return-value]
     if trainer is not None and not module.automatic_optimization:
         ManualSchedule.attach(trainer, name, resolved.optimizer, scheduler)
@@ -139,9 +132,11 @@ def _resume(trainer: Trainer | None, resolved: ResolvedOptimizer, schedule: Any,
 def build(module: LightningModule, target: Target, config: OptimConfig) -> Optimizer:
     """Builds one optimizer for (a part of) ``module``, without a schedule; reports it and attaches what it needs."""
     trainer = module._trainer
-    length = _length(trainer, config)
+    length = Length.of(trainer, config)
     resolved = _resolve(trainer, target, config, length)
     _announce(trainer, resolved, config, "none", length)
+    if trainer is not None:
+        AfterFinders.attach(trainer, Built(resolved, config))
     return resolved.optimizer
 
 
@@ -149,7 +144,7 @@ def _resolve(
     trainer: Trainer | None,
     target: Target,
     config: OptimConfig,
-    length: _Length,
+    length: Length,
     only: Set[Tensor] | None = None,
 ) -> ResolvedOptimizer:
     facts = _facts(trainer) if trainer is not None else None
@@ -171,35 +166,19 @@ def _facts(trainer: Trainer) -> TrainerFacts:
     rivals = packages.kin(WeightAveraging, StochasticWeightAveraging)
     averaging = (c for c in trainer.callbacks if isinstance(c, rivals))  # type: ignore[attr-defined]
     return TrainerFacts(
-        accumulation_changes=trainer.max_steps == -1 and _accumulation_changes(trainer),
+        forgetful=forgetful_finder(trainer),
         averaging=next((type(callback).__name__ for callback in averaging), ""),
     )
 
 
-def _accumulation_changes(trainer: Trainer) -> bool:
-    callbacks = trainer.callbacks  # type: ignore[attr-defined]
-    return any(
-        len(set(callback.scheduling.values())) > 1
-        for callback in callbacks
-        if isinstance(callback, packages.kin(GradientAccumulationScheduler))
-    )
-
-
-def _length(trainer: Trainer | None, config: OptimConfig) -> _Length:
-    needs_total = config.lr_scheduler is not None and get_schedule(config.lr_scheduler).needs_total
-    total = None
-    if trainer is not None and (needs_total or 0 < config.warmup_steps < 1):
-        steps = trainer.estimated_stepping_batches
-        total = None if steps == float("inf") else int(steps)
-    return _Length(resolve_warmup(config.warmup_steps, total), total)
-
-
 def _announce(
-    trainer: Trainer | None, resolved: ResolvedOptimizer, config: OptimConfig, schedule: str, length: _Length
+    trainer: Trainer | None, resolved: ResolvedOptimizer, config: OptimConfig, schedule: str, length: Length
 ) -> None:
     """Has what was resolved said when fit starts."""
     if trainer is None:
         return
+    if length.warning and not has_finder(trainer):
+        rank_zero_warn(length.warning)
     details = {"warmup_steps": length.warmup, "total_steps": length.total}
     schedule += "".join(f", {name}={value}" for name, value in details.items() if value)
     substitution = resolved.substitution(config.optim)

@@ -16,7 +16,6 @@ import torch.distributed as dist
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import (
     EMAWeightAveraging,
-    GradientAccumulationScheduler,
     StochasticWeightAveraging,
     WeightAveraging,
 )
@@ -283,12 +282,6 @@ FIT_CASES = (
         {"optim": "adamw_torch", "optim_args": {"capturable": True}},
         ("optim='adamw_torch' with capturable=True", "parameters are on cpu", "Leave it out"),
     ),
-    Run(
-        rules.run._length_is_counted_wrongly,
-        {"optim": "sgd", "lr_scheduler": "linear"},
-        ("lr_scheduler='linear' beside GradientAccumulationScheduler", "Set Trainer(max_steps=...)"),
-        trainer=lambda: {"callbacks": GradientAccumulationScheduler({0: 1, 1: 4}), "max_steps": -1, "max_epochs": 3},
-    ),
     *[
         Run(
             rules.run._two_averages,
@@ -442,8 +435,8 @@ def test_states_that_are_not_paged_count_only_where_something_else_may_be_taken(
 
 def test_every_rule_has_a_case() -> None:
     covered = {case.rule for case in (*CONFIG_CASES, *FIT_CASES, *BUILD_CASES)}
-    # For devices that are not here.
-    apart = {rules.run._xla, rules.run._paging}
+    # For devices that are not here; for a resumed run (tests/test_finders.py).
+    apart = {rules.run._xla, rules.run._paging, rules.run._finder_beside_resume}
     assert covered | apart == {*rules.CONFIG_RULES, *rules.RUN_RULES}
 
 

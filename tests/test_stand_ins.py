@@ -13,7 +13,7 @@ import torch
 from lightning.pytorch.callbacks import (
     BackboneFinetuning,
     BaseFinetuning,
-    GradientAccumulationScheduler,
+    LearningRateFinder,
     ModelCheckpoint,
 )
 from lightning.pytorch.loggers import CSVLogger
@@ -171,13 +171,16 @@ def test_only_what_runs_is_offered_in_its_place() -> None:
         assert ("Or use" in str(caught.value)) == (offered is not None)
 
 
-def test_a_rule_that_holds_for_all_is_said_once() -> None:
-    model = LitTokens(optim="adamw", lr_scheduler="linear")
-    accumulation = GradientAccumulationScheduler({0: 1, 1: 4})
+def test_a_rule_that_holds_for_all_is_said_once(tmp_path: Path) -> None:
+    run = trainer(max_steps=1)
+    run.fit(LitTokens(optim="adamw"), loader())
+    run.save_checkpoint(tmp_path / "one.ckpt")
     with pytest.raises(IncompatibleTrainer) as caught:
-        trainer(callbacks=accumulation, max_epochs=3).fit(model, loader())
+        trainer(callbacks=LearningRateFinder(), max_steps=2).fit(
+            LitTokens(optim="adamw"), loader(), ckpt_path=tmp_path / "one.ckpt"
+        )
     assert "optim='adamw'" in str(caught.value)
-    assert str(caught.value).count("GradientAccumulationScheduler") == 1
+    assert str(caught.value).count("LearningRateFinder") == 1
 
 
 def test_without_it_nothing_is_replaced() -> None:

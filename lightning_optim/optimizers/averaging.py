@@ -65,9 +65,9 @@ class KeepsTrainingPoint(StepsUncompiled):
         }
 
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
-        if closure is not None:
-            # The closure computes the gradients: they belong to the training point, even where nobody switched, as in
-            # Lightning's learning-rate finder, which runs without the callbacks.
+        # Nobody switches in Lightning's finders, which run without the callbacks. A closure computes the gradients
+        # itself; without one, as under a GradScaler, they fit the training point only while it is the average.
+        if closure is not None or not any(self._moved(train_mode=False)):
             self.train()
         loss: float | None = super().step(closure)
         return loss

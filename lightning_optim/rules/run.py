@@ -14,7 +14,6 @@ from torch import nn
 from torch.optim import SGD
 from torch.optim.optimizer import _get_capturable_supported_devices
 
-from lightning_optim.curves import get_schedule
 from lightning_optim.optimizers.fused import HALF, is_packed, sgd_is_wrong_on_half
 from lightning_optim.parameters import NamedParameter, device_types, is_sharded
 from lightning_optim.rules.fused import half_sgd
@@ -27,11 +26,11 @@ class TrainerFacts:
     """What the rules need to know of a Trainer.
 
     Attributes:
-        accumulation_changes: Whether the number of steps is that of epochs with different accumulation.
+        forgetful: Name of the class of a finder that would make Lightning forget the checkpoint it resumes, or empty.
         averaging: Name of the class of a callback that exchanges the weights for an average of its own, or empty.
     """
 
-    accumulation_changes: bool = False
+    forgetful: str = ""
     averaging: str = ""
 
 
@@ -210,13 +209,14 @@ def _two_averages(run: Run) -> str | None:
     )
 
 
-def _length_is_counted_wrongly(run: Run) -> str | None:
-    name = run.request.config.lr_scheduler
-    if not (run.trainer and run.trainer.accumulation_changes and name and get_schedule(name).needs_total):
+def _finder_beside_resume(run: Run) -> str | None:
+    finder = run.trainer.forgetful if run.trainer else ""
+    if not finder:
         return None
     return (
-        f"lr_scheduler={name!r} beside GradientAccumulationScheduler: Lightning counts the steps of the training as if "
-        "the first epoch's accumulation lasted. Set Trainer(max_steps=...), or use lr_scheduler='constant_with_warmup'."
+        f"the callback {finder} beside fit(ckpt_path=...): when it has run, Lightning has forgotten the checkpoint, "
+        "and optimizer, schedule and progress would start anew. Remove the callback for the resumed run: the "
+        "checkpoint holds the learning rate; the batch size is an argument of the module or datamodule."
     )
 
 
@@ -234,5 +234,5 @@ RUN_RULES: tuple[Callable[[Run], str | None], ...] = (
     _fused_sgd_on_cpu_is_not_half,
     _fused_parameters_are_packed,
     _two_averages,
-    _length_is_counted_wrongly,
+    _finder_beside_resume,
 )

@@ -14,7 +14,8 @@ from lightning_optim.callbacks.attached import detach
 from lightning_optim.config import OptimConfig
 from lightning_optim.factory import ResolvedOptimizer
 from lightning_optim.length import Length
-from lightning_optim.schedules import NamedSchedule, make_multiplier, set_rate
+from lightning_optim.schedule_state import set_rate
+from lightning_optim.schedules import NamedSchedule, make_multiplier
 
 _FINDERS = (LearningRateFinder, BatchSizeFinder)
 

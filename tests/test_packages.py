@@ -182,11 +182,6 @@ def test_resume_is_exact_and_crosses_the_packages(optim: str, tmp_path: Path) ->
             "the learning-rate finder sets an attribute",
         ),
         (
-            {"lr_scheduler": "linear"},
-            lambda: pl.callbacks.GradientAccumulationScheduler({0: 1, 1: 4}),
-            "beside GradientAccumulationScheduler",
-        ),
-        (
             {"optim": "schedule_free_adamw"},
             lambda: pl.callbacks.WeightAveraging(),
             "the callback WeightAveraging beside optim='schedule_free_adamw'",
@@ -196,6 +191,13 @@ def test_resume_is_exact_and_crosses_the_packages(optim: str, tmp_path: Path) ->
 def test_callbacks_of_the_package_are_told_by_their_class(optim: dict[str, Any], callback: Any, text: str) -> None:
     with pytest.raises(IncompatibleTrainer, match=text):
         fit(Own(), callbacks=[OptimCallback(**{"optim": "adamw_torch", **optim}), callback()])
+
+
+def test_its_accumulation_is_counted_in_the_length_of_a_schedule() -> None:
+    plan = pl.callbacks.GradientAccumulationScheduler({0: 2})
+    run = fit(Own(), callbacks=[OptimCallback("sgd", lr=1.0, lr_scheduler="linear"), plan])
+    assert run.global_step == 4
+    assert {group["lr"] for group in run.optimizers[0].param_groups} == {0.0}
 
 
 @pytest.mark.parametrize("strategy", strategies.MOVABLE)

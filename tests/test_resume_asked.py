@@ -84,7 +84,7 @@ class TestReport:
         assert "override_on_resume=('lr', 'weight_decay', 'betas')" in texts[0]
         # The file's lr is 0, the end of its schedule: what counts is the peak.
         logged = logger.experiment.hparams["optimizer"]
-        assert (logged["lr"], logged["weight_decay"], logged["betas"]) == (0.01, 0.01, (0.9, 0.999))
+        assert (logged["lr"], logged["weight_decay"], logged["betas"]) == (0.01, 0.01, [0.9, 0.999])
         assert [group["lr"] for group in logged["groups"].values()] == [0.01, 0.01]
         reports = [record.message for record in caplog.records if record.message.startswith("optim='adamw_torch'")]
         assert len(reports) == 1

@@ -23,6 +23,7 @@ from lightning_optim.callbacks.report import ReportCallback
 from lightning_optim.callbacks.resume import ResumeCallback
 from lightning_optim.callbacks.schedule_free import ScheduleFreeCallback
 from lightning_optim.callbacks.standstill import Standstill
+from lightning_optim.callbacks.thawed import KeepsPolicy
 from lightning_optim.catalog.layerwise import LayerwiseOptions
 from lightning_optim.config import OptimConfig
 from lightning_optim.curves import MODULE_SCHEDULE, PlateauOptions
@@ -60,6 +61,8 @@ def configure(module: LightningModule, config: OptimConfig, own: OwnHook | None 
     length = Length.of(trainer, config)
     asked = config.replace(lr=expected.lr(config))
     resolved = _resolve(trainer, module, asked, length, expected.only())
+    if trainer is not None:
+        KeepsPolicy.attach(trainer, module, resolved, asked)
     for sentence in expected.losses(module, asked, resolved.lr):
         rank_zero_warn(sentence)
     # Before the schedule sets the learning rates of its first step.

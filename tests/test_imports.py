@@ -48,7 +48,7 @@ LAYERS = (
     ("callbacks.unattended",),
     ("accelerators",),
     ("strategies",),
-    ("callbacks.finders", "callbacks.plateau"),
+    ("callbacks.finders", "callbacks.plateau", "callbacks.thawed"),
     ("integration",),
     ("mixin",),
     ("callbacks.optim", "callbacks"),

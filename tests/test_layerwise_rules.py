@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -31,6 +32,7 @@ from lightning_optim import (
 )
 from lightning_optim.rules import stepping
 from tests.models import ForeignTokens, LitTokens, loader, trainer
+from tests.test_resume import assert_equal
 
 Rule = Callable[[rules.Stepping], str | None]
 
@@ -383,17 +385,84 @@ def test_wrappers_of_optimizers_are_refused() -> None:
     assert not weight._post_accumulate_grad_hooks
 
 
-def test_an_optimizer_that_couples_the_parts_of_a_group_is_found_out() -> None:
-    class ByTheNormOfAll(torch.optim.SGD):
+class Estimates(torch.optim.SGD):
+    """Keeps one estimate from all gradients, as D-Adaptation and Prodigy do: from its second step on in a group."""
+
+    @staticmethod
+    def of(optimizer: torch.optim.Optimizer) -> float:
+        parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        return sum(p.grad.abs().sum().item() for p in parameters)
+
+    def step(self, closure: Any = None) -> Any:
+        for group in self.param_groups:
+            group["k"] = group.get("k", 0) + 1
+            group["d"] = self.of(self) if group["k"] > 1 else 1e-6
+        return super().step(closure)
+
+
+class EstimatesInATensor(Estimates):
+    def step(self, closure: Any = None) -> Any:
+        for group in self.param_groups:
+            group["d"].fill_(self.of(self))
+        return torch.optim.SGD.step(self, closure)
+
+
+class EstimatesInAnAttribute(Estimates):
+    def step(self, closure: Any = None) -> Any:
+        self.d = self.of(self)
+        return torch.optim.SGD.step(self, closure)
+
+
+class EstimatesInATensorOfItsOwn(Estimates):
+    def step(self, closure: Any = None) -> Any:
+        self.d.fill_(self.of(self))
+        return torch.optim.SGD.step(self, closure)
+
+
+@pytest.mark.parametrize("bucket_mb", [0, 8], ids=["buckets", "one_bucket"])
+@pytest.mark.parametrize("kind", [Estimates, EstimatesInATensor, EstimatesInAnAttribute, EstimatesInATensorOfItsOwn])
+def test_an_optimizer_that_couples_its_parameters_is_refused_and_moves_nothing(
+    kind: type[Estimates], bucket_mb: float
+) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    # Its gradient is zero: by itself it would tell nothing.
+    model.register_parameter("unused", nn.Parameter(torch.ones(2)))
+    optimizer = kind(model.parameters(), lr=0.1, momentum=0.9)
+    if kind is EstimatesInATensor:
+        optimizer.param_groups[0]["d"] = torch.zeros(())
+    optimizer.d = torch.zeros(1)
+    layerwise = Layerwise(optimizer, bucket_mb)
+
+    def step() -> None:
+        layerwise.backward(model(torch.ones(1, 4)).square().sum() + (model.unused * 0).sum())
+
+    if kind is Estimates:
+        step()
+    parameters = [parameter.detach().clone() for parameter in model.parameters()]
+    state = copy.deepcopy(optimizer.state_dict())
+    with pytest.raises(IncompatibleTrainer, match=r"different values of 'd'.*couples its parameters"):
+        step()
+    assert all(map(torch.equal, parameters, model.parameters()))
+    assert_equal(state, optimizer.state_dict(), "state")
+    assert torch.equal(optimizer.d, torch.zeros(1))
+
+
+@pytest.mark.parametrize("bucket_mb", [0, 8])
+def test_a_counter_changed_in_place_advances_once_per_step(bucket_mb: float) -> None:
+    class Counting(torch.optim.SGD):
         def step(self, closure: Any = None) -> Any:
-            for group in self.param_groups:
-                group["norm"] = sum(p.grad.norm().item() for p in group["params"] if p.grad is not None)
+            self.steps += 1
             return super().step(closure)
 
     model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
-    layerwise = Layerwise(ByTheNormOfAll(model.parameters(), lr=0.1), 0)
-    with pytest.raises(IncompatibleTrainer, match=r"different values of 'norm'.*couples its parameters"):
+    optimizer = Counting(model.parameters(), lr=0.1)
+    optimizer.steps = counter = torch.zeros(())
+    layerwise = Layerwise(optimizer, bucket_mb)
+    for number in range(1, 6):
         layerwise.backward(model(torch.ones(1, 4)).square().sum())
+        assert optimizer.steps is counter
+        assert counter == number
 
 
 def test_bitsandbytes_overrides_by_position_are_refused() -> None:

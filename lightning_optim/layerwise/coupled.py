@@ -1,10 +1,22 @@
-"""Optimizers whose parameters cannot be stepped one after the other."""
+"""Optimizers whose parameters cannot be stepped one after the other: those that are known, and how others show it."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
 from torch.optim import LBFGS, Optimizer
 
 from lightning_optim.errors import IncompatibleTrainer
+
+# The steps in which a group is watched. Not the first alone: D-Adaptation's estimate moves in the second one.
+WATCHED_STEPS = 3
+# What a part made of the optimizer's attributes, beside what it made of its groups (by index).
+ATTRIBUTES = -1
 
 
 def refuse_coupled(optimizer: Optimizer) -> None:
@@ -33,3 +45,158 @@ def refuse_coupled(optimizer: Optimizer) -> None:
             "parameters by position: buckets would get each other's. Use the identifier, for instance "
             "optim='adamw_8bit_layerwise', which keeps embeddings in 32 bits by itself."
         )
+
+
+def merged(optimizer: Optimizer, what: str, before: Any, values: Sequence[Any], watched: bool) -> Any:
+    """Returns what the parts of one step made of a value together.
+
+    Args:
+        optimizer: Whose step it is, for the error text.
+        what: The value's name, for the error text.
+        before: The value before the step.
+        values: What each part made of it.
+        watched: Whether to compare where that waits for a device, too.
+
+    Raises:
+        IncompatibleTrainer: If two of them changed it differently.
+    """
+    if not watched and isinstance(before, Tensor) and before.device.type != "cpu":
+        return values[0]
+    # Some write only when they meet a parameter that asks for it.
+    changed = [value for value in values if differ(value, before)]
+    if any(differ(value, changed[0]) for value in changed[1:]):
+        raise IncompatibleTrainer(
+            f"{type(optimizer).__name__} computed different values of {what} for the parts of one step: it couples "
+            "its parameters and cannot be stepped layer by layer. Use it plainly."
+        )
+    return changed[0] if changed else before
+
+
+def differ(one: Any, other: Any) -> bool:
+    """Whether two values differ; NaN equals NaN, for both parts may have computed it."""
+    if one is other:
+        return False
+    try:
+        unequal = one != other
+        if isinstance(unequal, Tensor):
+            # Of different shapes they may broadcast.
+            shapes = {tuple(value.shape) for value in (one, other) if isinstance(value, Tensor) and value.numel() > 1}
+            return len(shapes) > 1 or bool((unequal & ~((one != one) & (other != other))).any())
+        return bool(unequal) and not (bool(one != one) and bool(other != other))
+    except (RuntimeError, TypeError, ValueError):  # arrays with several elements, tensors of several devices
+        return True
+
+
+@dataclass
+class _Part:
+    """A part that was stepped, and how to undo it.
+
+    Attributes:
+        copies: Parameters and states, and their values before.
+        states: Each parameter's state before.
+        open: The groups, and :data:`ATTRIBUTES`, of which nothing is known yet.
+        blind: Those for which the part had no gradient that is not zero: all parts write the same then.
+    """
+
+    copies: list[tuple[Tensor, Tensor]]
+    states: dict[Tensor, dict[str, Any] | None]
+    open: set[int]
+    blind: set[int]
+
+
+class Watch:
+    """Sees in one step whether an optimizer couples its parameters, and undoes the step if it does.
+
+    A part with gradients that wrote nothing into groups and attributes cannot have coupled anything. If two parts with
+    gradients wrote the same, it does not depend on their gradients. Until one of the two is known, copies of the part's
+    parameters and states are kept.
+
+    Args:
+        optimizer: The outer optimizer.
+        seen: Counts the steps in which each group was watched, by its index; it outlives this step.
+    """
+
+    def __init__(self, optimizer: Optimizer, seen: dict[int, int]) -> None:
+        self._optimizer = optimizer
+        self._seen = seen
+        self._parts: list[_Part] = []
+        self._met: set[int] = set()
+        # Those into which a part with gradients wrote nothing, or something; and those of which two did, the same.
+        self._silent: set[int] = set()
+        self._wrote: set[int] = set()
+        self._agreed: set[int] = set()
+
+    def wants(self, group: int) -> bool:
+        """Whether it is not known yet that the parts of this group agree."""
+        return self._seen.get(group, 0) < WATCHED_STEPS and group not in self._agreed
+
+    @torch.no_grad()
+    def before(self, groups: Mapping[int, Sequence[Tensor]]) -> None:
+        """Keeps copies of a part that is about to be stepped."""
+        stepped = [p for parameters in groups.values() for p in parameters if p.grad is not None]
+        self._met.update(index for index, parameters in groups.items() if any(p.grad is not None for p in parameters))
+        blind = {index for index, parameters in groups.items() if not any(map(_has_gradient, parameters))}
+        blind |= {ATTRIBUTES} if len(blind) == len(groups) else set()
+        part = _Part([], {}, {index for index in (*groups, ATTRIBUTES) if self.wants(index)}, blind)
+        if part.open:
+            for parameter in stepped:
+                state = self._optimizer.state.get(parameter)
+                part.states[parameter] = None if state is None else dict(state)
+                tensors = [parameter, *(value for value in (state or {}).values() if isinstance(value, Tensor))]
+                part.copies += [(tensor, tensor.detach().clone()) for tensor in tensors if _is_plain(tensor)]
+        self._parts.append(part)
+
+    def after(self, wrote: Iterable[int]) -> None:
+        """Takes note of what the part wrote into (groups, :data:`ATTRIBUTES`), once the parts are found to agree."""
+        part = self._parts[-1]
+        telling = set(wrote) - part.blind
+        self._silent |= part.open - part.blind - telling
+        self._agreed |= telling & self._wrote
+        self._wrote |= telling
+        part.open &= telling | part.blind
+        for other in self._parts:
+            other.open -= self._agreed | (other.blind & self._silent)
+        self._parts = [other for other in self._parts if other.open]
+
+    @contextmanager
+    def undoing(self) -> Iterator[None]:
+        """Undoes the parts that are kept if the parts are found to differ inside."""
+        try:
+            yield
+        except IncompatibleTrainer:
+            self._undo()
+            raise
+
+    def end(self) -> None:
+        """Counts the step, whose parts agree."""
+        self._parts.clear()
+        for index in (*self._met, ATTRIBUTES) if self._met else ():
+            self._seen[index] = self._seen.get(index, 0) + 1
+
+    @torch.no_grad()
+    def _undo(self) -> None:
+        for part in self._parts:
+            for parameter, before in part.states.items():
+                if before is None:
+                    self._optimizer.state.pop(parameter, None)
+                else:
+                    state = self._optimizer.state[parameter]
+                    state.clear()
+                    state.update(before)
+            for tensor, copy in part.copies:
+                tensor.copy_(copy)
+        self._parts.clear()
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    """Whether a tensor can be copied and written: quantized ones of other packages may not."""
+    return type(tensor) in (Tensor, torch.nn.Parameter) or hasattr(tensor, "to_local")
+
+
+def _has_gradient(parameter: Tensor) -> bool:
+    gradient = parameter.grad
+    if gradient is None:
+        return False
+    if hasattr(gradient, "to_local"):
+        gradient = gradient.to_local()
+    return bool((gradient._values() if gradient.is_sparse else gradient).any())

@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 from lightning_optim.errors import IncompatibleTrainer, InvalidOption
 from lightning_optim.layerwise.buckets import AgreedBuckets, ArrivalBuckets, Buckets
 from lightning_optim.layerwise.clipping import Clipping, norms_of, total_norm
-from lightning_optim.layerwise.coupled import refuse_coupled
+from lightning_optim.layerwise.coupled import WATCHED_STEPS, Watch, refuse_coupled
 from lightning_optim.layerwise.hooks import GradientHooks
 from lightning_optim.layerwise.passes import Measurement, Observation, Pass, Step
 from lightning_optim.layerwise.replicas import AgreedOrder, Replicas, refuse_separate_processes, refuse_unused
@@ -95,6 +95,8 @@ class Layerwise:
         self._passes: list[Pass] = []
         self._measured: Tensor | None = None
         self._averaged = False
+        # The steps in which each group was watched, by its index.
+        self._watched: dict[int, int] = {}
         self._order = AgreedOrder()
         self._lock = threading.Lock()  # a model on two devices has two backward threads
 
@@ -245,7 +247,16 @@ class Layerwise:
                 f"Clipping({clipping.kind!r}, ...) needs the norm before the gradients are stepped: call "
                 "Layerwise.backward(loss, clipping=...) in place of a backward inside Layerwise.stepping()."
             )
-        step = Step(self._buckets(), self._name, self.optimizer, clipping, scaler, self._measured, self.wants_norm)
+        step = Step(
+            self._buckets(),
+            self._name,
+            self.optimizer,
+            clipping,
+            scaler,
+            self._measured,
+            self.wants_norm,
+            self._watch(),
+        )
         self._passes.append(step)
         self._pass = step
 
@@ -361,7 +372,7 @@ class Layerwise:
         if alive or not self.stepped:
             if alive:
                 self.average_alive()
-            step = Step(ArrivalBuckets(self.bucket_bytes), self._name, self.optimizer)
+            step = Step(ArrivalBuckets(self.bucket_bytes), self._name, self.optimizer, watch=self._watch())
             step.finish(alive)
             step.commit()
         self.stepped = self.accumulated = self._averaged = False
@@ -421,6 +432,13 @@ class Layerwise:
         if self.replicas is None:
             return ArrivalBuckets(self.bucket_bytes)
         return AgreedBuckets(self._order.parameters, self.bucket_bytes, self.replicas.average)
+
+    def _watch(self) -> Watch | None:
+        """Returns what sees whether the parts of a group agree, until that is known of all groups."""
+        trains = (any(p.requires_grad for p in group["params"]) for group in self.optimizer.param_groups)
+        if all(self._watched.get(index, 0) >= WATCHED_STEPS for index, trained in enumerate(trains) if trained):
+            return None
+        return Watch(self.optimizer, self._watched)
 
     @property
     def bucket_bytes(self) -> int:

@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 from lightning_optim.errors import IncompatibleTrainer
 from lightning_optim.layerwise.buckets import Bucket, Buckets
 from lightning_optim.layerwise.clipping import Clipping, norms_of, total_norm
+from lightning_optim.layerwise.coupled import Watch
 from lightning_optim.layerwise.split_step import SplitStep
 
 
@@ -99,6 +100,7 @@ class Step(Pass):
         scaler: Unscales each bucket and skips one that overflowed.
         total: The total norm that ``clipping`` scales by. If it is not finite and there is a scaler, all is skipped.
         wants_norm: Whether to take the norm though ``clipping`` does not need it.
+        watch: Undoes the step if the optimizer couples its parameters; ``None`` does not look.
     """
 
     def __init__(
@@ -110,9 +112,10 @@ class Step(Pass):
         scaler: GradScaler | None = None,
         total: Tensor | None = None,
         wants_norm: bool = False,
+        watch: Watch | None = None,
     ) -> None:
         super().__init__(buckets, name)
-        self._split = SplitStep(optimizer)
+        self._split = SplitStep(optimizer, watch)
         self._clipping = clipping
         self._scaler = scaler
         self._total = total
@@ -124,19 +127,21 @@ class Step(Pass):
         self._norms: dict[Tensor, Tensor] = {}
 
     def take(self, bucket: Bucket) -> None:
-        inner = self._split.inner(bucket)
+        inners = [self._split.inner(part) for part in self._split.parts(bucket)]
         if self._skips:
             return
         if self._scaler is not None:
-            self._scaler.unscale_(inner)
+            for inner in inners:
+                self._scaler.unscale_(inner)
         norms = norms_of(bucket) if self._takes_norms else []
         self._norms.update(zip(bucket, norms, strict=self._takes_norms))
         if self._clipping is not None:
             self._clipping.apply(bucket, norms, self._total)
-        if self._scaler is not None:
-            self._scaler.step(inner)
-        else:
-            inner.step()
+        for inner in inners:
+            if self._scaler is not None:
+                self._scaler.step(inner)
+            else:
+                inner.step()
         # For kernels that write without autograd's knowledge: backward must not use a stepped value unnoticed.
         torch.autograd.graph.increment_version(bucket)
 

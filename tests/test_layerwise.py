@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import functools
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -357,6 +359,16 @@ class OneOverflow(LitTokens):
         self.weights.append({name: parameter.detach().clone() for name, parameter in self.named_parameters()})
 
 
+class States(Callback):
+    """Keeps the optimizer's state dict after each step."""
+
+    def __init__(self) -> None:
+        self.of: list[dict[str, Any]] = []
+
+    def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
+        self.of.append(copy.deepcopy(trainer.optimizers[0].state_dict()))
+
+
 class TestOverflow:
     """C6: float16."""
 
@@ -369,6 +381,56 @@ class TestOverflow:
             results.append(outcome(model, trained) | {"scaler": trained.precision_plugin.scaler.state_dict()})
         assert results[0]["scaler"]["scale"] == 2.0**15
         assert_near(*results) if "gradient_clip_val" in flags else assert_equal(*results, name)
+
+    @pytest.mark.parametrize("clipping", [None, "value", "previous", "per_parameter"])
+    @pytest.mark.parametrize("by_strategy", [False, True])
+    def test_of_one_bucket_skips_the_whole_step_if_asked(self, clipping: str | None, by_strategy: bool) -> None:
+        """Equal to the plain run, where that has such a clipping; a skipped step leaves everything to the bit."""
+        flags: dict[str, Any] = {"gradient_clip_val": 0.05} if clipping else {}
+        options: dict[str, Any] = {"overflow": "skip_step"}
+        if clipping == "value":
+            flags["gradient_clip_algorithm"] = "value"
+        elif clipping:
+            options["norm_clipping"] = clipping
+        if by_strategy:
+            flags["strategy"] = LayerwiseStrategy(bucket_mb=0, **options)
+            model = build("schedule_free_adamw", OneOverflow)
+        else:
+            model = build("schedule_free_adamw_layerwise", OneOverflow, bucket_mb=0, **options)
+        states = States()
+        with warnings.catch_warnings():
+            warnings.filterwarnings("error", message="With loss scaling, a gradient that overflows")
+            trained = run(model, plugins=[fp16_mixed], callbacks=[states], **flags)
+        for before, after in ((model.weights[1], model.weights[2]), (states.of[1], states.of[2])):
+            assert_equal(before, after, "the skipped step")
+        assert all(not torch.equal(model.weights[2][name], after) for name, after in model.weights[3].items())
+        assert trained.precision_plugin.scaler.get_scale() == 2.0**15
+        if clipping in (None, "value"):
+            plain = build("schedule_free_adamw", OneOverflow)
+            flags.pop("strategy", None)
+            expected = outcome(plain, run(plain, plugins=[fp16_mixed], **flags))
+            assert_equal(expected, outcome(model, trained), "plain")
+
+    @pytest.mark.parametrize(
+        ("optim_args", "flags", "warned"),
+        [
+            ({}, {"plugins": [fp16_mixed]}, 1),
+            ({"norm_clipping": "previous"}, {"plugins": [fp16_mixed], "gradient_clip_val": 0.5}, 1),
+            ({"overflow": "skip_bucket"}, {"plugins": [fp16_mixed]}, 0),
+            ({}, {"plugins": [fp16_mixed], "gradient_clip_val": 0.5}, 0),
+            ({}, {}, 0),
+        ],
+        ids=["silent", "previous", "given", "clip_norm", "no_scaler"],
+    )
+    def test_that_it_skips_buckets_is_said_once(
+        self, optim_args: dict[str, Any], flags: dict[str, Any], warned: int
+    ) -> None:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            run(build("sgd_layerwise", **optim_args), **flags)
+        texts = [str(warning.message) for warning in caught if "skips its bucket alone" in str(warning.message)]
+        assert len(texts) == warned
+        assert all("overflow='skip_step' (in optim_args or in the strategy)" in text for text in texts)
 
     @pytest.mark.parametrize("flags", [{}, {"gradient_clip_val": 0.5}], ids=["unclipped", "clip_norm"])
     def test_of_one_bucket(self, tmp_path: Path, flags: dict[str, Any]) -> None:

@@ -31,7 +31,7 @@ from lightning_optim import (
     rules,
 )
 from lightning_optim.rules import stepping
-from tests.models import ForeignTokens, LitTokens, loader, trainer
+from tests.models import ForeignTokens, LitTokens, fp16_mixed, loader, trainer
 from tests.test_resume import assert_equal
 
 Rule = Callable[[rules.Stepping], str | None]
@@ -129,6 +129,25 @@ CASES = (
         ("norm_clipping='per_parameter'",),
         trainer=lambda: {"gradient_clip_val": 1.0, "gradient_clip_algorithm": "value"},
         optim={"optim": "sgd_layerwise", "optim_args": "norm_clipping=per_parameter"},
+    ),
+    Case(
+        stepping._overflow_needs_a_scaler,
+        ("overflow='skip_bucket' without a GradScaler", "Trainer(precision='16-mixed')"),
+        optim={"optim": "sgd_layerwise", "optim_args": {"overflow": "skip_bucket"}},
+    ),
+    Case(
+        stepping._overflow_needs_a_scaler,
+        ("overflow='skip_step' with manual optimization", "or use optim='sgd'"),
+        Manual,
+        lambda: {"plugins": fp16_mixed()},
+        {"optim": "sgd_layerwise", "optim_args": {"overflow": "skip_step"}},
+    ),
+    Case(
+        stepping._measuring_needs_the_graph,
+        ("does not take retain_graph",),
+        PlainBackward,
+        lambda: {"plugins": fp16_mixed()},
+        {"optim": "sgd_layerwise", "optim_args": {"overflow": "skip_step"}},
     ),
     Case(
         stepping._sparse_gradients_are_not_averaged,

@@ -108,6 +108,7 @@ class LayerwiseCallback(Callback):
         layerwise.names.update({p: parameter_name for parameter_name, p in trainer.lightning_module.named_parameters()})
         layerwise.bucket_mb = merged.bucket_mb
         layerwise.wants_norm = bool(merged.log_grad_norm)
+        layerwise.skips_whole_steps = merged.overflow == "skip_step"
         if callback._norms:
             layerwise.gradient_norm = callback._norms.pop(0)
         callback._options[layerwise] = merged
@@ -116,7 +117,7 @@ class LayerwiseCallback(Callback):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         clippings = [_clipping(trainer, options) for options in self._options.values()]
         retains_graph = any(clipping and clipping.kind in ("norm", "previous") for clipping in clippings)
-        if retains_graph or any(layerwise.replicas for layerwise in self._options):
+        if retains_graph or any(layerwise.replicas or layerwise.skips_whole_steps for layerwise in self._options):
             self._donates = functorch_config.donated_buffer
             functorch_config.donated_buffer = False
         precision = trainer.precision_plugin
@@ -135,6 +136,20 @@ class LayerwiseCallback(Callback):
                 f"{type(pl_module).__name__} overrides optimizer_step: with loss scaling it is not known beforehand "
                 "whether it steps, so gradients are stepped after backward and all alive until then."
             )
+        elif self._skips_buckets(trainer):
+            rank_zero_warn(
+                "With loss scaling, a gradient that overflows skips its bucket alone, and the others are stepped; "
+                "PyTorch skips the whole step. overflow='skip_step' (in optim_args or in the strategy) skips the whole "
+                "step, too, for a second backward in each; overflow='skip_bucket' leaves it so without this warning."
+            )
+
+    def _skips_buckets(self, trainer: Trainer) -> bool:
+        """Whether an overflow skips a bucket alone, and nobody has said so."""
+        if not trainer.lightning_module.automatic_optimization or trainer.accumulate_grad_batches > 1:
+            return False
+        given = [self._options[layerwise] for layerwise in self._driven(trainer)]
+        clippings = [_clipping(trainer, options) for options in given if options.overflow is None]
+        return any(clipping is None or clipping.kind != "norm" for clipping in clippings)
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
         if not pl_module.automatic_optimization:
@@ -297,6 +312,8 @@ def _facts(trainer: Trainer, options: LayerwiseOptions, name: str, strategy: str
         gradient_readers=tuple(_gradient_readers(trainer)),
         own_clipping=packages.is_overridden("configure_gradient_clipping", module),
         retains_graph=_takes_retain_graph(module),
+        overflow=options.overflow,
+        scales=getattr(trainer.precision_plugin, "scaler", None) is not None,
         sparse=_sparse_parameter(module),
     )
 

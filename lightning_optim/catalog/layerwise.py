@@ -32,6 +32,12 @@ class LayerwiseOptions(Options):
         scope="layerwise",
     )
     log_grad_norm: bool | None = option(None, "log the norm before clipping as 'grad_norm'", scope="layerwise")
+    overflow: Literal["skip_bucket", "skip_step"] | None = option(
+        None,
+        "with loss scaling (16-mixed): 'skip_step' measures in a backward of its own and skips the whole step, "
+        "'skip_bucket' steps the other buckets; None is 'skip_bucket', with a warning",
+        scope="layerwise",
+    )
 
 
 def layerwise_row(row: OptimizerSpec) -> OptimizerSpec:

@@ -79,6 +79,9 @@ class Layerwise:
         self.gradient_norm: Tensor | None = None
         #: Whether to take the norm at every step, also where clipping does not need it.
         self.wants_norm = False
+        #: Whether an overflow under loss scaling skips the whole step, as PyTorch does, and not its bucket alone; it
+        #: takes a backward that only measures before the one that steps.
+        self.skips_whole_steps = False
         #: Whether micro-batches have accumulated; to be set where ``parameter.grad`` does not show it, as with FSDP2
         #: and ``set_requires_gradient_sync(False)``.
         self.accumulated = False
@@ -182,15 +185,21 @@ class Layerwise:
             scaler: The scaler that scaled the loss; call its ``update()`` afterwards. Lightning does both.
 
         Raises:
-            IncompatibleTrainer: If ``clipping`` needs a backward that measures, or processes have not yet agreed on an
-                order.
+            IncompatibleTrainer: If ``clipping`` or ``skips_whole_steps`` needs a backward that measures, or processes
+                have not yet agreed on an order.
         """
         if self.replicas is not None and not self._order.covers(self._trainable()):
             raise IncompatibleTrainer(
                 "the processes do not know yet in which order gradients arrive: run the first step through "
                 "Layerwise.backward(loss) in place of a backward inside Layerwise.stepping()."
             )
-        self.begin(clipping, scaler or self.scaler)
+        scaler = scaler or self.scaler
+        if scaler is not None and self.skips_whole_steps:
+            raise IncompatibleTrainer(
+                "skips_whole_steps needs to know of an overflow before the gradients are stepped: call "
+                "Layerwise.backward(loss, scaler=...) in place of a backward inside Layerwise.stepping()."
+            )
+        self.begin(clipping, scaler)
         with self._aborting():
             yield
         self.end()
@@ -229,12 +238,15 @@ class Layerwise:
                 self._run(Observation(ArrivalBuckets(0), self._name, self._order.arrivals), backward)
             self._order.agree(self.replicas, list(self._parameters()), self._name, complete)
         if clipping is not None and self._must_measure(clipping):
-            measurement = Measurement(self._buckets(), self._name, self.optimizer, scaler)
-            self._passes.append(measurement)
-            self._run(measurement, backward)
-            self._measured = measurement.norm()
-        elif clipping is not None and clipping.kind == "previous":
+            self._measured = self._measure(backward, scaler)
+            return
+        if clipping is not None and clipping.kind == "previous":
             self._measured = self.gradient_norm
+        if scaler is not None and self.skips_whole_steps:
+            norm = self._measure(backward, scaler)
+            if not bool(torch.isfinite(norm)):
+                # The step that comes is skipped by it.
+                self._measured = norm
 
     @uncompiled
     def begin(self, clipping: Clipping | None = None, scaler: GradScaler | None = None) -> None:
@@ -399,6 +411,13 @@ class Layerwise:
         if clipping.kind == "previous":
             return self.gradient_norm is None or not bool(torch.isfinite(self.gradient_norm))
         return clipping.kind == "norm"
+
+    def _measure(self, backward: Callable[[], Any], scaler: GradScaler | None) -> Tensor:
+        """Runs a backward that only measures; returns the total norm."""
+        measurement = Measurement(self._buckets(), self._name, self.optimizer, scaler)
+        self._passes.append(measurement)
+        self._run(measurement, backward)
+        return measurement.norm()
 
     def _run(self, run: Pass, backward: Callable[[], Any]) -> None:
         """Runs a backward that does not step."""

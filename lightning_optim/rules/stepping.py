@@ -22,6 +22,8 @@ class Stepping:
         gradient_readers: Hooks that look at gradients between backward and step, ``"Class.hook"``.
         own_clipping: Whether the module overrides ``configure_gradient_clipping``.
         retains_graph: Whether ``LightningModule.backward`` can be called with ``retain_graph=True``.
+        overflow: What an overflow under loss scaling skips, if that was given.
+        scales: Whether a ``GradScaler`` is at work.
         sparse: Name of a parameter whose gradient is sparse, or empty.
     """
 
@@ -33,6 +35,8 @@ class Stepping:
     gradient_readers: tuple[str, ...] = ()
     own_clipping: bool = False
     retains_graph: bool = True
+    overflow: str | None = None
+    scales: bool = False
     sparse: str = ""
 
     @property
@@ -116,7 +120,8 @@ def _manual_needs_one_process(stepping: Stepping) -> str | None:
 
 def _measuring_needs_the_graph(stepping: Stepping) -> str | None:
     exact = stepping.clips_norm and stepping.norm_clipping != "per_parameter"
-    if stepping.retains_graph or not stepping.automatic or not (exact or stepping.strategy in _AVERAGE_IN_HOOKS):
+    measures = exact or stepping.overflow == "skip_step" or stepping.strategy in _AVERAGE_IN_HOOKS
+    if stepping.retains_graph or not stepping.automatic or not measures:
         return None
     return (
         f"{stepping.name}: its first backward only measures, and the module's own backward() does not take "
@@ -131,6 +136,22 @@ def _norm_clipping_needs_clipping(stepping: Stepping) -> str | None:
         f"norm_clipping={stepping.norm_clipping!r} without Trainer(gradient_clip_val=..., "
         "gradient_clip_algorithm='norm') would be ignored. Set it, or leave norm_clipping out."
     )
+
+
+def _overflow_needs_a_scaler(stepping: Stepping) -> str | None:
+    if stepping.overflow is None:
+        return None
+    if not stepping.scales:
+        return (
+            f"overflow={stepping.overflow!r} without a GradScaler would be ignored: only Trainer(precision='16-mixed') "
+            "scales the loss. Set it, or leave overflow out."
+        )
+    if stepping.overflow == "skip_step" and not stepping.automatic:
+        return (
+            "overflow='skip_step' with manual optimization: the backward that measures first is not known. Use "
+            f"automatic optimization, leave overflow out, or use {stepping.plainly}."
+        )
+    return None
 
 
 def _sparse_gradients_are_not_averaged(stepping: Stepping) -> str | None:
@@ -149,5 +170,6 @@ LAYERWISE_RULES: tuple[Callable[[Stepping], str | None], ...] = (
     _manual_needs_one_process,
     _measuring_needs_the_graph,
     _norm_clipping_needs_clipping,
+    _overflow_needs_a_scaler,
     _sparse_gradients_are_not_averaged,
 )

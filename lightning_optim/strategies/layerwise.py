@@ -57,6 +57,7 @@ class StepsInBackwardAlone(StepsInBackward, OneDevice):
         bucket_mb: float | None = None,
         norm_clipping: str | None = None,
         log_grad_norm: bool | None = None,
+        overflow: str | None = None,
         device: torch.device | str | None = None,
         accelerator: Accelerator | None = None,
         checkpoint_io: CheckpointIO | None = None,
@@ -64,7 +65,11 @@ class StepsInBackwardAlone(StepsInBackward, OneDevice):
     ) -> None:
         super().__init__(device, accelerator, checkpoint_io, precision_plugin)
         self.layerwise_options = layerwise_options(
-            self.layerwise_name, bucket_mb=bucket_mb, norm_clipping=norm_clipping, log_grad_norm=log_grad_norm
+            self.layerwise_name,
+            bucket_mb=bucket_mb,
+            norm_clipping=norm_clipping,
+            log_grad_norm=log_grad_norm,
+            overflow=overflow,
         )
 
 
@@ -81,6 +86,8 @@ class LayerwiseStrategy(StepsInBackwardAlone, SingleDeviceStrategy):
             measures before the one that steps, ``"previous"`` takes the norm of the step before, ``"per_parameter"``
             clips each parameter's gradient by itself.
         log_grad_norm: Whether to log the norm before clipping as ``grad_norm``.
+        overflow: With ``precision="16-mixed"``: ``"skip_step"`` runs a backward that only measures and skips the whole
+            step if a gradient overflowed, ``"skip_bucket"`` (the default, with a warning) steps the other buckets.
         device: Where to train; ``None`` means where the Trainer's ``accelerator`` and ``devices`` say.
         accelerator: As in ``SingleDeviceStrategy``; the Trainer sets it.
         checkpoint_io: As in ``SingleDeviceStrategy``.

@@ -34,6 +34,7 @@ class StepsCopiesInBackward(StepsInBackward, _Base):
         bucket_mb: float | None = None,
         norm_clipping: str | None = None,
         log_grad_norm: bool | None = None,
+        overflow: str | None = None,
         broadcast_buffers: bool = True,
         process_group_backend: str | None = None,
         timeout: timedelta = default_pg_timeout,
@@ -62,7 +63,11 @@ class StepsCopiesInBackward(StepsInBackward, _Base):
             start_method=start_method,
         )
         self.layerwise_options = layerwise_options(
-            self.layerwise_name, bucket_mb=bucket_mb, norm_clipping=norm_clipping, log_grad_norm=log_grad_norm
+            self.layerwise_name,
+            bucket_mb=bucket_mb,
+            norm_clipping=norm_clipping,
+            log_grad_norm=log_grad_norm,
+            overflow=overflow,
         )
         self._broadcast_buffers = broadcast_buffers
 
@@ -123,6 +128,7 @@ class LayerwiseDDPStrategy(StepsCopiesInBackward, DDPStrategy):
         bucket_mb: As in :class:`~lightning_optim.LayerwiseStrategy`.
         norm_clipping: As there.
         log_grad_norm: As there.
+        overflow: As there.
         broadcast_buffers: Whether all processes take rank 0's buffers (BatchNorm's statistics) before every forward.
         process_group_backend: As in ``DDPStrategy``.
         timeout: As in ``DDPStrategy``.

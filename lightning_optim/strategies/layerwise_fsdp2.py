@@ -26,6 +26,7 @@ class StepsShardsInBackward(StepsInBackward, _Base):
         bucket_mb: float | None = None,
         norm_clipping: str | None = None,
         log_grad_norm: bool | None = None,
+        overflow: str | None = None,
         data_parallel_size: Literal["auto"] | int = "auto",
         tensor_parallel_size: int = 1,
         save_distributed_checkpoint: bool = True,
@@ -36,7 +37,11 @@ class StepsShardsInBackward(StepsInBackward, _Base):
             data_parallel_size, tensor_parallel_size, save_distributed_checkpoint, process_group_backend, timeout
         )
         self.layerwise_options = layerwise_options(
-            self.layerwise_name, bucket_mb=bucket_mb, norm_clipping=norm_clipping, log_grad_norm=log_grad_norm
+            self.layerwise_name,
+            bucket_mb=bucket_mb,
+            norm_clipping=norm_clipping,
+            log_grad_norm=log_grad_norm,
+            overflow=overflow,
         )
 
     def setup_environment(self) -> None:
@@ -72,6 +77,7 @@ class LayerwiseFSDP2Strategy(StepsShardsInBackward, ModelParallelStrategy):
         bucket_mb: As in :class:`~lightning_optim.LayerwiseStrategy`, counted in shards.
         norm_clipping: As there.
         log_grad_norm: As there.
+        overflow: As there.
         data_parallel_size: Processes that share the shards; ``"auto"`` means all that tensor parallelism leaves, unlike
             in ``ModelParallelStrategy``, where it means the number of nodes.
         tensor_parallel_size: Processes of each tensor-parallel group.

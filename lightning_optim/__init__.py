@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from lightning_optim.accelerators import NPUAccelerator, PJRTAccelerator
 from lightning_optim.accelerators import register as _register_accelerators
+from lightning_optim.arguments import OptimArguments
 from lightning_optim.availability import Requirement
 from lightning_optim.callbacks.grokking import GrokkingSignal
 from lightning_optim.callbacks.optim import OptimCallback
@@ -79,6 +80,7 @@ __all__ = [
     "NPUAccelerator",
     "NPUDDPStrategy",
     "NPUStrategy",
+    "OptimArguments",
     "OptimCallback",
     "OptimConfig",
     "OptimMixin",

@@ -22,7 +22,7 @@ LAYERS = (
     ("misnomers", "plain", "quiet"),
     ("availability", "options", "parameters", "trust"),
     ("spec", "target_modules", "layer_decay", "curves", "schedule_state"),
-    ("optimizers",),
+    ("optimizers", "arguments"),
     ("adapters", "catalog"),
     ("registry",),
     ("param_groups", "schedules", "following", "memory", "layerwise"),

@@ -23,6 +23,7 @@ from lightning_optim import (
     IncompatibleTrainer,
     InvalidOption,
     MissingDependency,
+    OptimArguments,
     OptimCallback,
     OptimMixin,
     UnknownOptimizer,
@@ -263,7 +264,7 @@ class TestMixin:
         assert defaults(OptimMixin.__init__) == defaults(OptimConfig)
         # Without a name the callback keeps what the module builds.
         assert defaults(OptimCallback.__init__) == {**defaults(OptimConfig), "optim": None}
-        assert list(_ARGUMENTS) == list(defaults(OptimConfig))
+        assert list(_ARGUMENTS) == list(OptimArguments.__annotations__) == list(defaults(OptimConfig))
         common = defaults(build_optimizer)
         assert {name: defaults(OptimConfig)[name] for name in common} == common
 

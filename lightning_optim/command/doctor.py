@@ -6,6 +6,7 @@ import argparse
 import importlib.metadata
 import platform
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -140,16 +141,20 @@ def _packages(specs: Mapping[str, OptimizerSpec]) -> tuple[PackageUse, ...]:
 
 
 def _notes() -> tuple[str, ...]:
-    try:
-        version = importlib.metadata.version("pytorch-lightning")
-    except importlib.metadata.PackageNotFoundError:
-        return ()
-    # lightning itself depends on it, so that it is no problem to be installed, only to be mixed.
-    return (
-        f"pytorch_lightning {version} is installed, too. It and lightning do not know each other's classes: module, "
-        "Trainer and callbacks have to come from the same of them. OptimMixin, OptimCallback and the strategies work "
-        "with both; OptimCLI and the accelerators npu and pjrt with lightning.pytorch (`import lightning as L`).",
-    )
+    texts = {
+        # lightning itself depends on it, so that it is no problem to be installed, only to be mixed.
+        "pytorch-lightning": "pytorch_lightning {} is installed, too. It and lightning do not know each other's "
+        "classes: module, Trainer and callbacks have to come from the same of them. OptimMixin, OptimCallback and the "
+        "strategies work with both; OptimCLI and the accelerators npu and pjrt with lightning.pytorch (`import "
+        "lightning as L`).",
+        "bitsandbytes": "bitsandbytes {} says on some CPUs, when it is imported, that it failed to load "
+        "gemm_4bit_forward. That is harmless: the kernel is for 4-bit layers, and no optimizer uses it.",
+    }
+    notes = []
+    for distribution, text in texts.items():
+        with suppress(importlib.metadata.PackageNotFoundError):
+            notes.append(text.format(importlib.metadata.version(distribution)))
+    return tuple(notes)
 
 
 def render(diagnosis: Diagnosis) -> str:

@@ -29,13 +29,17 @@ def watch(optimizer: Optimizer, name: str) -> None:
         _warn(trainer, optimizer, name)
         return
 
+    asked = False
+
     def at_first_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        handle.remove()
-        trainer = _running_trainer()
+        # It stays: torch iterates over the hooks while they run, so that none may remove itself.
+        nonlocal asked
+        trainer = None if asked else _running_trainer()
+        asked = True
         if trainer is not None:
             _warn(trainer, optimizer, name)
 
-    handle = optimizer.register_step_pre_hook(at_first_step)
+    optimizer.register_step_pre_hook(at_first_step)
 
 
 def _needs(optimizer: Optimizer) -> tuple[type, str] | None:

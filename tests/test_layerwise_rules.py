@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -40,16 +42,6 @@ Rule = Callable[[rules.Stepping], str | None]
 class OwnClipping(LitTokens):
     def configure_gradient_clipping(self, optimizer: Any, *args: Any, **kwargs: Any) -> None:
         self.clip_gradients(optimizer, 1.0, "norm")
-
-
-class LogsNorms(LitTokens):
-    def on_before_optimizer_step(self, optimizer: Any) -> None:
-        self.norms = [parameter.grad.norm() for parameter in self.parameters()]
-
-
-class LooksForUnused(Callback):
-    def on_after_backward(self, trainer: Any, pl_module: Any) -> None:
-        self.unused = {name: p for name, p in pl_module.named_parameters() if (lambda p=p: p.grad)() is None}
 
 
 class Manual(LitTokens):
@@ -99,12 +91,6 @@ CASES = (
         OwnClipping,
         lambda: {"strategy": "layerwise"},
         {"optim": "torch.optim.SGD", "lr": 0.1},
-    ),
-    Case(stepping._gradients_are_gone, ("LogsNorms.on_before_optimizer_step", "log_grad_norm=True"), LogsNorms),
-    Case(
-        stepping._gradients_are_gone,
-        ("LooksForUnused.on_after_backward", "parameter.register_hook"),
-        trainer=lambda: {"callbacks": LooksForUnused()},
     ),
     Case(
         stepping._manual_needs_one_process,
@@ -326,19 +312,24 @@ def test_plain_rows_take_no_layerwise_options() -> None:
 # --- who reads gradients ---------------------------------------------------------------------------------------------
 
 
-class MasksDecorated(LitTokens):
+def norms(module: nn.Module) -> list[Tensor]:
+    return [parameter.grad.norm() for parameter in module.parameters() if parameter.grad is not None]
+
+
+class LogsByHelper(LitTokens):
     @torch.no_grad()
     def on_before_optimizer_step(self, optimizer: Any) -> None:
-        for parameter in self.parameters():
-            if parameter.grad is not None:
-                parameter.grad.mul_(0.0)
+        self.a()
+
+    def a(self) -> None:
+        self.b()
+
+    def b(self) -> None:
+        norms(self)
 
 
-class MasksByHelper(LitTokens):
+class Masks(LitTokens):
     def on_after_backward(self) -> None:
-        self.mask()
-
-    def mask(self) -> None:
         for parameter in self.parameters():
             parameter.grad = None
 
@@ -346,47 +337,125 @@ class MasksByHelper(LitTokens):
 class ClipsInBackward(LitTokens):
     def backward(self, loss: Tensor, **kwargs: Any) -> None:
         loss.backward(**kwargs)
-        torch.nn.utils.clip_grad_value_(self.parameters(), 0.1)
+        torch.nn.utils.clip_grad_norm_(self.parameters(), 0.1)
 
 
 class WrapsTheClosure(LitTokens):
     def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None) -> None:
         def closure() -> Any:
             loss = optimizer_closure()
-            self.model.head.weight.grad.zero_()
+            norms(self)
             return loss
 
         optimizer.step(closure=closure)
 
 
+class OwnInstance(LitTokens):
+    def __init__(self, **optim: Any) -> None:
+        super().__init__(**optim)
+        self.on_before_zero_grad = lambda optimizer: norms(self)
+
+
 class LogsAtBatchEnd(Callback):
     def on_train_batch_end(self, trainer: Any, pl_module: Any, *_: Any) -> None:
-        self.seen = [parameter.grad for parameter in pl_module.parameters()]
+        norms(pl_module)
+
+
+class LogsByAttribute(Callback):
+    def __init__(self) -> None:
+        self.on_after_backward = lambda trainer, module: torch.nn.utils.clip_grad_norm_(module.parameters(), 1.0)
+
+
+class Harmless(Callback):
+    """Looks at gradients of inputs, at those of nothing, and zeroes them."""
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, *_: Any) -> None:
+        with torch.enable_grad():
+            x = torch.ones(2, requires_grad=True)
+            torch.autograd.grad((x * x).sum(), x)
+        assert x.grad is None
+        pl_module.zero_grad()
+        trainer.optimizers[0].zero_grad()
+
+    def on_after_backward(self, trainer: Any, pl_module: Any) -> None:
+        if trainer.global_step < 0:
+            norms(pl_module)
+
+
+def told(caught: Any) -> list[str]:
+    """Returns the hooks that a fit warned of."""
+    texts = [str(warning.message) for warning in caught]
+    return [text.partition(" ")[0] for text in texts if "looks at the gradient of" in text]
 
 
 @pytest.mark.parametrize(
-    ("model", "callback", "reader"),
+    ("model", "callback", "readers"),
     [
-        (MasksDecorated, None, "MasksDecorated.on_before_optimizer_step"),
-        (MasksByHelper, None, "MasksByHelper.on_after_backward"),
-        (ClipsInBackward, None, "ClipsInBackward.backward"),
-        (WrapsTheClosure, None, "WrapsTheClosure.optimizer_step"),
-        (LitTokens, LogsAtBatchEnd, "LogsAtBatchEnd.on_train_batch_end"),
+        (LogsByHelper, None, ["LogsByHelper.on_before_optimizer_step"]),
+        (Masks, None, ["Masks.on_after_backward"]),
+        (ClipsInBackward, None, ["ClipsInBackward.backward"]),
+        (WrapsTheClosure, None, ["WrapsTheClosure.optimizer_step"]),
+        (OwnInstance, None, ["OwnInstance.on_before_zero_grad"]),
+        (LitTokens, LogsAtBatchEnd, ["LogsAtBatchEnd.on_train_batch_end"]),
+        (LitTokens, LogsByAttribute, ["LogsByAttribute.on_after_backward"]),
+        (LitTokens, Harmless, []),
     ],
 )
-def test_readers_of_gradients_are_found(model: type[LitTokens], callback: type[Callback] | None, reader: str) -> None:
+def test_each_hook_that_looks_for_freed_gradients_is_told_once(
+    model: type[LitTokens], callback: type[Callback] | None, readers: list[str]
+) -> None:
     callbacks = [callback()] if callback else []
-    with pytest.raises(IncompatibleTrainer, match=f"beside {reader}, which reads gradients"):
-        trainer(max_steps=1, callbacks=callbacks).fit(model(optim="sgd_layerwise"), loader())
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        trainer(max_steps=4, callbacks=callbacks).fit(model(optim="sgd_layerwise", optim_args="bucket_mb=0"), loader())
+    assert told(caught) == readers
+    for remedy in ("log_grad_norm=True", "parameter.register_hook", "optim='sgd'", "gradient_readers='ignore'"):
+        assert all(remedy in str(w.message) for w in caught if "looks at the gradient of" in str(w.message))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        module = model(optim="torch.optim.SGD", lr=0.1)
+        trainer(max_steps=2, strategy=LayerwiseStrategy(gradient_readers="ignore"), callbacks=callbacks).fit(
+            module, loader()
+        )
+    assert told(caught) == []
 
 
-def test_names_that_only_look_like_gradients_are_welcome() -> None:
-    class Logs(LitTokens):
-        def on_before_optimizer_step(self, optimizer: Any) -> None:
-            self.log("accumulated", float(self.trainer.accumulate_grad_batches))
-            self.upgraded = torch.is_grad_enabled()
+def test_nothing_is_told_of_micro_batches_that_accumulate() -> None:
+    class Looks(LitTokens):
+        def on_after_backward(self) -> None:
+            if self.trainer.fit_loop._should_accumulate():
+                self.found = len(norms(self))
 
-    trainer(max_steps=1).fit(Logs(optim="sgd_layerwise"), loader())
+    model = Looks(optim="sgd_layerwise")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        trainer(max_steps=2, accumulate_grad_batches=2).fit(model, loader())
+    assert model.found
+    assert told(caught) == []
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_watching_ends_after_two_steps_and_with_the_fit(fails: bool) -> None:
+    class Watches(Callback):
+        modes: list[int]
+
+        def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+            self.modes = []
+
+        def on_after_backward(self, trainer: Any, pl_module: Any) -> None:
+            self.modes.append(torch._C._len_torch_function_stack())
+            if fails:
+                raise RuntimeError("on purpose")
+
+    watches = Watches()
+    run = trainer(max_steps=4, callbacks=watches)
+    model = LitTokens(optim="sgd_layerwise")
+    with pytest.raises(RuntimeError, match="on purpose") if fails else nullcontext():
+        run.fit(model, loader())
+    assert watches.modes == ([1] if fails else [1, 1, 0, 0])
+    assert "profile" not in vars(run.profiler)
+    assert torch._C._len_torch_function_stack() == 0
+    assert not any(parameter._post_accumulate_grad_hooks for parameter in model.parameters())
 
 
 # --- optimizers that step their parameters together -------------------------------------------------------------------

@@ -43,7 +43,8 @@ def test_one_node_is_what_the_trainer_knows() -> None:
 def test_a_command_line_finds_the_arguments(strategy: type[Strategy]) -> None:
     parser = LightningArgumentParser()
     parser.add_class_arguments(strategy, "strategy")
-    own = {"bucket_mb", "norm_clipping", "log_grad_norm", "overflow"} if strategy is LayerwiseStrategy else set()
+    options = {"bucket_mb", "norm_clipping", "log_grad_norm", "overflow", "gradient_readers"}
+    own = options if strategy is LayerwiseStrategy else set()
     found = vars(parser.get_defaults().strategy)
     assert set(found) == {"device", "accelerator", "checkpoint_io", "precision_plugin"} | own
     help_text = parser.format_help()

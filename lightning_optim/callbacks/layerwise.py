@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-import re
 from collections.abc import Callable, Iterator
 from functools import partial
-from types import CodeType
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -30,23 +28,13 @@ from torch.optim import Optimizer
 
 from lightning_optim import packages, rules
 from lightning_optim.callbacks.attached import detach
+from lightning_optim.callbacks.gradient_readers import GradientReaders
 from lightning_optim.catalog.layerwise import LayerwiseOptions
 from lightning_optim.errors import IncompatibleTrainer
 from lightning_optim.layerwise.clipping import Clipping
 from lightning_optim.layerwise.engine import Layerwise
 from lightning_optim.layerwise.scaling import OuterScaler
 
-# Where modules and callbacks find the gradients of a plain step, and the names by which code reads or changes them.
-_AFTER_BACKWARD = (
-    "backward",
-    "on_after_backward",
-    "on_before_optimizer_step",
-    "optimizer_step",
-    "on_train_batch_end",
-    "on_before_zero_grad",
-    "optimizer_zero_grad",
-)
-_GRADIENT = re.compile(r"grad|main_grad|grads|grad_norm|get_total_norm|clip_grad\w*")
 _KEY = "layerwise_gradient_norms"
 
 
@@ -60,6 +48,8 @@ class LayerwiseCallback(Callback):
 
     def __init__(self) -> None:
         self._options: dict[Layerwise, LayerwiseOptions] = {}
+        self._facts: dict[Layerwise, rules.Stepping] = {}
+        self._readers: GradientReaders | None = None
         self._scaler: GradScaler | None = None
         self._may_step = True
         # Compiled graphs that may overwrite their buffers in backward cannot be retained for another one.
@@ -97,7 +87,8 @@ class LayerwiseCallback(Callback):
         try:
             merged = _merge(options, getattr(trainer.strategy, "layerwise_options", LayerwiseOptions()))
             strategy = _strategy_name(trainer.strategy)
-            rules.check_layerwise(_facts(trainer, merged, name or f"strategy={strategy!r}", strategy))
+            facts = _facts(trainer, merged, name or f"strategy={strategy!r}", strategy)
+            rules.check_layerwise(facts)
         except IncompatibleTrainer:
             if layerwise is not None:
                 layerwise.detach()
@@ -112,6 +103,7 @@ class LayerwiseCallback(Callback):
         if callback._norms:
             layerwise.gradient_norm = callback._norms.pop(0)
         callback._options[layerwise] = merged
+        callback._facts[layerwise] = facts
         return layerwise
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -121,6 +113,7 @@ class LayerwiseCallback(Callback):
             self._donates = functorch_config.donated_buffer
             functorch_config.donated_buffer = False
         precision = trainer.precision_plugin
+        self._readers = self._watch(trainer)
         own_clipping = precision.clip_gradients
         precision.clip_gradients = partial(self._clip_alive, trainer, own_clipping)  # type: ignore[method-assign]
         self._scaler = getattr(precision, "scaler", None)
@@ -151,7 +144,24 @@ class LayerwiseCallback(Callback):
         clippings = [_clipping(trainer, options) for options in given if options.overflow is None]
         return any(clipping is None or clipping.kind != "norm" for clipping in clippings)
 
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        if self._readers is not None:
+            self._readers.on_train_batch_start()
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if self._readers is not None:
+            self._readers.on_train_batch_end()
+
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
+        if self._readers is not None:
+            self._readers.on_before_backward()
+        self._prepare(trainer, pl_module, loss)
+        if self._readers is not None:
+            self._readers.stepped = any(layerwise.is_stepping for layerwise in self._driven(trainer))
+
+    def _prepare(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
         if not pl_module.automatic_optimization:
             return
         for layerwise in self._driven(trainer):
@@ -175,6 +185,8 @@ class LayerwiseCallback(Callback):
         options = self._options.get(layerwise) if layerwise else None
         if layerwise is None or options is None:
             return
+        if self._readers is not None:
+            self._readers.stepped = True
         if layerwise.has_gradients() and (options.log_grad_norm or options.norm_clipping == "previous"):
             layerwise.measure_alive()
         if options.log_grad_norm and layerwise.gradient_norm is not None:
@@ -235,10 +247,26 @@ class LayerwiseCallback(Callback):
                 "or run that backward outside of stepping()."
             )
 
+    def _watch(self, trainer: Trainer) -> GradientReaders | None:
+        watched = {
+            parameter: (
+                layerwise.names.get(parameter, ""),
+                partial(rules.gradient_is_gone, self._facts[layerwise]),
+            )
+            for layerwise in self._driven(trainer)
+            if self._options[layerwise].gradient_readers != "ignore"
+            for group in layerwise.optimizer.param_groups
+            for parameter in group["params"]
+            if parameter.requires_grad
+        }
+        return GradientReaders(trainer, watched) if watched else None
+
     def _restore(self, checkpoint: dict[str, Any]) -> None:
         self._norms = list(checkpoint.get(_KEY, ()))
 
     def _detach(self, trainer: Trainer) -> None:
+        if self._readers is not None:
+            self._readers.stop()
         for layerwise in self._options:
             layerwise.detach()
         precision = trainer.precision_plugin
@@ -309,42 +337,12 @@ def _facts(trainer: Trainer, options: LayerwiseOptions, name: str, strategy: str
         automatic=module.automatic_optimization,
         clips_norm=clipping is not None and clipping.kind != "value",
         norm_clipping=options.norm_clipping,
-        gradient_readers=tuple(_gradient_readers(trainer)),
         own_clipping=packages.is_overridden("configure_gradient_clipping", module),
         retains_graph=_takes_retain_graph(module),
         overflow=options.overflow,
         scales=getattr(trainer.precision_plugin, "scaler", None) is not None,
         sparse=_sparse_parameter(module),
     )
-
-
-def _gradient_readers(trainer: Trainer) -> Iterator[str]:
-    """Yields the hooks of the module and of the callbacks whose code reads gradients that will be gone."""
-    owners = [trainer.lightning_module, *trainer.callbacks]  # type: ignore[attr-defined]
-    for owner in owners:
-        for hook in _AFTER_BACKWARD:
-            if _reads_gradients(type(owner), hook, depth=2):
-                yield f"{type(owner).__name__}.{hook}"
-
-
-def _reads_gradients(owner: type, method: str, depth: int) -> bool:
-    """Whether a method of a user's class, or one that it calls on itself, names gradients."""
-    function = inspect.unwrap(getattr(owner, method, None))  # type: ignore[arg-type]
-    module = getattr(function, "__module__", None) or ""
-    libraries = ("lightning", packages.OTHER, "lightning_optim", "torch")
-    if not inspect.isfunction(function) or module.partition(".")[0] in libraries:
-        return False
-    names = list(_names(function.__code__))
-    if any(_GRADIENT.fullmatch(name) for name in names):
-        return True
-    return depth > 1 and any(_reads_gradients(owner, name, depth - 1) for name in names)
-
-
-def _names(code: CodeType) -> Iterator[str]:
-    yield from code.co_names
-    for constant in code.co_consts:
-        if isinstance(constant, CodeType):
-            yield from _names(constant)
 
 
 def _takes_retain_graph(module: LightningModule) -> bool:

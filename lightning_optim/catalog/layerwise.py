@@ -38,6 +38,12 @@ class LayerwiseOptions(Options):
         "'skip_bucket' steps the other buckets; None is 'skip_bucket', with a warning",
         scope="layerwise",
     )
+    gradient_readers: Literal["warn", "ignore"] | None = option(
+        None,
+        "what to do about hooks that look at gradients after they were stepped and freed, watched in the first two "
+        "steps; None is 'warn'",
+        scope="layerwise",
+    )
 
 
 def layerwise_row(row: OptimizerSpec) -> OptimizerSpec:

@@ -12,7 +12,7 @@ from lightning_optim.errors import IncompatibleTrainer
 from lightning_optim.rules.fused import FUSED_RULES, Fusing
 from lightning_optim.rules.request import CONFIG_RULES, Request
 from lightning_optim.rules.run import RUN_RULES, Run, TrainerFacts, cpp_compiler
-from lightning_optim.rules.stepping import LAYERWISE_RULES, STEPPING_STRATEGIES, Stepping
+from lightning_optim.rules.stepping import LAYERWISE_RULES, STEPPING_STRATEGIES, Stepping, gradient_is_gone
 
 __all__ = [
     "CONFIG_RULES",
@@ -26,6 +26,7 @@ __all__ = [
     "Stepping",
     "TrainerFacts",
     "cpp_compiler",
+    "gradient_is_gone",
 ]
 
 

@@ -19,7 +19,6 @@ class Stepping:
         automatic: Whether Lightning's automatic optimization is at work.
         clips_norm: Whether ``gradient_clip_val`` is set and clips by norm.
         norm_clipping: How to clip by norm, if that was given.
-        gradient_readers: Hooks that look at gradients between backward and step, ``"Class.hook"``.
         own_clipping: Whether the module overrides ``configure_gradient_clipping``.
         retains_graph: Whether ``LightningModule.backward`` can be called with ``retain_graph=True``.
         overflow: What an overflow under loss scaling skips, if that was given.
@@ -32,7 +31,6 @@ class Stepping:
     automatic: bool = True
     clips_norm: bool = False
     norm_clipping: str | None = None
-    gradient_readers: tuple[str, ...] = ()
     own_clipping: bool = False
     retains_graph: bool = True
     overflow: str | None = None
@@ -99,16 +97,6 @@ def _clipping_of_ones_own(stepping: Stepping) -> str | None:
     )
 
 
-def _gradients_are_gone(stepping: Stepping) -> str | None:
-    if not stepping.gradient_readers:
-        return None
-    return (
-        f"{stepping.name} beside {', '.join(stepping.gradient_readers)}, which reads gradients when they are stepped "
-        "and gone. Log their norm with log_grad_norm=True (in optim_args or in the strategy), look at single gradients "
-        f"with parameter.register_hook, or use {stepping.plainly}."
-    )
-
-
 def _manual_needs_one_process(stepping: Stepping) -> str | None:
     if stepping.automatic or stepping.strategy not in _AVERAGE_IN_HOOKS:
         return None
@@ -166,10 +154,19 @@ def _sparse_gradients_are_not_averaged(stepping: Stepping) -> str | None:
 LAYERWISE_RULES: tuple[Callable[[Stepping], str | None], ...] = (
     _strategy_leaves_gradients_to_hooks,
     _clipping_of_ones_own,
-    _gradients_are_gone,
     _manual_needs_one_process,
     _measuring_needs_the_graph,
     _norm_clipping_needs_clipping,
     _overflow_needs_a_scaler,
     _sparse_gradients_are_not_averaged,
 )
+
+
+def gradient_is_gone(stepping: Stepping, hook: str, parameter: str) -> str:
+    """Returns what to say of a hook that was seen to look for a gradient after its parameter was stepped."""
+    return (
+        f"{hook} looks at the gradient of {parameter!r} and finds None: with {stepping.name} parameters are stepped "
+        "during backward and their gradients freed. Log the norm of all with log_grad_norm=True (in optim_args or in "
+        f"the strategy), look at single gradients with parameter.register_hook, or use {stepping.plainly}. If {hook} "
+        "needs none, gradient_readers='ignore' (in the same places) turns this off."
+    )

@@ -62,6 +62,7 @@ class StepsInBackwardAlone(StepsInBackward, OneDevice):
         accelerator: Accelerator | None = None,
         checkpoint_io: CheckpointIO | None = None,
         precision_plugin: Precision | None = None,
+        gradient_readers: str | None = None,
     ) -> None:
         super().__init__(device, accelerator, checkpoint_io, precision_plugin)
         self.layerwise_options = layerwise_options(
@@ -70,6 +71,7 @@ class StepsInBackwardAlone(StepsInBackward, OneDevice):
             norm_clipping=norm_clipping,
             log_grad_norm=log_grad_norm,
             overflow=overflow,
+            gradient_readers=gradient_readers,
         )
 
 
@@ -88,6 +90,8 @@ class LayerwiseStrategy(StepsInBackwardAlone, SingleDeviceStrategy):
         log_grad_norm: Whether to log the norm before clipping as ``grad_norm``.
         overflow: With ``precision="16-mixed"``: ``"skip_step"`` runs a backward that only measures and skips the whole
             step if a gradient overflowed, ``"skip_bucket"`` (the default, with a warning) steps the other buckets.
+        gradient_readers: ``"warn"`` (the default) tells of hooks that look at gradients after they were stepped and
+            freed, watched in the first two steps; ``"ignore"`` does not.
         device: Where to train; ``None`` means where the Trainer's ``accelerator`` and ``devices`` say.
         accelerator: As in ``SingleDeviceStrategy``; the Trainer sets it.
         checkpoint_io: As in ``SingleDeviceStrategy``.

@@ -44,6 +44,7 @@ class StepsCopiesInBackward(StepsInBackward, _Base):
         cluster_environment: ClusterEnvironment | None = None,
         checkpoint_io: CheckpointIO | None = None,
         precision_plugin: Precision | None = None,
+        gradient_readers: str | None = None,
         **others: Any,
     ) -> None:
         # Not handed on: a command line would find the arguments of DistributedDataParallel behind them.
@@ -68,6 +69,7 @@ class StepsCopiesInBackward(StepsInBackward, _Base):
             norm_clipping=norm_clipping,
             log_grad_norm=log_grad_norm,
             overflow=overflow,
+            gradient_readers=gradient_readers,
         )
         self._broadcast_buffers = broadcast_buffers
 
@@ -129,6 +131,7 @@ class LayerwiseDDPStrategy(StepsCopiesInBackward, DDPStrategy):
         norm_clipping: As there.
         log_grad_norm: As there.
         overflow: As there.
+        gradient_readers: As there.
         broadcast_buffers: Whether all processes take rank 0's buffers (BatchNorm's statistics) before every forward.
         process_group_backend: As in ``DDPStrategy``.
         timeout: As in ``DDPStrategy``.

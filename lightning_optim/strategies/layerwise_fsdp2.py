@@ -32,6 +32,7 @@ class StepsShardsInBackward(StepsInBackward, _Base):
         save_distributed_checkpoint: bool = True,
         process_group_backend: str | None = None,
         timeout: timedelta = default_pg_timeout,
+        gradient_readers: str | None = None,
     ) -> None:
         super().__init__(
             data_parallel_size, tensor_parallel_size, save_distributed_checkpoint, process_group_backend, timeout
@@ -42,6 +43,7 @@ class StepsShardsInBackward(StepsInBackward, _Base):
             norm_clipping=norm_clipping,
             log_grad_norm=log_grad_norm,
             overflow=overflow,
+            gradient_readers=gradient_readers,
         )
 
     def setup_environment(self) -> None:
@@ -78,6 +80,7 @@ class LayerwiseFSDP2Strategy(StepsShardsInBackward, ModelParallelStrategy):
         norm_clipping: As there.
         log_grad_norm: As there.
         overflow: As there.
+        gradient_readers: As there.
         data_parallel_size: Processes that share the shards; ``"auto"`` means all that tensor parallelism leaves, unlike
             in ``ModelParallelStrategy``, where it means the number of nodes.
         tensor_parallel_size: Processes of each tensor-parallel group.

@@ -57,11 +57,11 @@ class StepsInBackwardAlone(StepsInBackward, OneDevice):
         bucket_mb: float | None = None,
         norm_clipping: str | None = None,
         log_grad_norm: bool | None = None,
-        overflow: str | None = None,
         device: torch.device | str | None = None,
         accelerator: Accelerator | None = None,
         checkpoint_io: CheckpointIO | None = None,
         precision_plugin: Precision | None = None,
+        overflow: str | None = None,
         gradient_readers: str | None = None,
     ) -> None:
         super().__init__(device, accelerator, checkpoint_io, precision_plugin)

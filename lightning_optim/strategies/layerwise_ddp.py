@@ -34,7 +34,6 @@ class StepsCopiesInBackward(StepsInBackward, _Base):
         bucket_mb: float | None = None,
         norm_clipping: str | None = None,
         log_grad_norm: bool | None = None,
-        overflow: str | None = None,
         broadcast_buffers: bool = True,
         process_group_backend: str | None = None,
         timeout: timedelta = default_pg_timeout,
@@ -44,6 +43,7 @@ class StepsCopiesInBackward(StepsInBackward, _Base):
         cluster_environment: ClusterEnvironment | None = None,
         checkpoint_io: CheckpointIO | None = None,
         precision_plugin: Precision | None = None,
+        overflow: str | None = None,
         gradient_readers: str | None = None,
         **others: Any,
     ) -> None:

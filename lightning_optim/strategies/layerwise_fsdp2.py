@@ -26,12 +26,12 @@ class StepsShardsInBackward(StepsInBackward, _Base):
         bucket_mb: float | None = None,
         norm_clipping: str | None = None,
         log_grad_norm: bool | None = None,
-        overflow: str | None = None,
         data_parallel_size: Literal["auto"] | int = "auto",
         tensor_parallel_size: int = 1,
         save_distributed_checkpoint: bool = True,
         process_group_backend: str | None = None,
         timeout: timedelta = default_pg_timeout,
+        overflow: str | None = None,
         gradient_readers: str | None = None,
     ) -> None:
         super().__init__(

@@ -22,6 +22,9 @@ RUNS = [name for name in CASES if not REGISTRY[name].xla and REGISTRY[name].devi
 ON_HOST = {"adamw_torch_xla": "adamw_torch"}
 # After 10 steps, between XLA's rounding and the host's; AnyPrecision's second moment is bfloat16.
 CLOSE, CLOSE_IN_BFLOAT16 = 1e-5, 1e-3
+# rmsprop's case is centered: it divides by the root of a difference of nearly equal numbers, which takes up how a
+# processor rounds sums (1.8e-5 apart on one, below 1e-5 on another).
+TOLERANCES = {"adamw_anyprecision": CLOSE_IN_BFLOAT16, "rmsprop": 1e-4}
 
 
 def make(name: str, device: str) -> tuple[TokenModel, Optimizer]:
@@ -68,7 +71,7 @@ def test_trains_as_on_the_host_and_resumes(name: str) -> None:
     assert counted.get("TransferFromDeviceTime", 0) == 0
     assert not [operation for operation, count in counted.items() if operation.startswith("aten::") and count]
     train(there, reference, 0, 10)
-    assert apart(here, there) < (CLOSE_IN_BFLOAT16 if name == "adamw_anyprecision" else CLOSE)
+    assert apart(here, there) < TOLERANCES.get(name, CLOSE)
 
     saved = on_host([here.state_dict(), optimizer.state_dict()])
     train(here, optimizer, 10, 16)

@@ -35,6 +35,7 @@ LAYERS = (
     ("callbacks.attached",),
     (
         "callbacks.schedule_free",
+        "callbacks.gradient_readers",
         "callbacks.grokking",
         "callbacks.manual_schedule",
         "callbacks.old_checkpoints",

@@ -196,10 +196,10 @@ class OptimCLI(LightningCLI):
         self._said = set(trust.words(self.config.as_dict()))
 
     def instantiate_classes(self) -> None:
-        # Lightning has added the hyperparameters that --ckpt_path holds.
         automatic = self.auto_configure_optimizers
         # A class that add_optimizer_args has put into the parser with its defaults does not train beside --optim.
         self.auto_configure_optimizers = automatic and self.optim_config is None
+        # Lightning has added the hyperparameters that --ckpt_path holds.
         with trust.reading(said=self._said, held=self.config.as_dict()):
             super().instantiate_classes()
         self.auto_configure_optimizers = automatic

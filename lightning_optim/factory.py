@@ -23,7 +23,6 @@ from lightning_optim.config import OptimConfig
 from lightning_optim.errors import IncompatibleTrainer, InvalidOption, InvalidParamGroups, MissingDependency
 from lightning_optim.layerwise.engine import Layerwise
 from lightning_optim.memory import state_bytes
-from lightning_optim.misnomers import refuse_arguments
 from lightning_optim.optimizers.base import OwnOptimizer
 from lightning_optim.optimizers.finite import say_if_not_finite
 from lightning_optim.optimizers.fused import SCALES
@@ -31,7 +30,7 @@ from lightning_optim.optimizers.kernels import keep_kernel
 from lightning_optim.options import Options, parse
 from lightning_optim.param_groups import GroupPolicy, make_groups
 from lightning_optim.parameters import NamedParameter, Target, device_types, named_parameters
-from lightning_optim.registry import REGISTRY, option_names
+from lightning_optim.registry import REGISTRY, refuse_unknown
 from lightning_optim.resume import Resuming, mark
 from lightning_optim.spec import OptimizerSpec
 from lightning_optim.target_modules import TargetModules, left_out
@@ -267,7 +266,7 @@ def build_optimizer(
         >>> [group["name"] for group in optimizer.param_groups]
         ['decay', 'no_decay']
     """
-    refuse_arguments("build_optimizer", unknown, inspect.signature(build_optimizer).parameters, option_names(optim))
+    refuse_unknown("build_optimizer", unknown, inspect.signature(build_optimizer).parameters, optim)
     if warmup_steps and REGISTRY.find(optim).warmup != "optimizer":
         raise IncompatibleTrainer(
             f"warmup_steps={warmup_steps} beside optim={optim!r}: build_optimizer makes no schedule. Leave it out and "

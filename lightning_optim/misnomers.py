@@ -5,7 +5,7 @@ Nobody is made to read a page for a name that the Hugging Face Trainer, torch or
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any, NoReturn
 
 from lightning_optim.errors import InvalidOption, close_names, listing
@@ -67,8 +67,8 @@ _ELSEWHERE = {
 }
 
 
-def refuse_arguments(where: str, given: dict[str, Any], allowed: Iterable[str], options: Iterable[str] = ()) -> None:
-    """Raises :class:`InvalidOption` if there are arguments that nobody takes, with what to write in their place.
+def refuse_arguments(where: str, given: Mapping[str, Any], allowed: Iterable[str], options: Iterable[str]) -> NoReturn:
+    """Raises :class:`InvalidOption` for arguments that nobody takes, with what to write in their place.
 
     Args:
         where: What was called.
@@ -76,11 +76,10 @@ def refuse_arguments(where: str, given: dict[str, Any], allowed: Iterable[str], 
         allowed: Those that it knows.
         options: Options of the optimizer that was asked for.
     """
-    if given:
-        allowed = tuple(name for name in allowed if name not in ("target", "unknown"))
-        options = tuple(options)
-        lines = [f"{_shown(name, value)}: {_argument(name, value, allowed, options)}" for name, value in given.items()]
-        raise InvalidOption(f"{where} has no such argument: {'; '.join(lines)}")
+    allowed = tuple(name for name in allowed if name not in ("target", "unknown"))
+    options = tuple(options)
+    lines = [f"{_shown(name, value)}: {_argument(name, value, allowed, options)}" for name, value in given.items()]
+    raise InvalidOption(f"{where} has no such argument: {'; '.join(lines)}")
 
 
 def refuse_option(owner: str, name: str, value: Any, options: Iterable[str], allowed: str) -> NoReturn:

@@ -23,10 +23,9 @@ from lightning_optim.callbacks.used import OptimIsUsed
 from lightning_optim.config import OptimConfig
 from lightning_optim.errors import IncompatibleTrainer
 from lightning_optim.expected import own_hook
-from lightning_optim.misnomers import refuse_arguments
 from lightning_optim.parameters import Target
 from lightning_optim.plain import storable
-from lightning_optim.registry import option_names
+from lightning_optim.registry import refuse_unknown
 from lightning_optim.target_modules import TargetModules
 
 if TYPE_CHECKING:
@@ -110,7 +109,7 @@ class OptimMixin(_Base):
         if not any(arguments.collects for arguments in following):
             taken = {name for arguments in following for name in arguments.names}
             unknown = {name: value for name, value in kwargs.items() if name not in taken}
-            refuse_arguments(type(self).__name__, unknown, _ARGUMENTS, option_names(optim))
+            refuse_unknown(type(self).__name__, unknown, _ARGUMENTS, optim)
         for name, value in (("lr", lr), ("weight_decay", weight_decay)):
             if value is not None and any(name in arguments.names for arguments in following):
                 # A module with such an argument of its own: both mean the same.
@@ -299,7 +298,7 @@ class OptimMixin(_Base):
             "optim_fallback": optim_fallback,
             "override_on_resume": override_on_resume,
         }
-        refuse_arguments("self.build_optimizer", unknown, options, option_names(optim or self.optim_config.optim))
+        refuse_unknown("self.build_optimizer", unknown, options, optim or self.optim_config.optim)
         given: dict[str, Any] = {name: value for name, value in options.items() if value is not None}
         if optim in (None, self.optim_config.optim):
             self._use_config()

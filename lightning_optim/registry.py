@@ -18,6 +18,7 @@ from torch.optim import LBFGS, Optimizer
 from lightning_optim.catalog import ROWS
 from lightning_optim.catalog.layerwise import SUFFIX, layerwise_row
 from lightning_optim.errors import DuplicateOptimizer, MissingDependency, UnknownOptimizer, close_names, listing
+from lightning_optim.misnomers import refuse_arguments
 from lightning_optim.options import Options, describe, option, required
 from lightning_optim.spec import OptimizerSpec
 
@@ -275,9 +276,18 @@ def _type_of(default: Any) -> Any:
 REGISTRY = Registry(ROWS)
 
 
-def option_names(name: object) -> tuple[str, ...]:
-    """Returns the names of the options of an identifier, none if it is none; for error texts."""
-    return tuple(info.name for info in describe(REGISTRY[name].options)) if name in REGISTRY else ()  # type: ignore[index]
+def refuse_unknown(where: str, unknown: Mapping[str, Any], allowed: Iterable[str], optim: object) -> None:
+    """Raises :class:`InvalidOption` if there are arguments that nobody takes, with what to write in their place.
+
+    Args:
+        where: What was called.
+        unknown: The arguments that it does not know.
+        allowed: Those that it knows.
+        optim: The identifier that was asked for; its options are among what may be meant.
+    """
+    if unknown:
+        options = (info.name for info in describe(REGISTRY[optim].options)) if optim in REGISTRY else ()  # type: ignore[index]
+        refuse_arguments(where, unknown, allowed, options)
 
 
 def register(spec: OptimizerSpec) -> None:

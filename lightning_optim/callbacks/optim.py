@@ -16,9 +16,8 @@ from lightning_optim.callbacks.old_checkpoints import OldCheckpoints
 from lightning_optim.config import OptimConfig
 from lightning_optim.errors import IncompatibleTrainer, InvalidOption
 from lightning_optim.expected import own_hook
-from lightning_optim.misnomers import refuse_arguments
 from lightning_optim.mixin import OptimMixin
-from lightning_optim.registry import option_names
+from lightning_optim.registry import refuse_unknown
 from lightning_optim.target_modules import TargetModules
 
 
@@ -76,7 +75,7 @@ class OptimCallback(Callback):
         override_on_resume: Sequence[str] | str | None = None,
         **unknown: NoReturn,
     ) -> None:
-        refuse_arguments("OptimCallback", unknown, (field.name for field in fields(OptimConfig)), option_names(optim))
+        refuse_unknown("OptimCallback", unknown, (field.name for field in fields(OptimConfig)), optim)
         companions: dict[str, Any] = {
             "lr": lr,
             "weight_decay": weight_decay,

@@ -311,6 +311,9 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=200, help="small matrices (default: %(default)s)")
     parser.add_argument("--side", type=int, default=4096, help="of the large matrix (default: %(default)s)")
     parser.add_argument("--fast", action="store_true", help="one round of all, no training")
+    parser.add_argument(
+        "--imports", action=argparse.BooleanOptionalAction, default=True, help="time imports (default: %(default)s)"
+    )
     parser.add_argument("--convergence", action="store_true", help="train even so")
     parser.add_argument("--steps", type=int, default=250, help="of a training (default: %(default)s)")
     parser.add_argument("--seeds", type=int, default=3, help="trainings per projection (default: %(default)s)")
@@ -329,7 +332,8 @@ def main() -> None:
         print_steps(load, measured[-1])
     refresh = measure_refresh(large.side, large.rank, arguments.repeats)
     print_states(min(1024, arguments.side), large.rank)
-    print_imports(arguments.repeats)
+    if arguments.imports:
+        print_imports(arguments.repeats)
     convergence = None
     if arguments.convergence or not arguments.fast:
         convergence = measure_convergence(arguments.steps, arguments.seeds)

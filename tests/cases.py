@@ -126,6 +126,8 @@ CASES = (
 )
 BY_NAME = {case.name: case for case in CASES}
 NAMES = tuple(BY_NAME)
+#: One name for each class: the last, which quantizes where the class can. For what does not depend on the arguments.
+KINDS = tuple({case.upstream: case.name for case in CASES}.values())
 
 # Rows for devices that a CPU does not stand in for, and the package that brings them. Their tests: tests/xla,
 # test_npu.py, test_apex.py.

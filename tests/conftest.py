@@ -10,7 +10,9 @@ import pytest
 import torch
 import torch.distributed as dist
 
-# Small models are faster so, and sums do not depend on the machine.
+# Small models are faster so, and sums do not depend on the machine. Processes that tests start inherit the variable:
+# two of them with two threads each spend most of their time waiting for each other.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 torch.set_num_threads(1)
 
 

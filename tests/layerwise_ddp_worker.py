@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lightning_optim import LayerwiseDDPStrategy
-from tests.cases import BY_NAME, case_of
+from tests.cases import BY_NAME, KINDS, case_of
 from tests.models import LENGTH, TOKENS, WIDTH, ForeignTokens, LitTokens, fp16_mixed, loader, trainer
 
 RANK = int(os.environ.get("LOCAL_RANK", 0))
@@ -39,9 +39,9 @@ SETTINGS: dict[str, dict[str, Any]] = {
     },
     "bf16": {"precision": "bf16-true", "gradient_clip_val": 0.3},
 }
-THOROUGH = ("adamw_torch", "adamw_8bit", "schedule_free_adamw", "stable_adamw", "lion_8bit")
+THOROUGH = ("adamw_torch", "adamw_8bit", "schedule_free_adamw")
 # What torchao compiles takes a minute in each process; its rows are stepped like any other.
-NAMES = tuple(name for name in BY_NAME if not BY_NAME[name].upstream.startswith("torchao"))
+NAMES = tuple(name for name in KINDS if not BY_NAME[name].upstream.startswith("torchao"))
 COMPARED = [(name, setting) for name in THOROUGH for setting in SETTINGS]
 COMPARED += [(name, ACCUMULATED_NORM) for name in NAMES if name not in THOROUGH]
 

@@ -26,6 +26,7 @@ from torch.optim import AdamW, Optimizer
 
 from lightning_optim import REGISTRY, IncompatibleTrainer, InvalidOption, Layerwise, MissingDependency, build_optimizer
 from tests.models import LitTokens, TokenModel, fp16_mixed, loader, trainer
+from tests.processes import run_fresh
 from tests.test_availability import install
 from tests.test_resume import assert_equal, assert_plain
 
@@ -148,7 +149,8 @@ class TestRefusals:
             f"assert REGISTRY[{NAME!r}].availability()\n"
             "assert not {'apex', 'amp_C'} & set(sys.modules)"
         )
-        subprocess.run([sys.executable, "-c", code], check=True)
+        done = run_fresh("-c", code)
+        assert done.returncode == 0, done.stderr
 
     def test_parameters_on_a_cpu_are_refused(self, kernel: ModuleType) -> None:
         with pytest.raises(IncompatibleTrainer, match=f"optim='{NAME}' runs on cuda, but parameters are on cpu"):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 from pathlib import Path
 
@@ -14,6 +13,7 @@ from lightning_optim import REGISTRY, MissingDependency, OptimConfig, Requiremen
 from lightning_optim.availability import check, ensure
 from tests.cases import ELSEWHERE, NAMES
 from tests.models import LitTokens, loader, trainer
+from tests.processes import run_fresh
 
 PACKAGES = {"bitsandbytes": "adamw_bnb_8bit", "torchao": "adamw_torch_8bit", "torch-optimi": "stable_adamw"}
 
@@ -144,7 +144,8 @@ def test_checking_and_requesting_import_nothing() -> None:
         "requests = [OptimConfig(name, lr=1e-3, optim_args={}) for name in REGISTRY.plain]\n"
         "print(json.dumps([len(available), sorted(set(sys.modules) - before)]))"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    done = run_fresh("-c", code)
+    assert done.returncode == 0, done.stderr
     available, imported = json.loads(done.stdout)
     assert available == len(NAMES)
     optional = {requirement.module for spec in REGISTRY.plain.values() for requirement in spec.requirements}

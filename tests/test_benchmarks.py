@@ -3,18 +3,29 @@
 from __future__ import annotations
 
 import re
-import subprocess
-import sys
+import runpy
 from pathlib import Path
+
+import pytest
+
+from tests.processes import run_fresh
+
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 
 
 def run(script: str, *arguments: str) -> str:
     """Returns what a benchmark prints."""
-    path = Path(__file__).parents[1] / "benchmarks" / script
-    command = [sys.executable, str(path), *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    done = run_fresh(str(BENCHMARKS / script), *arguments)
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout
+
+
+def test_imports_are_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    script = runpy.run_path(str(BENCHMARKS / "optimizers.py"))
+    seconds = script["measure_imports"]("json", {"fractions"}, 2)
+    assert {name: len(times) for name, times in seconds.items()} == {"json": 2, "fractions": 2}
+    assert all(time > 0 for times in seconds.values() for time in times)
 
 
 def test_layerwise_benchmark_runs() -> None:
@@ -25,12 +36,12 @@ def test_layerwise_benchmark_runs() -> None:
 
 def test_optimizers_benchmark_runs() -> None:
     size = ("--side", "64", "--count", "4", "--fast", "--threads", "1")
-    printed = run("optimizers.py", *size, "--convergence", "--steps", "2", "--seeds", "1")
+    printed = run("optimizers.py", *size, "--convergence", "--steps", "2", "--seeds", "1", "--no-imports")
     assert "1 thread(s) on" in printed
     assert "torch 2." in printed
 
     # What does not depend on the machine: bytes of state per element, of AdamW's moments in full and of ours.
-    states = printed.split("State:")[1].split("Import:")[0]
+    states = printed.split("State:")[1].split("Projection")[0]
     for name, expected in (
         ("AnyPrecisionAdamW", 8.0),
         ("GrokAdamW", 12.0),

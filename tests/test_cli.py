@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -22,6 +20,7 @@ from lightning_optim import (
     OptimCLI,
 )
 from tests.models import ForeignTokens, LitTokens, loader
+from tests.processes import run_fresh
 
 
 class WithoutOptimizer(ForeignTokens):
@@ -286,13 +285,11 @@ def test_as_a_program(tmp_path: Path) -> None:
         "from tests.test_cli import Data\n"
         "OptimCLI(LitTokens, Data)\n"
     )
-    command = [sys.executable, str(script), "fit", "--trainer.accelerator", "cpu", *FAST, "--optim"]
-    root = str(Path(__file__).parents[1])
-    environment = {**os.environ, "PYTHONPATH": root}
-    done = subprocess.run([*command, "lion_8bit"], env=environment, capture_output=True, text=True, timeout=120)
+    command = [str(script), "fit", "--trainer.accelerator", "cpu", *FAST, "--optim"]
+    done = run_fresh(*command, "lion_8bit")
     assert done.returncode == 0, done.stderr
     assert "optim='lion_8bit': bitsandbytes.optim.Lion (lr=0.0001" in done.stderr
-    done = subprocess.run([*command, "lion_8bits"], env=environment, capture_output=True, text=True, timeout=120)
+    done = run_fresh(*command, "lion_8bits")
     assert done.returncode == 2
     assert "Close names: 'lion_8bit'" in done.stderr
 
@@ -336,14 +333,7 @@ def test_two_processes_by_the_identifier_alone(tmp_path: Path) -> None:
         "OptimCLI(ForeignTokens, Data)\n"
     )
     flags = ("--trainer.accelerator", "cpu", "--trainer.devices", "2", "--trainer.max_steps", "2")
-    done = subprocess.run(
-        [sys.executable, str(script), "fit", "--optim", "sgd_layerwise", *flags],
-        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])},
-        capture_output=True,
-        text=True,
-        timeout=200,
-        check=False,
-    )
+    done = run_fresh(str(script), "fit", "--optim", "sgd_layerwise", *flags)
     assert done.returncode == 0, done.stderr
     assert "OptimCLI chose --trainer.strategy layerwise_ddp for optim='sgd_layerwise'" in done.stderr
     assert "MEMBER: 2/2" in done.stderr

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import ast
 import json
-import os
 import re
 import shlex
-import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,6 +31,7 @@ from lightning_optim.availability import Requirement
 from lightning_optim.command import here, main
 from lightning_optim.options import describe, required
 from tests.cases import CASES, ELSEWHERE, NAMES
+from tests.processes import run_fresh
 
 ALL = (*NAMES, *ELSEWHERE)
 # Hugging Face's names for layerwise forms; the others are shown to who asks for them.
@@ -79,14 +78,6 @@ def strict_json(text: str) -> Any:
         raise AssertionError(f"{constant} is not JSON")
 
     return json.loads(text, parse_constant=refuse)
-
-
-def run_process(*words: str, path: Path | None = None) -> subprocess.CompletedProcess[str]:
-    """Runs Python with ``words``; packages in ``path`` come first."""
-    before = [str(path)] if path else []
-    inherited = [os.environ["PYTHONPATH"]] if os.environ.get("PYTHONPATH") else []
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(before + inherited)}
-    return subprocess.run([sys.executable, *words], env=environment, capture_output=True, text=True, check=False)
 
 
 def install(folder: Path, name: str, version: str, entry_points: str = "") -> Path:
@@ -455,13 +446,13 @@ def test_wrong_usage(argv: list[str], capsys: pytest.CaptureFixture[str]) -> Non
 
 
 def test_the_module_prints_nothing_but_json() -> None:
-    done = run_process("-m", "lightning_optim", "list", "--json")
+    done = run_fresh("-m", "lightning_optim", "list", "--json")
     assert done.returncode == 0, done.stderr
     assert {entry["identifier"] for entry in strict_json(done.stdout)["optimizers"]} == set(LISTED)
 
 
 def test_the_module_exits_with_the_status(tmp_path: Path) -> None:
-    done = run_process("-m", "lightning_optim", "doctor", path=install(tmp_path, "bitsandbytes", "0.40.0"))
+    done = run_fresh("-m", "lightning_optim", "doctor", path=install(tmp_path, "bitsandbytes", "0.40.0"))
     assert done.returncode == 1, done.stderr
     assert BROKEN in unwrapped(done.stdout)
     assert UPGRADE in done.stdout
@@ -473,6 +464,6 @@ def test_no_optional_package_is_imported() -> None:
         "main(['info', 'adamw_8bit', '--json']); "
         f"print([name for name in {(*PROVIDERS, 'pytorch_lightning', 'jsonargparse')} if name in sys.modules])"
     )
-    done = run_process("-c", code)
+    done = run_fresh("-c", code)
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-1] == "[]"

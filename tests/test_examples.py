@@ -4,26 +4,22 @@ from __future__ import annotations
 
 import csv
 import math
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
+from tests.processes import run_fresh
+
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
 
 def run(*arguments: str | Path) -> str:
-    """Runs a script of ``examples/`` on one thread, so that tests beside it do not slow it down."""
+    """Runs a script of ``examples/``."""
     script, *rest = arguments
-    command = [sys.executable, str(EXAMPLES / script), *map(str, rest)]
-    done = subprocess.run(
-        command, cwd=EXAMPLES.parent, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True
-    )
-    assert done.returncode == 0, f"{' '.join(command)}\n{done.stdout}\n{done.stderr}"
+    done = run_fresh(str(EXAMPLES / script), *map(str, rest))
+    assert done.returncode == 0, f"{' '.join(done.args)}\n{done.stdout}\n{done.stderr}"
     return done.stdout + done.stderr
 
 

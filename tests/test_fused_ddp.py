@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
 from tests.fused_ddp_worker import CLIPPING, OPTIMS, OVERFLOWED, STEPS
+from tests.processes import run_fresh
 from tests.test_fused import TOLERANCE
 
 PAIRS = [f"{optim}, {clipping}" for optim in OPTIMS for clipping in (*CLIPPING, "overflow")] + ["bucket views"]
@@ -21,16 +18,7 @@ PAIRS = [f"{optim}, {clipping}" for optim in OPTIMS for clipping in (*CLIPPING, 
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, dict[str, Any]]]:
     """All pairs of runs by name, of each process."""
     directory = tmp_path_factory.mktemp("fused_ddp")
-    # Also waits for the second process, which writes to the same pipes.
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.fused_ddp_worker", str(directory)],
-        cwd=Path(__file__).parents[1],
-        env=os.environ,
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
+    done = run_fresh("-m", "tests.fused_ddp_worker", str(directory))
     assert done.returncode == 0, done.stderr[-3000:]
     return [torch.load(directory / f"rank{rank}.pt", weights_only=True) for rank in (0, 1)]
 

@@ -5,13 +5,12 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
+
+from tests.processes import run_fresh
 
 VARIABLE = "LIGHTNING_OPTIM_GPU_TESTS_DEVICE"
 SAMPLE = (
@@ -23,25 +22,19 @@ SAMPLE = (
 )
 
 
-def run(device: str, *tests: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *tests],
-        cwd=Path(__file__).parents[1],
-        env={**os.environ, VARIABLE: device},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+def run(monkeypatch: pytest.MonkeyPatch, device: str, *tests: str) -> subprocess.CompletedProcess[str]:
+    monkeypatch.setenv(VARIABLE, device)
+    return run_fresh("-m", "pytest", "-q", "-p", "no:cacheprovider", *tests)
 
 
-def test_a_sample_passes_on_the_cpu() -> None:
-    done = run("cpu", *(f"tests/gpu/{test}" for test in SAMPLE))
+def test_a_sample_passes_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    done = run(monkeypatch, "cpu", *(f"tests/gpu/{test}" for test in SAMPLE))
     assert done.returncode == 0, done.stdout
     assert f"{len(SAMPLE)} passed" in done.stdout
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_make_test_gpu_fails_without_a_gpu() -> None:
-    done = run("cuda", "tests/gpu")
+def test_make_test_gpu_fails_without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    done = run(monkeypatch, "cuda", "tests/gpu")
     assert done.returncode != 0
     assert f"RuntimeError: {VARIABLE}=cuda and torch {torch.__version__} sees no CUDA GPU" in done.stdout

@@ -5,9 +5,6 @@ from __future__ import annotations
 import copy
 import importlib
 import math
-import os
-import subprocess
-import sys
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -26,6 +23,7 @@ from lightning_optim.catalog.adamw_variants import ROWS
 from lightning_optim.optimizers.grokadamw import GrokAdamW, grokking_signal
 from lightning_optim.options import parse
 from tests.models import TokenModel, loader, trainer
+from tests.processes import run_fresh
 from tests.test_anyprecision import assert_same, make, set_gradients, train
 
 ROW = next(row for row in ROWS if row.name == "grokadamw")
@@ -401,7 +399,7 @@ class Check(Callback):
 
 if __name__ == "__main__":
     callbacks = [GrokkingSignal("only_rank_zero"), Check()]
-    trainer(max_epochs=1, strategy="ddp_spawn", devices=2, callbacks=callbacks).fit(Ranks(), loader(4), loader(2))
+    trainer(max_epochs=1, strategy="ddp_fork", devices=2, callbacks=callbacks).fit(Ranks(), loader(4), loader(2))
     print("EQUAL")
 """
 
@@ -409,9 +407,6 @@ if __name__ == "__main__":
 def test_two_ranks_get_the_same_losses(tmp_path: Path) -> None:
     script = tmp_path / "run.py"
     script.write_text(_TWO_RANKS)
-    root = Path(__file__).parents[1]
-    environment = {**os.environ, "PYTHONPATH": str(root)}
-    command = [sys.executable, str(script)]
-    done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    done = run_fresh(str(script))
     assert done.returncode == 0, done.stderr[-3000:]
     assert "EQUAL" in done.stdout

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,22 +13,14 @@ from torch import Tensor
 from lightning_optim import LayerwiseDDPStrategy
 from tests.layerwise_ddp_worker import ACCUMULATED_NORM, BUCKETS, CHAINED, COMPARED, HOWS, LAYOUTS, OVERFLOWS, leg
 from tests.models import TOKENS
+from tests.processes import run_fresh
 
 MIB = 2**20
 Run = dict[str, Any]
 
 
 def start(task: str, argument: object, timeout: int = 300) -> subprocess.CompletedProcess[str]:
-    # Also waits for the second process, which writes to the same pipes.
-    return subprocess.run(
-        [sys.executable, "-m", "tests.layerwise_ddp_worker", task, str(argument)],
-        cwd=Path(__file__).parents[1],
-        env=os.environ,
-        capture_output=True,
-        text=True,
-        timeout=timeout,
-        check=False,
-    )
+    return run_fresh("-m", "tests.layerwise_ddp_worker", task, str(argument), timeout=timeout)
 
 
 @pytest.fixture(scope="module")

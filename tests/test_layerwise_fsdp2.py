@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,6 +9,7 @@ import torch
 
 from tests.cases import case_of
 from tests.layerwise_fsdp2_worker import ACCUMULATED, BUCKETS, COMPARED, RESUMED, SETTINGS, WIDTH
+from tests.processes import run_fresh
 
 MIB = 2**20
 
@@ -20,14 +18,7 @@ MIB = 2**20
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """All runs by name, of each process."""
     directory = tmp_path_factory.mktemp("layerwise_fsdp2")
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.layerwise_fsdp2_worker", str(directory)],
-        cwd=Path(__file__).parents[1],
-        capture_output=True,
-        text=True,
-        timeout=400,
-        check=False,
-    )
+    done = run_fresh("-m", "tests.layerwise_fsdp2_worker", str(directory))
     assert done.returncode == 0, done.stderr[-3000:]
     return [torch.load(directory / f"rank{rank}.pt", weights_only=True) for rank in (0, 1)]
 

@@ -5,8 +5,6 @@ from __future__ import annotations
 import copy
 import io
 import pickle
-import subprocess
-import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -22,6 +20,7 @@ from lightning_optim.catalog import ROWS
 from lightning_optim.layerwise.split_step import SplitStep
 from lightning_optim.memory import measured_bytes, state_bytes
 from lightning_optim.optimizers.base import OwnOptimizer
+from tests.processes import run_fresh
 from tests.test_resume import assert_equal, assert_plain
 
 OWN = tuple(row.name for row in ROWS if row.availability() and issubclass(row.load(), OwnOptimizer))
@@ -477,5 +476,5 @@ def test_building_them_imports_no_optional_package() -> None:
         "print(sorted(new & {'transformers', 'bitsandbytes', 'torchao', 'optimi', 'schedulefree', 'galore_torch', "
         "'apollo_torch', 'lomo_optim', 'grokadamw'}), 'bitsandbytes' in sys.modules)\n"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300, check=True)
-    assert done.stdout.strip() == "[] False"
+    done = run_fresh("-c", code)
+    assert done.stdout.strip() == "[] False", done.stderr

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -32,6 +31,7 @@ from lightning_optim.options import describe
 from lightning_optim.registry import Registry, spec_from_path
 from tests.cases import CASES, ELSEWHERE
 from tests.models import LitTokens, loader, trainer
+from tests.processes import run_fresh
 
 IDENTIFIERS = {
     *("adamw_torch", "adamw_torch_fused", "adamw_torch_4bit", "adamw_torch_8bit"),
@@ -262,13 +262,7 @@ def test_a_plugin_s_optimizer_is_built_in_a_fresh_process(tmp_path: Path) -> Non
         "optimizer = lo.build_optimizer(torch.nn.Linear(2, 2), 'plugged_too', lr=0.5)\n"
         "print(type(optimizer).__name__, optimizer.param_groups[0]['lr'], len(lo.REGISTRY.plain))"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        env={"PYTHONPATH": str(tmp_path), "PATH": ""},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    done = run_fresh("-c", code, path=tmp_path)
     assert done.stdout.split() == ["AdamW", "0.5", str(len(REGISTRY.plain) + 2)], done.stderr
 
 
@@ -441,5 +435,5 @@ def test_a_class_of_the_running_script_is_found(tmp_path: Path) -> None:
         "class Mine(torch.optim.SGD):\n    pass\n"
         "print(type(lightning_optim.build_optimizer(torch.nn.Linear(2, 2), '__main__.Mine')).__qualname__)\n"
     )
-    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, check=False)
+    done = run_fresh(str(script))
     assert done.stdout.strip() == "Mine", done.stderr

@@ -5,8 +5,8 @@ That holds for the layerwise form of every row, too, and for moves between it an
 
 from __future__ import annotations
 
-import subprocess
-import sys
+import functools
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +15,12 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
 
-from tests.cases import BY_NAME, CASES, NAMES, case_of
+from tests.cases import BY_NAME, KINDS, NAMES, case_of
 from tests.models import LitTokens, loader, trainer
+from tests.processes import run_fresh
 
-# When the checkpoint is written: within training, or after the validation at the epoch's end.
-RUNS = (("step", "32-true"), ("step", "bf16-true"), ("validation", "32-true"))
+# When the checkpoint is written, within training or after the validation at the epoch's end; the precision; who trains.
+RUNS = {("step", "32-true"): NAMES, ("step", "bf16-true"): KINDS, ("validation", "32-true"): KINDS}
 # Which form writes the checkpoint, and which one reads it.
 MOVES = {
     "plain": ("plain", "plain"),
@@ -44,37 +45,42 @@ def train(name: str, precision: str, moment: str, directory: Path, **flags: Any)
     return {"weights": model.state_dict(), "optimizer": run.optimizers[0].state_dict()}
 
 
-@pytest.fixture(scope="module", params=RUNS, ids="@".join)
-def outcomes(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """Outcomes by file name: uninterrupted ``NAME``, resumed ``NAME@NAME``; one fresh process resumes them all."""
-    moment, precision = request.param
-    directory = tmp_path_factory.mktemp(moment)
-    names = [name for case in CASES for name in (case.plain, case.layerwise)]
-    uninterrupted = {name: train(name, precision, moment, directory) for name in names}
-    for name in names:
-        checkpoint = torch.load(directory / f"{name}@{precision}.ckpt", weights_only=True)
-        assert_plain(checkpoint["optimizer_states"], f"optimizer state of {name}")
-    return {**uninterrupted, **resumed(directory, precision)}
+@pytest.fixture(scope="module")
+def outcomes(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], dict[str, Any]]:
+    """Outcomes of a run by file name: uninterrupted ``NAME``, resumed ``NAME@NAME``, all in one fresh process."""
+
+    @functools.cache
+    def all_of(moment: str, precision: str) -> dict[str, Any]:
+        directory = tmp_path_factory.mktemp(moment)
+        cases = [BY_NAME[name] for name in RUNS[moment, precision]]
+        names = [name for case in cases for name in (case.plain, case.layerwise)]
+        uninterrupted = {name: train(name, precision, moment, directory) for name in names}
+        for name in names:
+            checkpoint = torch.load(directory / f"{name}@{precision}.ckpt", weights_only=True)
+            assert_plain(checkpoint["optimizer_states"], f"optimizer state of {name}")
+        return {**uninterrupted, **resumed(directory, precision)}
+
+    return all_of
 
 
 def resumed(directory: Path, precision: str, accelerator: str = "cpu") -> dict[str, Any]:
     """Resumes all checkpoints of ``directory`` in one fresh process; returns the outcomes as ``NAME@NAME``."""
-    subprocess.run(
-        [sys.executable, "-m", "tests.resume_worker", str(directory), accelerator],
-        check=True,
-        cwd=Path(__file__).parents[1],
-        timeout=600,
-    )
+    done = run_fresh("-m", "tests.resume_worker", str(directory), accelerator, timeout=600)
+    assert done.returncode == 0, done.stderr[-3000:]
     outcomes = {path.stem: torch.load(path, weights_only=True) for path in directory.glob("*.out")}
     return {stem.replace(f"@{precision}", ""): outcome for stem, outcome in outcomes.items()}
 
 
 @pytest.mark.parametrize("move", MOVES)
-@pytest.mark.parametrize("name", NAMES)
-def test_a_fresh_process_continues_exactly(name: str, move: str, outcomes: dict[str, Any]) -> None:
-    case = BY_NAME[name]
+@pytest.mark.parametrize(
+    ("moment", "precision", "name"), [(*run, name) for run, names in RUNS.items() for name in names]
+)
+def test_a_fresh_process_continues_exactly(
+    moment: str, precision: str, name: str, move: str, outcomes: Callable[[str, str], dict[str, Any]]
+) -> None:
+    found, case = outcomes(moment, precision), BY_NAME[name]
     writer, reader = (getattr(case, form) for form in MOVES[move])
-    assert_equal(outcomes[case.plain], outcomes[f"{writer}@{reader}"], move)
+    assert_equal(found[case.plain], found[f"{writer}@{reader}"], move)
 
 
 def assert_plain(value: Any, where: str) -> None:

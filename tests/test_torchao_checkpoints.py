@@ -5,8 +5,6 @@ from __future__ import annotations
 import copy
 import csv
 import pickle
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +20,7 @@ from torchao.optim.subclass_8bit import OptimState8bit
 
 from lightning_optim import OptimCallback, build_optimizer
 from tests.models import ForeignTokens, LitTokens, loader, trainer
+from tests.processes import run_fresh
 from tests.test_resume import assert_equal, assert_plain
 
 NAMES = ("adamw_torch_8bit", "adamw_torch_4bit")
@@ -86,8 +85,8 @@ assert all(torch.equal(expected[key], value) for key, value in model.state_dict(
 @pytest.mark.parametrize("style", ["new", "old"])
 def test_a_fresh_process_reads_it(style: str, action: str, checkpoints: dict[tuple[str, str], Path]) -> None:
     """Fresh, because importing torchao anywhere makes its classes known to ``torch.load``."""
-    command = [sys.executable, "-c", _READ, action, NAMES[0], str(checkpoints[NAMES[0], style])]
-    subprocess.run(command, check=True, cwd=Path(__file__).parents[1], timeout=300)
+    done = run_fresh("-c", _READ, action, NAMES[0], str(checkpoints[NAMES[0], style]))
+    assert done.returncode == 0, done.stderr
 
 
 def test_ours_continues_an_old_style_file_exactly(saved: tuple[str, Path, Path]) -> None:

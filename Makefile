@@ -19,9 +19,10 @@ $(VENV)/.installed: pyproject.toml setup.cfg constraints.txt
 demo: venv
 	$(BIN)/python examples/demo.py
 
-# A file stays in one process: its fixtures, and what torchao compiles for it, are made once.
+# A file stays in one process: its fixtures, and what torchao compiles for it, are made once. Files are taken in turn:
+# xdist would leave those of few tests to the end, which take longest.
 test: venv
-	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 # Needs a CUDA GPU and a torch built for it, and fails without.
 test-gpu: venv

@@ -31,15 +31,16 @@ test-gpu: venv
 # Reads the real torch_npu without importing it: without Ascend's CANN it cannot be imported. 43 MB.
 test-npu-contract: venv
 	$(BIN)/python -m pip download --quiet --no-deps --dest build/torch_npu torch-npu==2.13.0
-	TORCH_NPU_WHEEL=$$(ls build/torch_npu/*.whl) $(BIN)/python -m pytest tests/test_npu.py -k real_one
+	TORCH_NPU_WHEEL=$$(ls build/torch_npu/*.whl) $(BIN)/python -m pytest tests/trainer/test_npu.py -k real_one
 
 # Trains on an XLA device, PJRT on the host's CPU: torch_xla needs a torch of its own, hence an environment of its own.
 # Some files of the ordinary tests show that the package works with that torch, too.
 test-xla: $(XLA_VENV)/.installed
 	CUDA_VISIBLE_DEVICES= LIGHTNING_OPTIM_XLA_TESTS=1 $(XLA_VENV)/bin/python -m pytest tests/xla \
-	    tests/test_imports.py tests/test_registry.py tests/test_config.py tests/test_anyprecision.py tests/test_schedule_free.py \
-	    tests/test_adafactor.py tests/test_fused.py tests/test_xla_absent.py \
-	    tests/test_layerwise.py::TestClipping tests/test_layerwise.py::TestLiveGradients
+	    tests/test_imports.py tests/table/test_registry.py tests/build/test_config.py \
+	    tests/optimizers/test_anyprecision.py tests/optimizers/test_adafactor.py \
+	    tests/trainer/test_schedule_free.py tests/trainer/test_fused.py tests/trainer/test_xla_absent.py \
+	    tests/layerwise/test_layerwise.py::TestClipping tests/layerwise/test_layerwise.py::TestLiveGradients
 
 # 4.9 GB. torch is linked against CUDA's libraries; cuDNN's parts are opened only when a GPU computes, 1 GB less.
 $(XLA_VENV)/.installed: requirements-xla.txt

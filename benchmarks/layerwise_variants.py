@@ -16,7 +16,7 @@ from torch.optim import Adam, AdamW, Optimizer
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_optim import OptimMixin
-from lightning_optim.layerwise.engine import Layerwise
+from lightning_optim.layerwise._engine import Layerwise
 
 LR = 1e-3
 HF_PACKAGES = {

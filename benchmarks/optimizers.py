@@ -29,7 +29,7 @@ from typing import TypeVar
 import torch
 from optimizers_upstream import DISTRIBUTIONS, Load, Pair, Running, adamw, pairs
 
-from lightning_optim.optimizers.projection import find_bases
+from lightning_optim.optimizers._projection import find_bases
 
 PACKAGES = ("torch", "lightning", "lightning-optim", "bitsandbytes", "transformers", "grokadamw")
 SMALL_SIDE, SMALL_RANK = 32, 8

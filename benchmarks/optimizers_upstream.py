@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightning_optim.layerwise.engine import Layerwise
-from lightning_optim.memory import measured_bytes
-from lightning_optim.optimizers.projection import find_bases
+from lightning_optim.build import measured_bytes
+from lightning_optim.layerwise._engine import Layerwise
+from lightning_optim.optimizers._projection import find_bases
 
 LR = 1e-3
 NEVER = 10**9  # steps between two projections: the first step, which is not timed, finds the only ones
@@ -119,8 +119,8 @@ def pairs() -> list[Pair]:
         ),
         Pair(
             "GaLoreAdamW8bit",
-            "lightning_optim.adapters.galore",
-            after_backward(make("lightning_optim.adapters.galore:GaLoreAdamW8bit", galore)),
+            "lightning_optim.optimizers.adapters._galore",
+            after_backward(make("lightning_optim.optimizers.adapters._galore:GaLoreAdamW8bit", galore)),
             remark="galore-torch's needs CUDA",
             needs="bitsandbytes",
         ),

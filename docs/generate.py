@@ -14,10 +14,8 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from lightning_optim import OptimizerSpec, Options
-from lightning_optim.catalog import ROWS
-from lightning_optim.curves import SCHEDULES
-from lightning_optim.memory import parameter_bytes
-from lightning_optim.options import describe
+from lightning_optim.build import SCHEDULES, parameter_bytes
+from lightning_optim.table import ROWS, describe
 
 SIDE = 1024
 ELEMENTS, ELEMENT_SIZE = SIDE * SIDE, 4

@@ -27,7 +27,7 @@ from matplotlib.figure import Figure
 from torch.utils.hooks import RemovableHandle
 
 from lightning_optim import REGISTRY
-from lightning_optim.memory import measured_bytes, state_bytes
+from lightning_optim.build import measured_bytes, state_bytes
 
 OPTIMIZERS = ("adamw_torch", "adamw_torch_layerwise", "adamw_8bit")
 SETTINGS = {"lr": 4e-3, "weight_decay": 0.1, "lr_scheduler": "cosine", "warmup_steps": 0.05}
@@ -131,7 +131,7 @@ train loss   mean of the last {AVERAGED} steps, nats per byte
 perplexity   exp(val loss): of validation, per byte
 state bytes  measured in the optimizer's state_dict(); 8-bit optimizers keep 32 bits for embeddings and for
              parameters with fewer than 4096 elements
-counted      what lightning_optim.memory computes from the shapes alone, without lookup tables that tensors share
+counted      what lightning_optim.build computes from the shapes alone, without lookup tables that tensors share
 gradients    most bytes of gradients alive at once, counted whenever one arrives, in the first {WATCHED} steps
 s/step       median; clipping by norm costs a layerwise optimizer a second backward
 """

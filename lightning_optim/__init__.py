@@ -11,15 +11,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from lightning_optim.accelerators import NPUAccelerator, PJRTAccelerator
-from lightning_optim.accelerators import register as _register_accelerators
-from lightning_optim.arguments import OptimArguments
-from lightning_optim.availability import Requirement
-from lightning_optim.callbacks.grokking import GrokkingSignal
-from lightning_optim.callbacks.optim import OptimCallback
-from lightning_optim.callbacks.schedule_free import ScheduleFreeCallback
-from lightning_optim.callbacks.unattended import watch as _watch
-from lightning_optim.config import OptimConfig
+from lightning_optim._moved import keep_old_paths as _keep_old_paths
+from lightning_optim.build import WATCHERS as _WATCHERS
+from lightning_optim.build import OptimArguments, OptimConfig, build_optimizer, build_schedule
 from lightning_optim.errors import (
     DuplicateOptimizer,
     IncompatibleTrainer,
@@ -30,17 +24,26 @@ from lightning_optim.errors import (
     UnknownSchedule,
     UntrustedOptimizer,
 )
-from lightning_optim.factory import WATCHERS as _WATCHERS
-from lightning_optim.factory import build_optimizer
-from lightning_optim.layerwise.clipping import Clipping
-from lightning_optim.layerwise.engine import Layerwise
-from lightning_optim.layerwise.replicas import Replicas
-from lightning_optim.mixin import OptimMixin
-from lightning_optim.options import Options, option
-from lightning_optim.registry import REGISTRY, register
-from lightning_optim.schedules import build_schedule
-from lightning_optim.spec import Buffer, OptimizerSpec, Quantization, StateLayout
-from lightning_optim.strategies import (
+from lightning_optim.layerwise import Clipping, Layerwise, Replicas
+from lightning_optim.table import (
+    REGISTRY,
+    Buffer,
+    OptimizerSpec,
+    Options,
+    Quantization,
+    Requirement,
+    StateLayout,
+    option,
+    register,
+)
+from lightning_optim.trainer._mixin import OptimMixin
+from lightning_optim.trainer._optim_callback import OptimCallback
+from lightning_optim.trainer.accelerators import NPUAccelerator, PJRTAccelerator
+from lightning_optim.trainer.accelerators import register as _register_accelerators
+from lightning_optim.trainer.callbacks._grokking import GrokkingSignal
+from lightning_optim.trainer.callbacks._schedule_free import ScheduleFreeCallback
+from lightning_optim.trainer.callbacks._unattended import watch as _watch
+from lightning_optim.trainer.strategies import (
     FusedDDPStrategy,
     FusedMixedPrecision,
     FusedStrategy,
@@ -53,10 +56,10 @@ from lightning_optim.strategies import (
     XLASyncFreePrecision,
     XLASyncFreeStrategy,
 )
-from lightning_optim.strategies import register as _register_strategies
+from lightning_optim.trainer.strategies import register as _register_strategies
 
 if TYPE_CHECKING:
-    from lightning_optim.cli import OptimCLI as OptimCLI
+    from lightning_optim.trainer._cli import OptimCLI as OptimCLI
 
 __version__ = "0.1.0"
 
@@ -104,6 +107,7 @@ __all__ = [
     "register",
 ]
 
+_keep_old_paths()
 _register_accelerators()
 _WATCHERS.append(_watch)
 _register_strategies()
@@ -113,7 +117,7 @@ def __getattr__(name: str) -> Any:
     # OptimCLI needs jsonargparse, an optional package.
     if name == "OptimCLI":
         try:
-            from lightning_optim.cli import OptimCLI as optim_cli  # noqa: N813
+            from lightning_optim.trainer._cli import OptimCLI as optim_cli  # noqa: N813
         except ModuleNotFoundError as error:
             raise MissingDependency(
                 f"OptimCLI needs the package {error.name!r}: pip install 'jsonargparse[signatures]>=4.40'"

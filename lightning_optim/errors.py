@@ -14,7 +14,7 @@ class UnknownOptimizer(ValueError, KeyError):
 
 
 class UnknownSchedule(ValueError):
-    """The learning-rate schedule is not one of the names of :mod:`lightning_optim.schedules`."""
+    """The learning-rate schedule is not one of the names of :mod:`lightning_optim.build._schedules`."""
 
 
 class UntrustedOptimizer(ValueError):

@@ -28,7 +28,7 @@ from lightning_optim import (
     NPUStrategy,
     build_optimizer,
 )
-from lightning_optim.adapters.npu import NpuFusedAdamW
+from lightning_optim.optimizers.adapters._npu import NpuFusedAdamW
 from tests.models import ForeignTokens, LitTokens, loader, trainer
 from tests.npu_worker import on_npu
 

@@ -36,9 +36,10 @@ import yaml
 from lightning_utilities.core import rank_zero
 
 import lightning_optim
-from lightning_optim import REGISTRY, command, rules
-from lightning_optim.curves import SCHEDULES
-from lightning_optim.registry import ENTRY_POINT_GROUP
+from lightning_optim import REGISTRY, command
+from lightning_optim.build import rules
+from lightning_optim.build._curves import SCHEDULES
+from lightning_optim.table._registry import ENTRY_POINT_GROUP
 
 ROOT = Path(__file__).parent.parent
 PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *(ROOT / "docs").glob("*.md")])

@@ -1,9 +1,12 @@
-"""Importing the package is cheap and silent, and its modules import each other in one direction only."""
+"""The house: its rooms import each other one way and by their front doors; importing it is cheap and silent."""
 
 from __future__ import annotations
 
 import ast
+import functools
+import importlib
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -15,54 +18,24 @@ import lightning_optim
 
 ROOT = Path(lightning_optim.__file__).parent
 
-# From the bottom to the top; a module may import what stands on an earlier line, and its own package. A package stands
-# for all its modules, unless one is named.
-LAYERS = (
-    ("errors",),
-    ("misnomers", "plain", "quiet"),
-    ("availability", "options", "parameters", "trust"),
-    ("spec", "target_modules", "layer_decay", "curves", "schedule_state"),
-    ("optimizers", "arguments"),
-    ("adapters", "catalog"),
-    ("registry",),
-    ("param_groups", "schedules", "following", "memory", "layerwise"),
-    ("resume",),
-    ("rules",),
-    ("config",),
-    ("factory",),
-    ("report",),
-    ("packages",),
-    ("callbacks.attached",),
-    (
-        "callbacks.schedule_free",
-        "callbacks.gradient_readers",
-        "callbacks.grokking",
-        "callbacks.manual_schedule",
-        "callbacks.old_checkpoints",
-        "callbacks.report",
-        "callbacks.resume",
-        "callbacks.standstill",
-        "callbacks.used",
-    ),
-    ("length",),
-    ("callbacks.layerwise", "expected"),
-    ("callbacks.unattended",),
-    ("accelerators",),
-    ("strategies",),
-    ("callbacks.finders", "callbacks.plateau", "callbacks.thawed"),
-    ("integration",),
-    ("mixin",),
-    ("callbacks.optim", "callbacks"),
-    ("",),  # the package itself: public names
-    ("cli",),
-    ("command",),
-    ("__main__",),
-)
-RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
-FIRST_WITH_LIGHTNING = RANK["packages"]
+# CONTRIBUTING.md shows the rooms in their order, for people and for these tests.
+_SHOWN = (ROOT.parent / "CONTRIBUTING.md").read_text(encoding="utf-8").partition("```text\nlightning_optim/\n")[2]
+ROOMS = tuple(re.findall(r"^ {2}(\w+)(?:/|\.py) ", _SHOWN.partition("```")[0], re.MULTILINE))
+RANK = {room: rank for rank, room in enumerate(ROOMS)}
+#: Names of the package's own, beside the rooms.
+OUTSIDE = {"", "__main__", "_moved", "pytorch_lightning"}
+#: May look into another room past its front door: a row into the file of the algorithm that it describes.
+LOOKS_INSIDE = {("table.rows", "optimizers")}
+PUBLIC = ("", "optimizers", "layerwise")
 OPTIONAL = {"bitsandbytes", "torchao", "schedulefree", "optimi", "torch_xla", "torch_npu", "apex", "amp_C"}
 # Where an optional package is imported at all: an adapter, at its top; or a function that cannot do without.
-MAY_IMPORT_OPTIONAL = {"adapters", "cli", "callbacks.old_checkpoints", "accelerators.pjrt", "strategies.xla"}
+MAY_IMPORT_OPTIONAL = (
+    "optimizers.adapters",
+    "trainer._cli",
+    "trainer.callbacks._old_checkpoints",
+    "trainer.accelerators._pjrt",
+    "trainer.strategies._xla",
+)
 
 MODULES = sorted(
     ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix("__init__").removesuffix(".")
@@ -70,85 +43,137 @@ MODULES = sorted(
 )
 
 
-def rank(module: str) -> int:
-    """The layer of a module, without the package's name."""
-    return RANK[module] if module in RANK else RANK[module.partition(".")[0]]
+def room(module: str) -> str:
+    return module.partition(".")[0]
 
 
-def tree(module: str) -> ast.Module:
+def file(module: str) -> Path:
     path = ROOT.joinpath(*module.split("."))
-    file = path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
-    return ast.parse(file.read_text(), str(file))
+    return path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
 
 
-def imports(node: ast.AST) -> Iterator[str]:
-    """The modules and names that are imported when ``node`` runs, type checking aside."""
-    if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test):
+@functools.cache
+def tree(module: str) -> ast.Module:
+    return ast.parse(file(module).read_text(encoding="utf-8"))
+
+
+def imports(node: ast.AST, checking: bool) -> Iterator[tuple[str, str]]:
+    """The modules imported when ``node`` runs, each with a name taken from it; ``checking`` adds what mypy sees."""
+    if not checking and isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test):
         for child in node.orelse:
-            yield from imports(child)
+            yield from imports(child, checking)
         return
     if isinstance(node, ast.Import):
-        yield from (alias.name for alias in node.names)
+        yield from ((alias.name, "") for alias in node.names)
     elif isinstance(node, ast.ImportFrom):
         assert node.level == 0, "relative import"
-        yield from (f"{node.module}.{alias.name}" for alias in node.names)
+        yield from ((str(node.module), alias.name) for alias in node.names)
     for child in ast.iter_child_nodes(node):
-        yield from imports(child)
+        yield from imports(child, checking)
 
 
-def own_imports(module: str) -> set[str]:
-    """The modules of this package that ``module`` imports, without the package's name."""
-    found = set()
-    for name in imports(tree(module)):
-        if name.partition(".")[0] == "lightning_optim":
-            inner = name.partition(".")[2]
-            # `from package import name`: the longest part that is a module.
-            while inner not in MODULES:
-                inner = inner.rpartition(".")[0]
-            found.add(inner)
-    return found
+def own_imports(module: str) -> Iterator[tuple[str, str]]:
+    """The modules of this package that ``module`` imports, lazily or for types, too, each with a name from it."""
+    for source, name in imports(tree(module), checking=True):
+        package, _, inner = source.partition(".")
+        if package == "lightning_optim":
+            whole = f"{inner}.{name}".strip(".")
+            # `from package import module` imports the module.
+            yield (whole, "") if whole in MODULES else (inner, name)
 
 
 def foreign_imports(module: str) -> set[str]:
-    return {name.partition(".")[0] for name in imports(tree(module))} - {"lightning_optim"}
+    names = {source.partition(".")[0] for source, _ in imports(tree(module), checking=False)}
+    return names - {"lightning_optim"}
 
 
-def test_the_layers_name_modules_that_exist() -> None:
-    assert {name for name in RANK if not ROOT.joinpath(*name.split(".")).is_dir()} <= set(MODULES)
-    assert all(rank(module) >= 0 for module in MODULES)
-    assert len(MODULES) > 25
+def exported(module: str) -> list[str]:
+    """The names of ``__all__``, read from the source."""
+    for node in tree(module).body:
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "__all__":
+            return list(ast.literal_eval(node.value))
+    return []
 
 
-@pytest.mark.parametrize("module", MODULES)
-def test_imports_point_to_earlier_layers(module: str) -> None:
-    # The package itself hands OptimCLI out on demand.
-    later = {"cli"} if module == "" else set()
-    package = module.partition(".")[0]
-    wrong = {
-        other
-        for other in own_imports(module) - later
-        if rank(other) > rank(module) or (rank(other) == rank(module) and other.partition(".")[0] != package)
+def test_every_module_is_in_a_room() -> None:
+    assert len(ROOMS) >= 8
+    assert {room(module) for module in MODULES} - OUTSIDE == set(ROOMS)
+
+
+def test_imports_point_to_earlier_rooms() -> None:
+    wrong = [
+        f"{module} imports {other}"
+        for module in MODULES
+        for other, _ in own_imports(module)
+        if not {module, other} & OUTSIDE and RANK[room(other)] > RANK[room(module)]
+    ]
+    # A room asks nothing of the package but its version, or it would import all others.
+    wrong += [f"{m} takes {n}" for m in MODULES for other, n in own_imports(m) if not other and n != "__version__"]
+    assert not wrong
+
+
+def test_rooms_are_entered_by_the_front_door() -> None:
+    wrong = [
+        f"{module} takes {name} from {other}"
+        for module in MODULES
+        for other, name in own_imports(module)
+        if not {module, other} & {*OUTSIDE, "errors"}
+        and room(other) != room(module)
+        and (other != room(other) or name not in exported(other))
+        and not (not name and other.rpartition(".")[2].lstrip("_") in exported(room(other)))
+        and not any(module.startswith(inside) and room(other) == to for inside, to in LOOKS_INSIDE)
+    ]
+    assert not wrong
+
+
+def test_no_module_imports_itself_on_the_way_round() -> None:
+    graph = {m: {other for other, name in own_imports(m) if name != "__version__"} - {m} for m in MODULES}
+    while ready := {module for module, others in graph.items() if not others & graph.keys()}:
+        for module in ready:
+            del graph[module]
+    assert not graph, f"a circle among {sorted(graph)}"
+
+
+@pytest.mark.parametrize("name", ROOMS)
+def test_a_room_says_what_it_is_and_hands_out(name: str) -> None:
+    assert ast.get_docstring(tree(name))
+    if name not in ("errors", "trainer"):
+        module = importlib.import_module(f"lightning_optim.{name}")
+        assert exported(name) == sorted(set(exported(name)), key=exported(name).index)
+        assert all(hasattr(module, public) for public in exported(name))
+
+
+def test_modules_that_nobody_else_may_use_begin_with_an_underscore() -> None:
+    named = {module.rpartition(".")[2] for module in MODULES if file(module).name != "__init__.py"}
+    assert {name for name in named if not name.startswith("_")} == {"errors", "pytorch_lightning"}
+    assert {module for module in MODULES if file(module).name == "__init__.py"} == {
+        *({""} | set(ROOMS) - {"errors"}),
+        *("optimizers.adapters", "table.rows", "build.rules"),
+        *("trainer.accelerators", "trainer.callbacks", "trainer.strategies"),
     }
-    assert not wrong, f"{module or 'lightning_optim'} imports {wrong} from its own layer or a later one"
 
 
-@pytest.mark.parametrize("module", [module for module in MODULES if rank(module) < FIRST_WITH_LIGHTNING])
-def test_the_pipeline_knows_no_lightning(module: str) -> None:
-    assert not foreign_imports(module) & {"lightning", "pytorch_lightning", "lightning_fabric", "lightning_utilities"}
+def test_no_module_is_longer_than_400_lines() -> None:
+    assert {m: n for m in MODULES if (n := len(file(m).read_text(encoding="utf-8").splitlines())) > 400} == {}
+
+
+def test_nothing_above_the_trainer_knows_lightning() -> None:
+    above = [module for module in MODULES if module not in OUTSIDE and RANK[room(module)] < RANK["trainer"]]
+    lightning = {"lightning", "pytorch_lightning", "lightning_fabric", "lightning_utilities"}
+    assert not [module for module in above if foreign_imports(module) & lightning]
 
 
 def test_adapters_are_imported_by_the_table_only() -> None:
-    importers = [module for module in MODULES if any(other.startswith("adapters.") for other in own_imports(module))]
-    assert importers == []
-    targets = {spec.target.partition(":")[0] for spec in lightning_optim.REGISTRY.plain.values()}
-    adapters = {f"lightning_optim.{module}" for module in MODULES if module.startswith("adapters.")}
-    assert adapters <= targets
+    within = "optimizers.adapters."
+    importers = {m for m in MODULES for other, _ in own_imports(m) if other.startswith(within)}
+    # The front door hands one of them out on demand.
+    assert {m for m in importers if not m.startswith(within)} == {"optimizers"}
 
 
-@pytest.mark.parametrize("module", MODULES)
-def test_optional_packages_are_imported_by_adapters_only(module: str) -> None:
-    found = foreign_imports(module) & (OPTIONAL | {"jsonargparse", "transformers", "matplotlib"})
-    assert not found or module in MAY_IMPORT_OPTIONAL or module.partition(".")[0] in MAY_IMPORT_OPTIONAL
+def test_optional_packages_are_imported_by_adapters_only() -> None:
+    optional = OPTIONAL | {"jsonargparse", "transformers", "matplotlib"}
+    wrong = {module: found for module in MODULES if (found := foreign_imports(module) & optional)}
+    assert not [module for module in wrong if not module.startswith(MAY_IMPORT_OPTIONAL)]
 
 
 def test_nobody_imports_the_old_name_of_lightning() -> None:
@@ -195,17 +220,17 @@ def test_importing_the_package_is_lean_and_silent(tmp_path: Path) -> None:
     assert report["handlers"] == []
     assert (report["filters"], report["threads"], report["cuda"]) == (0, 0, False)
 
-    assert "lightning_optim.factory" in report["new"]
+    assert "lightning_optim.build._factory" in report["new"]
     names = {line.rpartition("|")[2].strip().partition(".")[0] for line in done.stderr.splitlines()}
     assert "lightning_optim" in names
     assert not OPTIONAL & {*names, *report["loaded"]}
     # lightning.pytorch imports what is installed of jsonargparse, matplotlib and others; we add nothing to that.
     assert {name.partition(".")[0] for name in report["new"]} - sys.stdlib_module_names == {"lightning_optim"}
-    on_demand = ("lightning_optim.adapters", "lightning_optim.cli", "lightning_optim.command")
+    on_demand = ("lightning_optim.optimizers.adapters", "lightning_optim.trainer._cli", "lightning_optim.command")
     assert not [module for module in report["new"] if module.startswith(on_demand)]
 
 
 def test_optim_cli_is_handed_out_on_demand() -> None:
-    assert lightning_optim.OptimCLI.__module__ == "lightning_optim.cli"
+    assert lightning_optim.OptimCLI.__module__ == "lightning_optim.trainer._cli"
     with pytest.raises(AttributeError, match="has no attribute 'OptimCLY'"):
         _ = lightning_optim.OptimCLY

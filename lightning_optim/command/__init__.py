@@ -6,6 +6,6 @@ for scripts. No optional package is imported; whether one can be used is read fr
 
 from __future__ import annotations
 
-from lightning_optim.command.entry import main
+from lightning_optim.command._entry import main
 
 __all__ = ["main"]

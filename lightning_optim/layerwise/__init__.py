@@ -1,4 +1,27 @@
-"""The layerwise engine: steps buckets of parameters during backward and frees their gradients. Pure PyTorch.
+"""The engine that steps buckets of parameters during backward and frees their gradients. Pure torch.
 
-README.md in this folder explains it; the public names are in :mod:`lightning_optim`.
+README.md in this folder explains it. Public: :class:`Layerwise`, :class:`Clipping` and :class:`Replicas`, for loops
+without Lightning; who drives it under Lightning lives in ``trainer/``.
 """
+
+from __future__ import annotations
+
+from lightning_optim.layerwise._clipping import (
+    Clipping,
+)
+from lightning_optim.layerwise._engine import (
+    Layerwise,
+)
+from lightning_optim.layerwise._replicas import (
+    Replicas,
+)
+from lightning_optim.layerwise._scaling import (
+    OuterScaler,
+)
+
+__all__ = [
+    "Clipping",
+    "Layerwise",
+    "OuterScaler",
+    "Replicas",
+]

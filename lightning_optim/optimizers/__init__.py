@@ -1,1 +1,62 @@
-"""The algorithms we own, pure torch, one per file."""
+"""The algorithms that we own, pure torch, one per file; ``adapters/`` mends classes of other packages.
+
+Public: the classes below may be used with any training loop. A change here must leave old state dicts loadable, or
+raise the class's ``version`` and say so in its docstring.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from lightning_optim.optimizers._adafactor import (
+    Adafactor,
+)
+from lightning_optim.optimizers._adalomo import (
+    AdaLomo,
+)
+from lightning_optim.optimizers._anyprecision import (
+    AnyPrecisionAdamW,
+)
+from lightning_optim.optimizers._apollo import (
+    ApolloAdamW,
+)
+from lightning_optim.optimizers._base import (
+    OwnOptimizer,
+)
+from lightning_optim.optimizers._galore import (
+    GaLoreAdamW,
+)
+from lightning_optim.optimizers._galore_adafactor import (
+    GaLoreAdafactor,
+)
+from lightning_optim.optimizers._grokadamw import (
+    GrokAdamW,
+)
+from lightning_optim.optimizers._lomo import (
+    LOMO,
+)
+
+if TYPE_CHECKING:
+    from lightning_optim.optimizers.adapters._galore import GaLoreAdamW8bit
+
+__all__ = [
+    "LOMO",
+    "AdaLomo",
+    "Adafactor",
+    "AnyPrecisionAdamW",
+    "ApolloAdamW",
+    "GaLoreAdafactor",
+    "GaLoreAdamW",
+    "GaLoreAdamW8bit",
+    "GrokAdamW",
+    "OwnOptimizer",
+]
+
+
+def __getattr__(name: str) -> Any:
+    # It needs bitsandbytes, an optional package.
+    if name == "GaLoreAdamW8bit":
+        from lightning_optim.optimizers.adapters import _galore
+
+        return _galore.GaLoreAdamW8bit
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

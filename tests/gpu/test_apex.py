@@ -14,8 +14,8 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning_optim import build_optimizer
 from tests.gpu.device import DEVICE, FLAGS, cuda_only, fp16
 from tests.models import LitTokens, TokenModel, loader, trainer
-from tests.test_apex import ARGUMENTS, NAME, walk
-from tests.test_resume import assert_equal
+from tests.trainer.test_apex import ARGUMENTS, NAME, walk
+from tests.trainer.test_resume import assert_equal
 
 pytestmark = [
     cuda_only,

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from lightning_optim import Layerwise, build_optimizer
 from tests.cases import BY_NAME, NAMES, case_of
 from tests.gpu.device import DEVICE, FLAGS, cuda_only, fp16
-from tests.test_layerwise import assert_near, build, outcome, run
-from tests.test_resume import assert_equal
+from tests.layerwise.test_layerwise import assert_near, build, outcome, run
+from tests.trainer.test_resume import assert_equal
 
 EXACT: dict[str, Callable[[], dict[str, Any]]] = {
     "32-true": dict,

@@ -11,7 +11,7 @@ import torch
 from tests.cases import BY_NAME, CASES, NAMES
 from tests.gpu.device import DEVICE, FLAGS
 from tests.models import LitTokens, loader, trainer
-from tests.test_resume import MOVES, assert_equal, resumed, train
+from tests.trainer.test_resume import MOVES, assert_equal, resumed, train
 
 
 @pytest.fixture(scope="module", params=["32-true", "bf16-true"])

@@ -15,7 +15,7 @@ pytest.importorskip("torch_xla", reason="needs torch_xla: make test-xla")
 import torch_xla
 
 from lightning_optim import build_optimizer
-from lightning_optim.adapters.xla import AdamW
+from lightning_optim.optimizers.adapters._xla import AdamW
 from tests.xla.runs import counting, graph_of, on_host, small_model, steps, weights
 
 OPTIONS: dict[str, dict[str, Any]] = {

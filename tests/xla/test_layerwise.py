@@ -14,7 +14,7 @@ import torch_xla
 from torch.nn import functional as F
 
 from lightning_optim import Clipping, IncompatibleTrainer, Layerwise, build_optimizer
-from lightning_optim.strategies.xla import XLAReplicas
+from lightning_optim.trainer.strategies._xla import XLAReplicas
 from tests.models import LitTokens, loader
 from tests.xla.runs import ALL, SINGLE, apart, fit, small_model, xla_trainer
 
@@ -41,7 +41,7 @@ def test_equals_plain(mode: str, strategy: str) -> None:
 
 @pytest.mark.parametrize("optim", ["sgd", "adafactor", "lomo"])
 def test_others_equal_plain(optim: str) -> None:
-    plainly = "lightning_optim.optimizers.lomo.LOMO" if optim == "lomo" else optim
+    plainly = "lightning_optim.optimizers.LOMO" if optim == "lomo" else optim
     lr = {"sgd": 0.3, "adafactor": 1e-2, "lomo": 1.0}[optim]
     plain = fit(plainly, SINGLE, steps=12, lr=lr)
     assert apart(fit(f"{optim}_layerwise", SINGLE, steps=12, lr=lr), plain) < CLOSE

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from lightning_optim import IncompatibleTrainer, PJRTAccelerator, XLASyncFreePrecision
 from tests.models import ForeignTokens, LitTokens, loader, trainer
-from tests.test_resume import assert_equal, assert_plain
+from tests.trainer.test_resume import assert_equal, assert_plain
 from tests.xla.runs import ALL, SINGLE, apart, counting, fit, graph_of, xla_trainer
 from tests.xla.test_adamw import PARTS
 

@@ -1,0 +1,90 @@
+"""Where modules of version 0.1 are now, for pickles and imports that name them.
+
+A pickle of a whole module or optimizer names classes by the modules that defined them. Those paths were never public:
+an import of one is answered with a ``DeprecationWarning``; ``lightning_optim`` itself has every public name.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.machinery
+import importlib.util
+import sys
+import warnings
+from collections.abc import Sequence
+from importlib.abc import Loader, MetaPathFinder
+from types import ModuleType
+
+_ROOT = __name__.partition(".")[0] + "."
+_FOLDERS = {
+    "accelerators": "trainer.accelerators",
+    "adapters": "optimizers.adapters",
+    "callbacks": "trainer.callbacks",
+    "catalog": "table.rows",
+    "rules": "build.rules",
+    "strategies": "trainer.strategies",
+}
+_ROOMS = {
+    "build": "arguments config curves factory memory plain resume schedule_state schedules trust",
+    "groups": "layer_decay param_groups parameters target_modules",
+    "table": "availability misnomers options registry spec",
+    "trainer": "cli expected integration length mixin packages report",
+}
+_FILES = {name: f"{room}._{name}" for room, names in _ROOMS.items() for name in names.split()} | {
+    "callbacks.optim": "trainer._optim_callback",
+    "catalog.layerwise": "table._layerwise",
+    "catalog.lean": "table.rows._adafactor_lomo",
+    "following": "build._module_schedule",
+    "optimizers.averaging": "stepping._averaging",
+    "optimizers.finite": "stepping._finite",
+    "optimizers.foreign": "stepping._state_marks",
+    "optimizers.fused": "stepping._fused",
+    "optimizers.groups": "stepping._valid_groups",
+    "optimizers.kernels": "stepping._kernels",
+    "optimizers.preparing": "stepping._preparing",
+    "optimizers.uncompiled": "stepping._uncompiled",
+    "quiet": "optimizers.adapters._quiet",
+    "strategies.pytorch_lightning": "pytorch_lightning",
+    "rules.stepping": "build.rules._layerwise",
+}
+
+
+def new_path(old: str) -> str | None:
+    """Returns the path of the module that ``old`` named in version 0.1, both without the package's name."""
+    if old in _FILES or old in _FOLDERS:
+        return _FILES.get(old) or _FOLDERS[old]
+    folder, _, name = old.rpartition(".")
+    if not name or name.startswith("_"):
+        return None
+    return f"{_FOLDERS[folder]}._{name}" if folder in _FOLDERS else f"{folder}._{name}" if folder else None
+
+
+class _Moved(MetaPathFinder, Loader):
+    """Answers for modules that nobody else finds."""
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> importlib.machinery.ModuleSpec | None:
+        new = new_path(fullname.removeprefix(_ROOT)) if fullname.startswith(_ROOT) else None
+        if new is None or importlib.util.find_spec(_ROOT + new) is None:
+            return None
+        return importlib.machinery.ModuleSpec(fullname, self, is_package=new in _FOLDERS.values())
+
+    def create_module(self, spec: importlib.machinery.ModuleSpec) -> None:
+        """Has an empty module made, whose place the real one takes."""
+
+    def exec_module(self, module: ModuleType) -> None:
+        new = new_path(module.__name__.removeprefix(_ROOT))
+        assert new is not None
+        warnings.warn(
+            f"{module.__name__} is not public and has moved; import public names from lightning_optim",
+            DeprecationWarning,
+            stacklevel=2,
+        )
+        sys.modules[module.__name__] = importlib.import_module(_ROOT + new)
+
+
+def keep_old_paths() -> None:
+    """Lets the paths of version 0.1 be imported."""
+    if not any(isinstance(finder, _Moved) for finder in sys.meta_path):
+        sys.meta_path.append(_Moved())

@@ -1,0 +1,105 @@
+"""From a request to an optimizer and its schedule, without Lightning. ``_factory.py`` is the pipeline: read it first.
+
+The request and its checks (``rules/``), the schedules, the bytes of a state, what a resumed state dict may hold.
+Nothing here imports Lightning; a rule that needs the Trainer is given plain facts.
+"""
+
+from __future__ import annotations
+
+from lightning_optim.build import _trust as trust
+from lightning_optim.build import rules
+from lightning_optim.build._arguments import (
+    OptimArguments,
+)
+from lightning_optim.build._config import (
+    OptimConfig,
+)
+from lightning_optim.build._curves import (
+    MODULE_SCHEDULE,
+    SCHEDULES,
+    PlateauOptions,
+    get_schedule,
+)
+from lightning_optim.build._factory import (
+    WATCHERS,
+    ResolvedOptimizer,
+    build_optimizer,
+    built_by,
+    resolve,
+)
+from lightning_optim.build._memory import (
+    measured_bytes,
+    parameter_bytes,
+    state_bytes,
+)
+from lightning_optim.build._module_schedule import (
+    FollowingSchedule,
+    peak_rate,
+)
+from lightning_optim.build._plain import (
+    plain,
+    storable,
+)
+from lightning_optim.build._resume import (
+    INITIAL_LR,
+    KERNEL,
+    LR,
+    SCHEDULE,
+    comparable,
+)
+from lightning_optim.build._schedule_state import (
+    KnowsItsName,
+    other_schedule,
+    set_rate,
+    written_by,
+)
+from lightning_optim.build._schedules import (
+    NamedSchedule,
+    build_schedule,
+    long_warmup,
+    make_multiplier,
+    make_schedule,
+    resolve_warmup,
+)
+from lightning_optim.build.rules import (
+    TrainerFacts,
+)
+
+__all__ = [
+    "INITIAL_LR",
+    "KERNEL",
+    "LR",
+    "MODULE_SCHEDULE",
+    "SCHEDULE",
+    "SCHEDULES",
+    "WATCHERS",
+    "FollowingSchedule",
+    "KnowsItsName",
+    "NamedSchedule",
+    "OptimArguments",
+    "OptimConfig",
+    "PlateauOptions",
+    "ResolvedOptimizer",
+    "TrainerFacts",
+    "build_optimizer",
+    "build_schedule",
+    "built_by",
+    "comparable",
+    "get_schedule",
+    "long_warmup",
+    "make_multiplier",
+    "make_schedule",
+    "measured_bytes",
+    "other_schedule",
+    "parameter_bytes",
+    "peak_rate",
+    "plain",
+    "resolve",
+    "resolve_warmup",
+    "rules",
+    "set_rate",
+    "state_bytes",
+    "storable",
+    "trust",
+    "written_by",
+]

@@ -1,0 +1,137 @@
+"""What a user asks for, as one checked value: shared by the mixin, the callback, the CLI and the factory."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from lightning_optim.build import _trust as trust
+from lightning_optim.build import rules
+from lightning_optim.build._arguments import Arguments
+from lightning_optim.build._curves import get_schedule
+from lightning_optim.build._plain import plain
+from lightning_optim.build._resume import as_overrides
+from lightning_optim.build._schedules import parse_warmup
+from lightning_optim.errors import InvalidOption, MissingDependency
+from lightning_optim.groups import check_target_modules
+from lightning_optim.table import (
+    NON_NEGATIVE,
+    REGISTRY,
+    SUFFIX,
+    OptimizerSpec,
+    Range,
+    as_mapping,
+    as_number,
+    availability,
+    parse,
+)
+
+_LAYER_DECAY = Range(low=0.0, high=1.0, low_open=True)
+
+
+@dataclass(frozen=True)
+class OptimConfig(Arguments):
+    """An optimizer and its schedule, by name.
+
+    Creating one checks it: names, option names, types and ranges, and combinations that cannot work. Whether the
+    packages are installed is checked only when the optimizer is built, so that a checkpoint can be loaded for inference
+    where they are not. So is a dotted path that only the checkpoint names: see :class:`UntrustedOptimizer`.
+    Its attributes are the arguments of :class:`OptimMixin`.
+
+    Raises:
+        UnknownOptimizer, UnknownSchedule, InvalidOption, IncompatibleTrainer: See there.
+    """
+
+    # Whether the row was left alone because only a file names it; no field, so that it is nobody's argument.
+    _withheld: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            object.__setattr__(self, field.name, plain(getattr(self, field.name)))
+        for name, bounds in (("lr", NON_NEGATIVE), ("weight_decay", NON_NEGATIVE), ("layer_decay", _LAYER_DECAY)):
+            object.__setattr__(self, name, as_number(name, getattr(self, name), bounds))
+        object.__setattr__(self, "warmup_steps", parse_warmup(self.warmup_steps))
+        if self.param_groups is not None and not isinstance(self.param_groups, Mapping):
+            raise InvalidOption(
+                f"param_groups={self.param_groups!r} is no mapping of patterns such as {{'embed.*': {{'lr': 1e-4}}}}"
+            )
+        if not isinstance(self.optim_fallback, bool):
+            raise InvalidOption(f"optim_fallback={self.optim_fallback!r} is neither True nor False")
+        as_overrides(self.override_on_resume)
+        check_target_modules(self.optim_target_modules)
+        if self.lr_scheduler is not None:
+            schedule = get_schedule(self.lr_scheduler)
+            parse(schedule.options, self.lr_scheduler_args, schedule.name)
+        if isinstance(self.optim, str) and trust.only_a_file_says(self.optim) and self._would_import():
+            object.__setattr__(self, "_withheld", True)
+            return
+        try:
+            spec = self.spec
+        except MissingDependency:
+            return
+        self._absorb_weight_decay()
+        options = parse(spec.options, self.optim_args, self.optim)
+        rules.check_config(rules.Request(spec, self, options))
+
+    @property
+    def spec(self) -> OptimizerSpec:
+        """The row of ``optim``.
+
+        Raises:
+            UntrustedOptimizer: If only a checkpoint names it, and its module has not been imported since.
+        """
+        if self._withheld and self._would_import():
+            raise trust.refusal(self.optim)
+        return REGISTRY.find(self.optim)
+
+    @property
+    def overrides(self) -> tuple[str, ...]:
+        """``override_on_resume`` as names."""
+        return as_overrides(self.override_on_resume)
+
+    @property
+    def candidates(self) -> tuple[str, ...]:
+        """The identifiers to try in turn; the first that can run is built."""
+        names = (self.optim, *(self.spec.fallbacks if self.optim_fallback else ()))
+        rows = {name: self.spec if name == self.optim else REGISTRY.find(name) for name in names}
+        return tuple(dict.fromkeys(one for name, row in rows.items() for one in row.choices or (name,)))
+
+    def ensure_available(self) -> None:
+        """Raises :class:`MissingDependency` if no candidate that takes these options has its packages here."""
+        for name in self.candidates:
+            with suppress(InvalidOption):
+                self.replace(optim=name)
+                if REGISTRY.find(name).availability():
+                    return
+        spec = self.spec
+        nearest = [name for name in spec.fallbacks if REGISTRY.find(name).availability()]
+        availability.ensure(self.optim, spec.requirements, nearest)
+
+    def replace(self, **changes: Any) -> OptimConfig:
+        """Returns a checked copy with some attributes changed."""
+        if not self._withheld or "optim" in changes:
+            return dataclasses.replace(self, **changes)
+        with trust.reading(held=self.optim):
+            return dataclasses.replace(self, **changes)
+
+    def _would_import(self) -> bool:
+        """Whether the class is named by a dotted path alone, and has not been imported."""
+        path = self.optim.removesuffix(SUFFIX)
+        in_table = path in REGISTRY or any(row.implementation == path for row in REGISTRY.plain.values())
+        return "." in path and not in_table and not trust.is_imported(path)
+
+    def _absorb_weight_decay(self) -> None:
+        """Moves ``weight_decay`` out of ``optim_args``, where Hugging Face's classics take it."""
+        args = as_mapping(self.optim_args, self.optim)
+        if "weight_decay" not in args:
+            return
+        given = as_number("weight_decay", args.pop("weight_decay"), NON_NEGATIVE, optional=False)
+        if self.weight_decay not in (None, given):
+            raise InvalidOption(
+                f"weight_decay is given twice: weight_decay={self.weight_decay} and optim_args weight_decay={given}"
+            )
+        object.__setattr__(self, "weight_decay", given)
+        object.__setattr__(self, "optim_args", args)

@@ -1,0 +1,299 @@
+"""The pipeline, top to bottom: identifier -> row -> package -> options -> groups -> rules -> optimizer -> layerwise.
+
+An identifier that stands for others (``adamw``), or one with a fallback, goes through it several times until one runs.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import Any, NoReturn
+
+from torch import Tensor
+from torch.optim import Optimizer
+
+from lightning_optim.build import rules
+from lightning_optim.build._config import OptimConfig
+from lightning_optim.build._memory import state_bytes
+from lightning_optim.build._resume import Resuming, mark
+from lightning_optim.errors import IncompatibleTrainer, InvalidOption, InvalidParamGroups, MissingDependency
+from lightning_optim.groups import (
+    GroupPolicy,
+    NamedParameter,
+    Target,
+    TargetModules,
+    device_types,
+    left_out,
+    make_groups,
+    named_parameters,
+)
+from lightning_optim.layerwise import Layerwise
+from lightning_optim.optimizers import OwnOptimizer
+from lightning_optim.stepping import SCALES, keep_kernel, say_if_not_finite
+from lightning_optim.table import REGISTRY, SUFFIX, OptimizerSpec, Options, availability, parse, refuse_unknown
+
+# Wrong wherever it runs, if it is said of the identifier that was asked for.
+_MISTAKES = (InvalidOption, InvalidParamGroups)
+
+
+Builder = Callable[[Target, OptimConfig], Optimizer]
+
+# Who carries build_optimizer out; None is build_optimizer itself.
+_BUILDER: ContextVar[Builder | None] = ContextVar("builder", default=None)
+#: Are told of every optimizer that build_optimizer builds by itself, and its identifier.
+WATCHERS: list[Callable[[Optimizer, str], None]] = []
+
+
+@contextmanager
+def built_by(builder: Builder) -> Iterator[None]:
+    """Has ``builder`` carry out every call of :func:`build_optimizer` inside of the context."""
+    token = _BUILDER.set(builder)
+    try:
+        yield
+    finally:
+        _BUILDER.reset(token)
+
+
+@dataclass(frozen=True)
+class ResolvedOptimizer:
+    """An optimizer and how it came about.
+
+    Attributes:
+        name: The identifier that was built; another than the one asked for if that stands for others or cannot run.
+        optimizer: The optimizer, ready to step.
+        spec: Its row.
+        options: Its options, defaults filled in.
+        lr: Learning rate.
+        weight_decay: Weight decay of the parameters that decay.
+        state_bytes: Bytes of its full state, or ``None`` if the row does not say.
+        not_projected: Modules that ``optim_target_modules`` names in vain, with what they are.
+        resuming: What it does when a state dict is loaded, and what was asked for.
+        parameters: What was divided into groups.
+        policy: How it was divided.
+        passed_over: Identifiers that were tried before, with the reason why they cannot run here.
+    """
+
+    name: str
+    optimizer: Optimizer
+    spec: OptimizerSpec
+    options: Options
+    lr: float
+    weight_decay: float
+    state_bytes: int | None
+    not_projected: Mapping[str, str]
+    resuming: Resuming
+    parameters: list[NamedParameter]
+    policy: GroupPolicy
+    passed_over: Mapping[str, str] = field(default_factory=dict)
+
+    def rates(self, lr: float) -> list[float]:
+        """Returns the learning rate of each group, had ``lr`` been asked for."""
+        groups = make_groups(self.parameters, self.spec, self.options, dataclasses.replace(self.policy, lr=lr))
+        return [group["lr"] for group in groups]
+
+    def substitution(self, asked: str) -> str:
+        """Returns the sentence that tells which identifier fell back on this one and why; empty if none did."""
+        if asked not in self.passed_over:
+            return ""
+        reasons = "\n".join(dict.fromkeys(self.passed_over.values()))
+        return f"optim_fallback=True: optim={self.name!r} takes the place of {asked!r}.\n{reasons}"
+
+
+def resolve(
+    target: Target,
+    config: OptimConfig,
+    *,
+    warmup_steps: int = 0,
+    trainer: rules.TrainerFacts | None = None,
+    only: Set[Tensor] | None = None,
+) -> ResolvedOptimizer:
+    """Builds the optimizer that ``config`` asks for, the first of its candidates that can run.
+
+    Args:
+        target: A module, its parameters or (name, parameter) pairs.
+        config: The request.
+        warmup_steps: Warm-up in steps; only optimizers that warm up themselves use it.
+        trainer: What to know of the Trainer, if there is one.
+        only: Leaves the other parameters of ``target`` alone.
+
+    Raises:
+        UnknownOptimizer, MissingDependency, InvalidOption, InvalidParamGroups, IncompatibleTrainer: See there.
+    """
+    parameters = [p for p in named_parameters(target) if only is None or p.parameter in only]
+    if not parameters:
+        raise InvalidParamGroups("no parameter to optimize: the module's own optimizer has none that can be trained")
+    refusals: dict[str, Exception] = {}
+    for name in _candidates(config, parameters):
+        try:
+            resolved = _build(parameters, config.replace(optim=name), warmup_steps, trainer)
+        except (MissingDependency, IncompatibleTrainer, *_MISTAKES) as error:
+            if name == config.optim and isinstance(error, _MISTAKES):
+                raise
+            refusals[name] = error
+        else:
+            return dataclasses.replace(resolved, passed_over={name: str(error) for name, error in refusals.items()})
+    first, *others = refusals.values()
+    if all(isinstance(error, _MISTAKES) for error in refusals.values()) or not others:
+        raise first
+    lines = dict.fromkeys(line for error in refusals.values() for line in str(error).splitlines())
+    raise type(first)("\n".join((f"no optimizer for optim={config.optim!r} can run here:", *lines))) from first
+
+
+def _candidates(config: OptimConfig, parameters: Sequence[NamedParameter]) -> tuple[str, ...]:
+    # Of those that stand in for another only the ones for these devices are worth a word.
+    devices = device_types(parameters)
+    fitting = (name for name in config.candidates if name == config.optim or REGISTRY.find(name).runs_on(devices))
+    return tuple(fitting) or config.candidates
+
+
+def _runnable(names: Sequence[str], devices: set[str]) -> list[str]:
+    rows = {name: REGISTRY.find(name) for name in names}
+    return [name for name, row in rows.items() if row.runs_on(devices) and row.availability()]
+
+
+def _build(
+    parameters: list[NamedParameter], config: OptimConfig, warmup_steps: int, trainer: rules.TrainerFacts | None
+) -> ResolvedOptimizer:
+    spec = config.spec
+    devices = device_types(parameters)
+    nearest = () if config.optim_fallback else _runnable(spec.fallbacks, devices)
+    problems = list(spec.availability().reasons)
+    if problems:
+        if not spec.runs_on(devices):
+            problems.append(f"and it is not for parameters on {', '.join(sorted(devices))}")
+        raise availability.missing(config.optim, problems, nearest)
+    options = parse(spec.options, config.optim_args, config.optim)
+    lr = options.default_lr(spec.default_lr) if config.lr is None else config.lr
+    assert lr is not None, "the config rules see to it"
+    weight_decay = spec.default_weight_decay if config.weight_decay is None else config.weight_decay
+
+    policy = GroupPolicy(
+        lr,
+        weight_decay,
+        config.param_groups or {},
+        config.layer_decay,
+        config.layer_pattern,
+        config.optim_target_modules,
+    )
+    groups = make_groups(parameters, spec, options, policy)
+    rules.check_run(rules.Run(rules.Request(spec, config, options), parameters, groups, trainer))
+
+    # Imported late: to import an accelerator's package can start it.
+    optimizer_class = spec.load(nearest)
+    names = {parameter.parameter: parameter.name for parameter in parameters}
+    arguments = {"lr": lr, **options.select("group", "constructor"), **spec.fixed}
+    if spec.projects:
+        # The groups say it; what is added to the optimizer later (finetuning callbacks) is not projected.
+        del arguments["rank"]
+    if spec.decays:
+        arguments["weight_decay"] = weight_decay
+    if spec.warmup == "optimizer":
+        arguments["warmup_steps"] = warmup_steps
+    optimizer = optimizer_class(groups, **arguments)
+    keep_kernel(optimizer)
+    say_if_not_finite(optimizer)
+    state_format = optimizer_class.format() if issubclass(optimizer_class, OwnOptimizer) else spec.format
+    mark(optimizer, REGISTRY.known_as(config.optim.removesuffix(SUFFIX)), state_format, names)
+    resuming = Resuming(optimizer, spec, options, config.overrides)
+    if getattr(optimizer, SCALES, False):
+        # Otherwise a fused kernel unscales gradients by itself, and hooks and clipping would see them scaled.
+        setattr(optimizer, SCALES, False)
+    if spec.layerwise:
+        Layerwise(optimizer, options.select("layerwise")["bucket_mb"], names=names)
+    not_projected = left_out(parameters, config.optim_target_modules) if spec.projects else {}
+    size = state_bytes(spec, options, groups)
+    return ResolvedOptimizer(
+        config.optim, optimizer, spec, options, lr, weight_decay, size, not_projected, resuming, parameters, policy
+    )
+
+
+def build_optimizer(
+    target: Target,
+    optim: str = "adamw_torch",
+    *,
+    lr: float | None = None,
+    weight_decay: float | None = None,
+    optim_args: Mapping[str, Any] | str | None = None,
+    optim_target_modules: TargetModules = None,
+    param_groups: Mapping[str, Mapping[str, Any]] | None = None,
+    layer_decay: float | None = None,
+    layer_pattern: str | None = None,
+    warmup_steps: int = 0,
+    optim_fallback: bool = False,
+    override_on_resume: Sequence[str] | str | None = None,
+    **unknown: NoReturn,
+) -> Optimizer:
+    """Builds an optimizer by name, for plain PyTorch, Fabric and manual optimization.
+
+    Args:
+        target: A module, its parameters or (name, parameter) pairs. From a module, biases, norms and embeddings are
+            recognized; from bare parameters only the number of dimensions is known.
+        optim: Identifier, alias or dotted path such as ``"torch.optim.NAdam"``.
+        lr: Learning rate; ``None`` takes the row's default.
+        weight_decay: Weight decay of the parameters that decay; ``None`` takes the row's default.
+        optim_args: The row's options, a mapping or ``"name=value,..."``.
+        optim_target_modules: Modules whose weights are projected, for optimizers that project: ``"all-linear"``, a
+            regular expression over names, or a list of parts of names; ``None`` means ``"all-linear"``.
+        param_groups: Hyperparameters by regular expression over parameter names; the first match wins.
+        layer_decay: The learning rate is multiplied by this once per layer below the top.
+        layer_pattern: Regular expression whose one group is a layer's number.
+        warmup_steps: Warm-up in steps, for optimizers that warm up themselves (``schedule_free_adamw``,
+            ``schedule_free_sgd``); refused for others, whose warm-up is :func:`build_schedule`'s.
+        optim_fallback: Whether the nearest identifier that can run here takes the place of one that cannot, with a
+            warning.
+        override_on_resume: Hyperparameters, such as ``["lr", "weight_decay"]``, of which the values given here win when
+            a state dict is loaded; all others come from there.
+        **unknown: Refused, with what to write.
+
+    Returns:
+        An ordinary ``torch.optim.Optimizer``. If the name ends in ``_layerwise``, :class:`Layerwise` is attached to it:
+        ``Layerwise.of(optimizer)``.
+
+    Raises:
+        UnknownOptimizer: If there is no such optimizer.
+        MissingDependency: If its package is not installed, too old or known to be wrong.
+        InvalidOption: If an option is unknown, of the wrong type or out of range.
+        InvalidParamGroups: If the parameters cannot be grouped as asked.
+        IncompatibleTrainer: If the model's parameters cannot be stepped by it.
+
+    Example:
+        >>> import torch
+        >>> from lightning_optim import build_optimizer
+        >>> optimizer = build_optimizer(torch.nn.Linear(4, 2), "adamw_torch", lr=1e-3, optim_args="eps=1e-6")
+        >>> [group["name"] for group in optimizer.param_groups]
+        ['decay', 'no_decay']
+    """
+    refuse_unknown("build_optimizer", unknown, inspect.signature(build_optimizer).parameters, optim)
+    if warmup_steps and REGISTRY.find(optim).warmup != "optimizer":
+        raise IncompatibleTrainer(
+            f"warmup_steps={warmup_steps} beside optim={optim!r}: build_optimizer makes no schedule. Leave it out and "
+            f"call build_schedule(optimizer, 'constant_with_warmup', warmup_steps={warmup_steps})."
+        )
+    config = OptimConfig(
+        optim=optim,
+        lr=lr,
+        weight_decay=weight_decay,
+        optim_args=optim_args,
+        optim_target_modules=optim_target_modules,
+        param_groups=param_groups,
+        layer_decay=layer_decay,
+        layer_pattern=layer_pattern,
+        warmup_steps=warmup_steps,
+        optim_fallback=optim_fallback,
+        override_on_resume=override_on_resume,
+    )
+    builder = _BUILDER.get()
+    if builder is not None:
+        return builder(target, config)
+    resolved = resolve(target, config, warmup_steps=warmup_steps)
+    substitution = resolved.substitution(optim)
+    if substitution:
+        warnings.warn(substitution, stacklevel=2)
+    for watch in WATCHERS:
+        watch(resolved.optimizer, optim)
+    return resolved.optimizer

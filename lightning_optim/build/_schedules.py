@@ -1,0 +1,198 @@
+"""Learning-rate schedules by Hugging Face's names, equal to ``transformers.get_scheduler`` step by step.
+
+Each schedule is a row of :data:`~lightning_optim.build._curves.SCHEDULES`: its options and a function of the step. The
+function is no part of its state, so a checkpoint stores a schedule's position but not its length: resuming a run with a
+larger ``max_steps`` stretches the schedule to the new length, as Hugging Face's Trainer does.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+from torch import Tensor
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
+
+from lightning_optim.build._curves import MODULE_SCHEDULE, SCHEDULES, get_schedule
+from lightning_optim.build._schedule_state import KnowsItsName, Plateau, set_rate
+from lightning_optim.errors import InvalidOption, listing
+from lightning_optim.table import convert, parse
+
+
+def parse_warmup(warmup_steps: Any) -> int | float:
+    """Returns ``warmup_steps`` as a count (an int) or a fraction of the training (a float below 1).
+
+    Raises:
+        InvalidOption: If it is neither.
+    """
+    try:
+        number = convert(warmup_steps, float)
+    except (TypeError, ValueError):
+        number = math.nan
+    if 0 < number < 1:
+        return float(number)
+    if number >= 0 and math.isfinite(number) and number == int(number):
+        return int(number)
+    raise InvalidOption(
+        f"warmup_steps={warmup_steps!r}: a whole number of steps or a fraction of the training below 1 is allowed"
+    )
+
+
+def resolve_warmup(warmup_steps: int | float, total_steps: int | None) -> int:
+    """Returns the number of warm-up steps; a fraction is taken of ``total_steps``, rounded up.
+
+    Raises:
+        InvalidOption: If ``warmup_steps`` is neither a count nor a fraction, or a fraction of an unknown length.
+    """
+    warmup = parse_warmup(warmup_steps)
+    if isinstance(warmup, int):
+        return warmup
+    if total_steps is None:
+        raise InvalidOption(
+            f"warmup_steps={warmup_steps!r} is a fraction of a training whose length is unknown; set "
+            "Trainer(max_steps=...) or Trainer(max_epochs=...), or give a number of steps"
+        )
+    return math.ceil(total_steps * warmup)
+
+
+Multiplier = Callable[[int], float]
+
+
+class NamedSchedule(KnowsItsName):
+    """Multiplies every group's peak by a function of the step.
+
+    As ``torch.optim.lr_scheduler.LambdaLR``, but for groups that are added while training goes on, as finetuning
+    callbacks do. What such a group's learning rate is set to, when it is added and later, holds for the step at which
+    it is set: the schedule goes on from there.
+    """
+
+    def __init__(self, optimizer: Optimizer, multiplier: Multiplier, name: str) -> None:
+        self.name = name
+        self._multiplier = multiplier
+        self._first = len(optimizer.param_groups)
+        super().__init__(optimizer)
+
+    def get_lr(self) -> list[float | Tensor]:
+        self._follow_added_groups()
+        factor = self._multiplier(self.last_epoch)
+        return [group["initial_lr"] * factor for group in self.optimizer.param_groups]
+
+    def start_anew(self, multiplier: Multiplier, peaks: Sequence[float]) -> None:
+        """Goes on, from the step where it is, along another curve from other peaks, one per group."""
+        self._multiplier = multiplier
+        factor = multiplier(self.last_epoch)
+        for group, peak in zip(self.optimizer.param_groups, peaks, strict=True):
+            set_rate(group, peak * factor)
+            group["initial_lr"] = peak
+        self.base_lrs = list(peaks)
+        self._last_lr = [peak * factor for peak in peaks]
+
+    def begin(self, step: int) -> None:
+        self.last_epoch = step
+        self._step_count = step + 1
+        # A checkpoint written without a schedule has taken the peaks away: its rates are theirs.
+        peaks = [float(group.get("initial_lr", group["lr"])) for group in self.optimizer.param_groups]
+        self.start_anew(self._multiplier, peaks)
+
+    def _follow_added_groups(self) -> None:
+        """Makes the peak of an added group, whose rate somebody has set since the last step, what gives that rate."""
+        for index, group in enumerate(self.optimizer.param_groups[self._first :], self._first):
+            known = index < len(self._last_lr) and "initial_lr" in group
+            if not known or float(group["lr"]) != float(self._last_lr[index]):
+                # A factor of 0, at the start of a warm-up, says nothing of the peak.
+                group["initial_lr"] = group["lr"] / (self._multiplier(self.last_epoch - 1) or 1.0)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {name: value for name, value in super().state_dict().items() if name not in ("_multiplier", "_first")}
+
+
+def build_schedule(
+    optimizer: Optimizer,
+    name: str,
+    total_steps: int | None = None,
+    warmup_steps: int | float = 0,
+    args: Mapping[str, Any] | str | None = None,
+) -> LRScheduler | ReduceLROnPlateau:
+    """Makes a learning-rate schedule to be stepped after every optimizer step.
+
+    ``reduce_lr_on_plateau`` is stepped with the metric instead, after every validation.
+
+    Args:
+        optimizer: The optimizer; each group's current ``lr`` is its peak.
+        name: One of :data:`~lightning_optim.build._curves.SCHEDULES`.
+        total_steps: Optimizer steps of the whole training.
+        warmup_steps: Steps of the linear rise from 0, or a fraction of ``total_steps``.
+        args: The schedule's own options, a mapping or ``"name=value,..."``.
+
+    Raises:
+        UnknownSchedule: If there is no such schedule.
+        InvalidOption: If an argument is wrong, missing or would be ignored.
+    """
+    schedule = make_schedule(optimizer, name, total_steps, warmup_steps, args)
+    if isinstance(schedule, NamedSchedule):
+        too_long = long_warmup(resolve_warmup(warmup_steps, total_steps), total_steps)
+        if too_long:
+            warnings.warn(too_long, stacklevel=2)
+    return schedule
+
+
+def make_schedule(
+    optimizer: Optimizer,
+    name: str,
+    total_steps: int | None,
+    warmup_steps: int | float,
+    args: Mapping[str, Any] | str | None,
+) -> NamedSchedule | Plateau:
+    """Does the work of :func:`build_schedule`, without its warning."""
+    spec = get_schedule(name)
+    if spec is MODULE_SCHEDULE:
+        raise InvalidOption(
+            f"lr_scheduler={name!r} keeps the schedule of a LightningModule; without one there are {listing(SCHEDULES)}"
+        )
+    if spec.multiplier is None:
+        _check_warmup(name, warmup_steps)
+        return Plateau(optimizer, **parse(spec.options, args, name).select("group"))
+    return NamedSchedule(optimizer, make_multiplier(optimizer, name, total_steps, warmup_steps, args), name)
+
+
+def make_multiplier(
+    optimizer: Optimizer,
+    name: str,
+    total_steps: int | None,
+    warmup_steps: int | float,
+    args: Mapping[str, Any] | str | None,
+) -> Multiplier:
+    """Returns the factor on the peak as a function of the step; it raises what :func:`build_schedule` raises."""
+    spec = get_schedule(name)
+    options = parse(spec.options, args, name)
+    if spec.needs_total and total_steps is None and getattr(options, "num_stable_steps", None) is None:
+        raise InvalidOption(
+            f"lr_scheduler={name!r} needs the length of the training; set Trainer(max_steps=...) or "
+            "Trainer(max_epochs=...), or pass total_steps"
+        )
+    _check_warmup(name, warmup_steps)
+    warmup = resolve_warmup(warmup_steps, total_steps)
+    peak = float(optimizer.defaults["lr"])
+    options.check_peak(peak)
+    assert spec.multiplier is not None
+    return partial(spec.multiplier, warmup=warmup, total=total_steps or 0, options=options, peak=peak)
+
+
+def long_warmup(warmup: int, total: int | None) -> str:
+    """Returns what to say of a warm-up that takes the whole training; nothing of a shorter one."""
+    if not warmup or total is None or warmup < total:
+        return ""
+    return (
+        f"the warm-up has {warmup} steps and the whole training {total}: the learning rate never reaches its peak. Set "
+        "warmup_steps to fewer steps, or to a fraction such as 0.1."
+    )
+
+
+def _check_warmup(name: str, warmup_steps: int | float) -> None:
+    if warmup_steps and not get_schedule(name).warms_up:
+        instead = "'constant_with_warmup'" if name == "constant" else "another lr_scheduler, such as 'linear'"
+        raise InvalidOption(f"lr_scheduler={name!r} has no warm-up, but warmup_steps={warmup_steps!r}; use {instead}")

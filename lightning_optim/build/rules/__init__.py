@@ -1,0 +1,56 @@
+"""What cannot work together: each rule says what was passed, why it fails and what to type instead.
+
+Four tables, one per file: :data:`CONFIG_RULES` need only the request and hold when it is written down,
+:data:`RUN_RULES` need the model and, where there is one, the Trainer, :data:`LAYERWISE_RULES` need what is stepped
+during backward and its Trainer, :data:`FUSED_RULES` need what a strategy has stepped by fused kernels. The latter three
+hold before the first batch.
+"""
+
+from __future__ import annotations
+
+from lightning_optim.build.rules._fused import FUSED_RULES, Fusing
+from lightning_optim.build.rules._layerwise import LAYERWISE_RULES, STEPPING_STRATEGIES, Stepping, gradient_is_gone
+from lightning_optim.build.rules._request import CONFIG_RULES, Request
+from lightning_optim.build.rules._run import RUN_RULES, Run, TrainerFacts, cpp_compiler
+from lightning_optim.errors import IncompatibleTrainer
+
+__all__ = [
+    "CONFIG_RULES",
+    "FUSED_RULES",
+    "LAYERWISE_RULES",
+    "RUN_RULES",
+    "STEPPING_STRATEGIES",
+    "Fusing",
+    "Request",
+    "Run",
+    "Stepping",
+    "TrainerFacts",
+    "cpp_compiler",
+    "gradient_is_gone",
+]
+
+
+def check_config(request: Request) -> None:
+    """Raises :class:`IncompatibleTrainer` with every rule of :data:`CONFIG_RULES` that the request breaks."""
+    _raise([rule(request) for rule in CONFIG_RULES])
+
+
+def check_run(run: Run) -> None:
+    """Raises :class:`IncompatibleTrainer` with every rule of :data:`RUN_RULES` that the run breaks."""
+    _raise([rule(run) for rule in RUN_RULES])
+
+
+def check_fused(fusing: Fusing) -> None:
+    """Raises :class:`IncompatibleTrainer` with every rule of :data:`FUSED_RULES` that is broken."""
+    _raise([rule(fusing) for rule in FUSED_RULES])
+
+
+def check_layerwise(stepping: Stepping) -> None:
+    """Raises :class:`IncompatibleTrainer` with every rule of :data:`LAYERWISE_RULES` that is broken."""
+    _raise([rule(stepping) for rule in LAYERWISE_RULES])
+
+
+def _raise(problems: list[str | None]) -> None:
+    found = [problem for problem in problems if problem]
+    if found:
+        raise IncompatibleTrainer("\n".join(found))

@@ -1,0 +1,161 @@
+"""Rules that need only the request and hold when it is written down."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from lightning_optim.build._arguments import Arguments
+from lightning_optim.build._curves import get_schedule
+from lightning_optim.build._resume import as_overrides, overridable
+from lightning_optim.errors import listing
+from lightning_optim.table import OptimizerSpec, Options, describe
+
+
+@dataclass(frozen=True)
+class Request:
+    """An identifier's row, what the user asked of it, and the options among that with defaults filled in."""
+
+    spec: OptimizerSpec
+    config: Arguments
+    options: Options
+
+    @property
+    def name(self) -> str:
+        """The identifier as the user typed it, which may be an alias."""
+        return self.config.optim
+
+
+def _no_schedule_for_averages(request: Request) -> str | None:
+    name = request.config.lr_scheduler
+    if not request.spec.averages_weights or name in (None, "constant"):
+        return None
+    return (
+        f"lr_scheduler={name!r} beside optim={request.name!r}, which averages its iterates instead of following a "
+        "schedule. Leave lr_scheduler out"
+        + ("; warmup_steps is handed to the optimizer itself." if request.spec.warmup == "optimizer" else ".")
+    )
+
+
+def _warmup_has_an_effect(request: Request) -> str | None:
+    config, spec = request.config, request.spec
+    if not config.warmup_steps:
+        return None
+    if spec.warmup == "none":
+        return (
+            f"warmup_steps={config.warmup_steps} beside optim={request.name!r}, which needs no warm-up. Leave it out."
+        )
+    if spec.warmup == "schedule" and config.lr_scheduler is None:
+        return (
+            f"warmup_steps={config.warmup_steps} without lr_scheduler would be ignored. Add "
+            "lr_scheduler='constant_with_warmup', 'linear' or 'cosine'."
+        )
+    return None
+
+
+def _overrides_are_known(request: Request) -> str | None:
+    known = overridable(request.spec)
+    unknown = [name for name in as_overrides(request.config.override_on_resume) if name not in known]
+    if not unknown:
+        return None
+    options = {info.name: info.scope for info in describe(request.spec.options)}
+    reason = {
+        None: "which is nothing that a checkpoint holds",
+        "group": "under another value of which no state can be kept",
+    }.get(options.get(unknown[0]), "which never comes from a checkpoint")
+    return (
+        f"override_on_resume names {unknown[0]!r}, {reason}. Of optim={request.name!r} these can win over a "
+        f"checkpoint: {listing(known)}."
+    )
+
+
+def _plateau_and_constant_do_not_warm_up(request: Request) -> str | None:
+    config = request.config
+    if request.spec.warmup != "schedule" or not config.warmup_steps or config.lr_scheduler is None:
+        return None
+    if get_schedule(config.lr_scheduler).warms_up:
+        return None
+    return (
+        f"warmup_steps={config.warmup_steps} beside lr_scheduler={config.lr_scheduler!r}, which has no warm-up. "
+        "Use lr_scheduler='constant_with_warmup'."
+    )
+
+
+def _schedule_args_need_a_schedule(request: Request) -> str | None:
+    if request.config.lr_scheduler_args and request.config.lr_scheduler is None:
+        return "lr_scheduler_args without lr_scheduler would be ignored. Add lr_scheduler, for instance 'cosine'."
+    return None
+
+
+def _layer_pattern_needs_layer_decay(request: Request) -> str | None:
+    if request.config.layer_pattern is not None and request.config.layer_decay is None:
+        return "layer_pattern without layer_decay would be ignored. Add layer_decay, for instance 0.75."
+    return None
+
+
+def _lr_is_known(request: Request) -> str | None:
+    if request.config.lr is not None or request.options.default_lr(request.spec.default_lr) is not None:
+        return None
+    return f"optim={request.name!r} has no default learning rate. Give lr, for instance lr=1e-3{_or_kin(request)}."
+
+
+def _or_kin(request: Request) -> str:
+    """Returns what to use in place of a class by its path that makes its learning rate itself."""
+    if not (request.spec.kin and getattr(request.options, "relative_step", False)):
+        return ""
+    without = " and optim_args={'relative_step': False}" if request.config.lr is None else ""
+    scaled = {"scale_parameter": True} if getattr(request.options, "scale_parameter", False) else {}
+    options = {"relative_step": True, **scaled}
+    return f"{without}, or use optim={request.spec.kin[0]!r} with optim_args={options} and without lr"
+
+
+def _weight_decay_exists(request: Request) -> str | None:
+    if request.config.weight_decay and not request.spec.decays:
+        return (
+            f"weight_decay={request.config.weight_decay} beside optim={request.name!r}, which has none. Leave it out."
+        )
+    return None
+
+
+def _averages_need_a_learning_rate(request: Request) -> str | None:
+    if request.spec.averages_weights and request.config.lr == 0:
+        return f"lr=0 beside optim={request.name!r}: the average is weighted by the learning rate. Use lr > 0."
+    return None
+
+
+def _target_modules_are_projected(request: Request) -> str | None:
+    modules = request.config.optim_target_modules
+    if modules is None or request.spec.projects:
+        return None
+    return (
+        f"optim_target_modules={modules!r} beside optim={request.name!r}, which projects nothing, would be ignored. "
+        "Leave it out, or use optim='galore_adamw' or 'apollo_adamw'."
+    )
+
+
+def _relative_step_makes_the_learning_rate(request: Request) -> str | None:
+    given = {"lr": request.config.lr}
+    for pattern, values in (request.config.param_groups or {}).items():
+        given[f"param_groups[{pattern!r}]['lr']"] = values.get("lr") if isinstance(values, Mapping) else None
+    where = next((where for where, lr in given.items() if lr is not None), None)
+    if where is None or not getattr(request.options, "relative_step", False):
+        return None
+    return (
+        f"{where}={given[where]} beside optim={request.name!r} with relative_step=True, which computes the learning "
+        f"rate itself. {'Set' if request.spec.kin else 'Leave lr out, or set'} relative_step=False{_or_kin(request)}."
+    )
+
+
+CONFIG_RULES: tuple[Callable[[Request], str | None], ...] = (
+    _no_schedule_for_averages,
+    _warmup_has_an_effect,
+    _plateau_and_constant_do_not_warm_up,
+    _schedule_args_need_a_schedule,
+    _layer_pattern_needs_layer_decay,
+    _lr_is_known,
+    _weight_decay_exists,
+    _overrides_are_known,
+    _averages_need_a_learning_rate,
+    _target_modules_are_projected,
+    _relative_step_makes_the_learning_rate,
+)

@@ -1,0 +1,162 @@
+"""How deep in the model each parameter lies, for learning rates that fall with the distance from the top.
+
+Only the numbers in names and the order of registration are known, not the order in which a model computes: where these
+two do not decide, the text of an error asks for a ``layer_pattern``.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from lightning_optim.errors import InvalidParamGroups, listing
+from lightning_optim.groups._parameters import NamedParameter, compiled
+
+# Beside a larger stack, one of at most this share of its size is a stem or a head of numbered modules.
+_SMALL = 0.1
+
+# What a parameter is called that the model adds to its input or puts before it, such as ViT's cls_token and pos_embed.
+_OF_THE_INPUT = frozenset({"token", "tokens", "embed", "embedding", "embeddings", "pos", "position", "positions"})
+
+
+@dataclass(frozen=True)
+class Depth:
+    """Where a parameter lies.
+
+    Attributes:
+        layer: Number of its layer; 0 is the bottom of the deepest stack. Equal numbers are equally far from the top.
+        from_top: Layers between it and the top, 0 for the top itself.
+    """
+
+    layer: int
+    from_top: int
+
+
+def layer_depths(parameters: Sequence[NamedParameter], pattern: str | None) -> dict[int, Depth]:
+    """Returns the depth of each parameter by its id.
+
+    A stack is what the pattern's matches have in common before the number; several stacks, as of an encoder and a
+    decoder, are each counted from their own top. Beside the stacks:
+
+    - What is registered before the blocks of the stack that is nearest in the tree of modules lies below them, what
+      comes later at the top.
+    - Where a parameter is used that a module owns itself that also holds the stack cannot be known. Those named as part
+      of the input (``cls_token``, ``pos_embed``) lie at the bottom, all others at the top.
+
+    Args:
+        parameters: All trainable parameters, in the order of registration.
+        pattern: Regular expression whose one group is a layer's number; ``None`` finds the blocks.
+
+    Raises:
+        InvalidParamGroups: If the pattern is malformed or matches nothing; if there is none and no blocks are found, or
+            several stacks of them.
+    """
+    places = _matches(parameters, _found_pattern(parameters) if pattern is None else pattern)
+    stacks: dict[str, list[int]] = {}
+    for prefix, number in places.values():
+        stacks.setdefault(prefix, []).append(number)
+    lowest = {prefix: min(numbers) for prefix, numbers in stacks.items()}
+    tops = {prefix: max(numbers) - lowest[prefix] + 2 for prefix, numbers in stacks.items()}
+    deepest = max(tops.values())
+    depths: dict[int, Depth] = {}
+    begun: set[str] = set()
+    for parameter in parameters:
+        identity = id(parameter.parameter)
+        if identity in places:
+            prefix, number = places[identity]
+            begun.add(prefix)
+            from_top = tops[prefix] - (number - lowest[prefix] + 1)
+        else:
+            nearest = _nearest(parameter.name, stacks)
+            below = _is_input(parameter.name) if _is_owned_above(parameter.name, stacks) else begun.isdisjoint(nearest)
+            from_top = max(tops[prefix] for prefix in nearest) if below else 0
+        depths[identity] = Depth(deepest - from_top, from_top)
+    return depths
+
+
+def _matches(parameters: Sequence[NamedParameter], pattern: str) -> dict[int, tuple[str, int]]:
+    """Returns what stands before the number, and the number, by the id of each parameter that the pattern matches."""
+    expression = compiled(pattern, "layer_pattern")
+    if expression.groups != 1:
+        raise InvalidParamGroups(
+            f"layer_pattern={pattern!r} must have exactly one group, the layer's number, such as "
+            "r'encoder[.]layer[.](\\d+)[.]'"
+        )
+    places: dict[int, tuple[str, int]] = {}
+    for parameter in parameters:
+        found = next((match for name in parameter.names if (match := expression.search(name))), None)
+        if found is None:
+            continue
+        if not (found.group(1) or "").isdigit():
+            raise InvalidParamGroups(
+                f"layer_pattern={pattern!r} finds {found.group(1)!r} in {parameter.name!r}: the group must match digits"
+            )
+        places[id(parameter.parameter)] = found.string[: found.start(1)], int(found.group(1))
+    if not places:
+        raise InvalidParamGroups(
+            f"layer_pattern={pattern!r} matches no trainable parameter, such as {parameters[0].name!r}"
+        )
+    return places
+
+
+def _found_pattern(parameters: Iterable[NamedParameter]) -> str:
+    """Returns the pattern of the numbered blocks that hold most of the parameters."""
+    sizes: dict[str, int] = {}
+    numbers: dict[str, set[str]] = {}
+    # Those whose members have modules inside.
+    composite: set[str] = set()
+    for parameter in parameters:
+        for match in re.finditer(r"(?:^|\.)(\d+)\.", parameter.name):
+            prefix = parameter.name[: match.start(1)]
+            sizes[prefix] = sizes.get(prefix, 0) + parameter.parameter.numel()
+            numbers.setdefault(prefix, set()).add(match.group(1))
+            if "." in parameter.name[match.end() :]:
+                composite.add(prefix)
+    several = [prefix for prefix, found in numbers.items() if len(found) > 1]
+    # What is numbered inside of a block belongs to the block.
+    outermost = [p for p in several if not any(p != other and p.startswith(other) for other in several)]
+    # Single layers in a row, beside blocks, are a stem or a head.
+    stacks = [prefix for prefix in outermost if prefix in composite] or outermost
+    if not stacks:
+        raise InvalidParamGroups(
+            "layer_decay needs numbered layers (an nn.ModuleList or nn.Sequential of blocks) and finds none; name them "
+            "with layer_pattern, a regular expression with one group for the number, such as "
+            "r'encoder[.]layer[.](\\d+)[.]'"
+        )
+    largest = max(stacks, key=lambda prefix: sizes[prefix])
+    rivals = [prefix for prefix in stacks if sizes[prefix] > _SMALL * sizes[largest]]
+    if len(rivals) > 1:
+        either = "|".join(map(_as_pattern, rivals))
+        raise InvalidParamGroups(
+            f"layer_decay finds several stacks of numbered layers, {listing(rivals)}, and cannot know whether one "
+            f"follows the other. Write layer_pattern=r'^(?:{either})(\\d+)' to count each from its own top, or "
+            f"r'^{_as_pattern(largest)}(\\d+)' for that one alone"
+        )
+    return rf"^{re.escape(largest)}(\d+)\."
+
+
+def _as_pattern(prefix: str) -> str:
+    """Returns the beginning of a name as a regular expression that is easy to read."""
+    return prefix.replace(".", "[.]")
+
+
+def _nearest(name: str, stacks: Iterable[str]) -> set[str]:
+    """Returns the stacks with which a parameter shares the innermost module."""
+    path = name.split(".")[:-1]
+    shared = {prefix: _common(path, prefix.split(".")[:-1]) for prefix in stacks}
+    return {prefix for prefix, length in shared.items() if length == max(shared.values())}
+
+
+def _common(one: Sequence[str], other: Sequence[str]) -> int:
+    return next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
+
+
+def _is_owned_above(name: str, stacks: Iterable[str]) -> bool:
+    """Whether the module that owns a parameter also holds a stack."""
+    owner = name.rpartition(".")[0]
+    return any(not owner or prefix.startswith(f"{owner}.") for prefix in stacks)
+
+
+def _is_input(name: str) -> bool:
+    return not _OF_THE_INPUT.isdisjoint(name.rpartition(".")[2].split("_"))

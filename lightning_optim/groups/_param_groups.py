@@ -1,0 +1,192 @@
+"""From named parameters and a policy to param groups: every trainable parameter in exactly one of them.
+
+The policy, in the order in which a parameter meets it:
+
+1. the first of the user's patterns that matches it sets its hyperparameters;
+2. layer-wise decay scales its learning rate by its depth, unless a pattern set it;
+3. biases, parameters of norm layers and others with fewer than two dimensions are not decayed, unless a pattern says
+   so;
+4. where states are quantized, those of embeddings stay in 32 bits, unless the options say otherwise;
+5. where gradients are projected, those of parameters that no target module owns are not.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from lightning_optim.errors import InvalidOption, InvalidParamGroups, close_names, listing
+from lightning_optim.groups._layer_decay import layer_depths
+from lightning_optim.groups._parameters import NamedParameter, compiled
+from lightning_optim.groups._target_modules import TargetModules, projected
+from lightning_optim.table import NON_NEGATIVE, OptimizerSpec, Options, as_number, coerce, describe
+
+
+@dataclass(frozen=True)
+class GroupPolicy:
+    """How parameters are divided into groups.
+
+    Attributes:
+        lr: Learning rate.
+        weight_decay: Weight decay of the parameters that decay.
+        overrides: Hyperparameters by regular expression over parameter names.
+        layer_decay: Factor per layer of depth; ``None`` leaves all layers the same lr.
+        layer_pattern: Regular expression whose one group is the layer's number; ``None`` finds the layers itself.
+        target_modules: The modules whose matrices a projecting optimizer projects; ``None`` means ``"all-linear"``.
+    """
+
+    lr: float
+    weight_decay: float
+    overrides: Mapping[str, Mapping[str, Any]]
+    layer_decay: float | None = None
+    layer_pattern: str | None = None
+    target_modules: TargetModules = None
+
+
+def make_groups(
+    parameters: list[NamedParameter], spec: OptimizerSpec, options: Options, policy: GroupPolicy
+) -> list[dict[str, Any]]:
+    """Divides the parameters into groups for ``spec``'s class, in a fixed order.
+
+    Returns:
+        Param groups with ``name``, ``params``, ``lr``, ``weight_decay`` (if the class decays), ``optim_bits`` (if its
+        states are quantized), ``rank`` (if the class projects; ``None`` where it is to leave them alone) and the
+        overridden options.
+
+    Raises:
+        InvalidParamGroups: If a pattern is malformed, matches nothing or only what an earlier pattern took, or if
+            nothing is projected by an optimizer that projects.
+        InvalidOption: If an override is unknown, of the wrong type or out of range.
+    """
+    overrides = {pattern: _checked(pattern, values, spec, options) for pattern, values in policy.overrides.items()}
+    pattern_of = _assign(parameters, overrides)
+    depths = layer_depths(parameters, policy.layer_pattern) if policy.layer_decay is not None else {}
+    targets = projected(parameters, policy.target_modules) if spec.projects else {}
+    _check_projected(parameters, pattern_of, overrides, targets, options)
+    groups: dict[tuple[Any, ...], dict[str, Any]] = {}
+    for parameter in parameters:
+        identity = id(parameter.parameter)
+        pattern = pattern_of.get(identity)
+        override = overrides[pattern] if pattern is not None else {}
+        labels = [pattern] if pattern is not None else []
+        group: dict[str, Any] = {"lr": policy.lr}
+        if identity in depths:
+            labels.append(f"layer_{depths[identity].layer}")
+            group["lr"] = policy.lr * (policy.layer_decay or 1.0) ** depths[identity].from_top
+        if spec.decays:
+            group["weight_decay"] = policy.weight_decay if parameter.decays else 0.0
+            labels += [] if "weight_decay" in override else ["decay" if parameter.decays else "no_decay"]
+        if spec.bits is not None:
+            keep = parameter.is_embedding and not getattr(options, "quantize_embeddings", False)
+            group["optim_bits"] = 32 if keep else spec.bits
+            labels += ["32bit"] if keep and "optim_bits" not in override else []
+        if identity in targets:
+            labels.append("low_rank")
+            group["rank"] = options.rank  # type: ignore[attr-defined]
+            if targets[identity]:
+                labels.append("stacked")
+                group["stack_dims"] = targets[identity]
+        elif spec.projects:
+            override = {name: value for name, value in override.items() if name not in options.only_projected}
+            group["rank"] = None
+        name = "/".join(labels) or "all"
+        # The pattern is part of the key: a pattern "decay" must not meet the group of that name.
+        key = (pattern, name, group.get("stack_dims"))
+        groups.setdefault(key, {"name": name, "params": [], **group, **override})["params"].append(parameter.parameter)
+    _make_unique(list(groups.values()))
+    # Decayed groups first whatever module comes first, so that adding a leading norm layer does not swap the groups.
+    return sorted(groups.values(), key=lambda group: "no_decay" in group["name"].split("/"))
+
+
+def _check_projected(
+    parameters: list[NamedParameter],
+    pattern_of: Mapping[int, str],
+    overrides: Mapping[str, Mapping[str, Any]],
+    targets: Mapping[int, int],
+    options: Options,
+) -> None:
+    """Refuses options of the projection for what is not projected; a pattern may match the bias beside a weight."""
+    for pattern, values in overrides.items():
+        matched = [p for p in parameters if pattern_of.get(id(p.parameter)) == pattern]
+        without = [p for p in matched if id(p.parameter) not in targets]
+        stray = next((p for p in without if p.decays or len(without) == len(matched)), None)
+        wanted = next((name for name in values if name in options.only_projected), None)
+        if stray is not None and wanted is not None:
+            raise InvalidParamGroups(
+                f"param_groups[{pattern!r}] sets {wanted}={values[wanted]!r} for {stray.name!r}, which is not "
+                "projected. Name its module, or the parameter itself, in optim_target_modules (matrices, weights "
+                "of convolutions and stacks of matrices can be projected), or narrow the pattern"
+            )
+
+
+def _make_unique(groups: list[dict[str, Any]]) -> None:
+    """Numbers groups of the same name: LearningRateMonitor refuses equal names."""
+    seen: dict[str, int] = {}
+    for group in groups:
+        seen[group["name"]] = seen.get(group["name"], 0) + 1
+        if seen[group["name"]] > 1:
+            group["name"] += f"_{seen[group['name']]}"
+
+
+def override_keys(spec: OptimizerSpec) -> tuple[str, ...]:
+    """Returns what a pattern of ``param_groups`` may set."""
+    decay = ("weight_decay",) if spec.decays else ()
+    bits = ("optim_bits",) if spec.bits else ()
+    return ("lr", *decay, *bits, *(info.name for info in describe(spec.options) if info.scope == "group"))
+
+
+def _checked(pattern: str, values: Mapping[str, Any], spec: OptimizerSpec, options: Options) -> dict[str, Any]:
+    """Returns an override with its values converted and checked, also together with the options it leaves alone."""
+    if not isinstance(values, Mapping):
+        raise InvalidParamGroups(f"param_groups[{pattern!r}] must be a mapping such as {{'lr': 1e-4}}, got {values!r}")
+    checked: dict[str, Any] = {}
+    allowed = override_keys(spec)
+    for key, value in values.items():
+        if key not in allowed:
+            raise InvalidParamGroups(
+                f"param_groups[{pattern!r}] sets {key!r}, which {spec.name!r} cannot vary between groups; "
+                f"allowed: {listing(allowed)}"
+            )
+        if key in ("lr", "weight_decay"):
+            checked[key] = as_number(f"param_groups[{pattern!r}][{key!r}]", value, NON_NEGATIVE, optional=False)
+        elif key == "optim_bits":
+            if value not in (spec.bits, 32):
+                raise InvalidParamGroups(
+                    f"param_groups[{pattern!r}] sets optim_bits={value!r}; {spec.name!r} allows {spec.bits} or 32"
+                )
+            checked[key] = value
+        else:
+            checked[key] = coerce(spec.options, key, value, spec.name)
+    own = options.select("group")
+    try:
+        dataclasses.replace(options, **{key: value for key, value in checked.items() if key in own}).check()
+    except InvalidOption as error:
+        raise InvalidOption(f"param_groups[{pattern!r}] of {spec.name!r}: {error}") from None
+    return checked
+
+
+def _assign(parameters: list[NamedParameter], overrides: Mapping[str, Any]) -> dict[int, str]:
+    """Returns the first matching pattern by parameter id."""
+    assigned: dict[int, str] = {}
+    for pattern in overrides:
+        expression = compiled(pattern, "param_groups")
+        matches = [p for p in parameters if any(expression.fullmatch(name) for name in p.names)]
+        fresh = [p for p in matches if id(p.parameter) not in assigned]
+        if not fresh:
+            taken = sorted({assigned[id(p.parameter)] for p in matches})
+            names = [name for p in parameters for name in p.names]
+            if matches:
+                reason = f"matches only parameters that an earlier pattern takes ({listing(taken)}); put it first"
+            elif names:
+                near = close_names(pattern, names, limit=4) or names[:4]
+                reason = (
+                    "matches no trainable parameter; patterns are regular expressions over whole names such as "
+                    f"{listing(near)}"
+                )
+            else:
+                reason = "needs names to match; pass the module or model.named_parameters()"
+            raise InvalidParamGroups(f"param_groups pattern {pattern!r} {reason}")
+        assigned.update({id(p.parameter): pattern for p in fresh})
+    return assigned

@@ -1,0 +1,139 @@
+"""A model's trainable parameters, each with its names and the modules that own it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.parameter import is_lazy
+
+from lightning_optim.errors import InvalidParamGroups
+
+_NORMS = (_NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
+_EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)
+
+Target = nn.Module | Iterable[Any]
+
+
+@dataclass(frozen=True)
+class NamedParameter:
+    """A trainable parameter with all its names and the modules that own it.
+
+    A tied parameter has several names and owners but appears once.
+    """
+
+    parameter: Tensor
+    names: tuple[str, ...] = ()
+    owners: tuple[nn.Module, ...] = ()
+
+    @property
+    def name(self) -> str:
+        """The first of its names, or its shape if it has none."""
+        return self.names[0] if self.names else f"<unnamed {tuple(self.parameter.shape)}>"
+
+    @property
+    def modules(self) -> tuple[tuple[str, nn.Module | None], ...]:
+        """The names of the modules it belongs to with the modules, which are ``None`` if only names were given."""
+        prefixes = [name.rpartition(".")[0] for name in self.names or ("",)]
+        return tuple(zip(prefixes, self.owners or (None,) * len(prefixes), strict=True))
+
+    @property
+    def is_matrix(self) -> bool:
+        """Whether it is a weight of at least two dimensions and no bias."""
+        # Not all biases have one dimension: those of experts are stacked, attention's bias_k is (1, 1, width).
+        return self.parameter.ndim >= 2 and not self.is_bias
+
+    @property
+    def is_bias(self) -> bool:
+        """Whether it is called a bias."""
+        return any("bias" in name.rpartition(".")[2].split("_") for name in self.names)
+
+    @property
+    def decays(self) -> bool:
+        """Whether weight decay makes sense: no bias, no norm, at least two dimensions."""
+        return self.is_matrix and not any(map(_is_norm, self.owners))
+
+    @property
+    def is_embedding(self) -> bool:
+        """Whether an embedding owns it."""
+        return any(isinstance(owner, _EMBEDDINGS) for owner in self.owners)
+
+
+def device_types(parameters: Iterable[NamedParameter]) -> set[str]:
+    """Returns the types of device that the parameters are on, such as ``"cuda"``."""
+    return {parameter.parameter.device.type for parameter in parameters}
+
+
+def named_parameters(target: Target) -> list[NamedParameter]:
+    """Collects the trainable parameters of a module, or of an iterable of parameters or of (name, parameter) pairs.
+
+    Raises:
+        InvalidParamGroups: If nothing is trainable, a parameter is not yet initialized, or ``target`` is none of these.
+    """
+    found: dict[int, NamedParameter] = {}
+    for name, parameter, owner in _walk(target):
+        if is_lazy(parameter):
+            raise InvalidParamGroups(
+                f"{name!r} is not initialized yet (a Lazy module); run one batch through the model before the "
+                "optimizer is built, for instance in setup()"
+            )
+        if parameter.requires_grad:
+            known = found.get(id(parameter), NamedParameter(parameter))
+            found[id(parameter)] = NamedParameter(
+                parameter, known.names + ((name,) if name else ()), known.owners + ((owner,) if owner else ())
+            )
+    if not found:
+        raise InvalidParamGroups(
+            "no parameter to optimize: all are frozen (requires_grad=False) or there are none. If configure_model() or "
+            "setup() creates the layers, build the optimizer after it."
+        )
+    return list(found.values())
+
+
+def compiled(pattern: Any, where: str) -> re.Pattern[str]:
+    """Returns a regular expression over parameter names that was given as the argument ``where``.
+
+    Raises:
+        InvalidParamGroups: If it is none.
+    """
+    if not isinstance(pattern, str):
+        raise InvalidParamGroups(f"{where}: {pattern!r} ({type(pattern).__name__}) is no regular expression")
+    try:
+        return re.compile(pattern)
+    except re.error as error:
+        hint = f"; did you mean the glob's equivalent {pattern.replace('.', '[.]').replace('*', '.*')!r}?"
+        raise InvalidParamGroups(
+            f"{where}: {pattern!r} is no regular expression ({error}){hint if '*' in pattern else ''}"
+        ) from None
+
+
+def _walk(target: Target) -> Iterator[tuple[str, Tensor, nn.Module | None]]:
+    """Yields (name, parameter, owner), tied parameters once per name."""
+    if isinstance(target, nn.Module):
+        for prefix, module in target.named_modules(remove_duplicate=False):
+            for name, parameter in module._parameters.items():
+                if parameter is not None:
+                    yield f"{prefix}.{name}" if prefix else name, parameter, module
+        return
+    if isinstance(target, (Tensor, str, Mapping)) or not isinstance(target, Iterable):
+        raise InvalidParamGroups(
+            "expected a module, parameters or (name, parameter) pairs such as model.named_parameters(), "
+            f"got {type(target).__name__}"
+        )
+    for item in target:
+        name, parameter = item if isinstance(item, tuple) and len(item) == 2 else ("", item)
+        if not isinstance(parameter, Tensor):
+            hint = " (for groups of your own use param_groups={pattern: {...}})" if isinstance(item, dict) else ""
+            raise InvalidParamGroups(
+                f"expected parameters or (name, parameter) pairs, got an item of type {type(item).__name__}{hint}"
+            )
+        yield name, parameter, None
+
+
+def _is_norm(module: nn.Module) -> bool:
+    # Many models bring their own norm layers (LlamaRMSNorm, LayerNorm2d, T5LayerNorm): the name tells.
+    return isinstance(module, _NORMS) or re.search(r"Norm(\d+d)?$", type(module).__name__) is not None

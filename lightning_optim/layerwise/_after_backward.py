@@ -1,0 +1,131 @@
+"""What a layerwise optimizer does with gradients that are alive when backward is over."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from torch import Tensor
+from torch.amp import GradScaler
+from torch.optim import Optimizer
+
+from lightning_optim.layerwise._buckets import AgreedBuckets, ArrivalBuckets
+from lightning_optim.layerwise._clipping import Clipping, norms_of, total_norm
+from lightning_optim.layerwise._coupled import WATCHED_STEPS, Watch
+from lightning_optim.layerwise._hooks import GradientHooks
+from lightning_optim.layerwise._passes import Step
+from lightning_optim.layerwise._replicas import AgreedOrder, Replicas, refuse_unused
+from lightning_optim.stepping import uncompiled
+
+MIB = 2**20
+# Without bucket_mb: this part of all gradients, so that small models save memory too, and never more than this.
+_SHARE, _LARGEST = 8, 32 * MIB
+
+
+class AfterBackward:
+    """The part of :class:`~lightning_optim.Layerwise` that steps, clips and averages gradients that wait for it.
+
+    They wait where micro-batches accumulated and a decision is about all gradients, and where a loop that knows nothing
+    of the engine runs backward by itself.
+    """
+
+    optimizer: Optimizer
+    bucket_mb: float | None
+    replicas: Replicas | None
+    names: dict[Tensor, str]
+    gradient_norm: Tensor | None
+    wants_norm: bool
+    accumulated: bool
+    stepped: bool
+    _hooks: GradientHooks
+    _averaged: bool
+    _watched: dict[int, int]
+    _order: AgreedOrder
+
+    @uncompiled
+    def average_alive(self) -> None:
+        """Averages gradients that a backward without steps left alive over the processes, unless that was done.
+
+        Raises:
+            IncompatibleTrainer: If a parameter got none.
+        """
+        if self.replicas is None or self._averaged:
+            return
+        # A parameter may have been frozen since it got its gradient.
+        alive = self._alive()
+        order = list(dict.fromkeys([*self._trainable(), *alive]))
+        buckets = AgreedBuckets(order, self.bucket_bytes, self.replicas.average)
+        for _ in buckets.flush(alive):
+            pass
+        self._averaged = True
+        refuse_unused(buckets.unused, "in this process", self._name)
+
+    @uncompiled
+    def measure_alive(self) -> None:
+        """Takes the norm of gradients that wait for their step as :attr:`gradient_norm`."""
+        self.gradient_norm = total_norm(norms_of(self._alive()))
+
+    @uncompiled
+    def clip_alive(self, clipping: Clipping) -> None:
+        """Clips gradients that wait for their step; whatever the kind, their total norm is that of this step."""
+        alive = self._alive()
+        norms = norms_of(alive)
+        clipping.apply(alive, norms, total_norm(norms))
+
+    def has_gradients(self) -> bool:
+        """Whether gradients are alive that were not stepped."""
+        return bool(self._alive())
+
+    @uncompiled
+    def _step_alive(self) -> None:
+        alive = self._alive()
+        # Without gradients, too: an optimizer may count its steps in its groups.
+        if alive or not self.stepped:
+            if alive:
+                self.average_alive()
+            step = Step(ArrivalBuckets(self.bucket_bytes), self._name, self.optimizer, watch=self._watch())
+            step.finish(alive)
+            step.commit()
+        self.stepped = self.accumulated = self._averaged = False
+        self._order.arrivals.clear()
+
+    def _step_after_backward(self, clipping: Clipping | None, scaler: GradScaler | None) -> None:
+        self.average_alive()
+        if scaler is not None:
+            scaler.unscale_(self.optimizer)
+        if self.wants_norm or (clipping is not None and clipping.kind in ("norm", "previous")):
+            self.measure_alive()
+        if clipping is not None:
+            self.clip_alive(clipping)
+        if scaler is not None:
+            scaler.step(self.optimizer)
+        else:
+            self.optimizer.step()
+        # After an overflow the scaler has left them.
+        self.accumulated = self._averaged = False
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def _watch(self) -> Watch | None:
+        """Returns what sees whether the parts of a group agree, until that is known of all groups."""
+        trains = (any(p.requires_grad for p in group["params"]) for group in self.optimizer.param_groups)
+        if all(self._watched.get(index, 0) >= WATCHED_STEPS for index, trained in enumerate(trains) if trained):
+            return None
+        return Watch(self.optimizer, self._watched)
+
+    @property
+    def bucket_bytes(self) -> int:
+        """Bytes of gradients that may be alive besides the one that arrives."""
+        if self.bucket_mb is not None:
+            return int(self.bucket_mb * MIB)
+        return min(self._hooks.bytes // _SHARE, _LARGEST)
+
+    def _parameters(self) -> Iterator[Tensor]:
+        return (parameter for group in self.optimizer.param_groups for parameter in group["params"])
+
+    def _trainable(self) -> list[Tensor]:
+        return [parameter for parameter in self._parameters() if parameter.requires_grad]
+
+    def _alive(self) -> list[Tensor]:
+        return [parameter for parameter in self._parameters() if parameter.grad is not None]
+
+    def _name(self, parameter: Tensor) -> str:
+        return repr(self.names.get(parameter, f"a parameter of shape {tuple(parameter.shape)}"))

@@ -1,0 +1,397 @@
+"""``Layerwise``: makes an optimizer step each bucket of parameters during backward and free its gradients at once."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from types import MethodType
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.amp import GradScaler
+from torch.optim import Optimizer
+
+from lightning_optim.errors import IncompatibleTrainer, InvalidOption
+from lightning_optim.layerwise._after_backward import AfterBackward
+from lightning_optim.layerwise._buckets import AgreedBuckets, ArrivalBuckets, Buckets
+from lightning_optim.layerwise._clipping import Clipping
+from lightning_optim.layerwise._coupled import refuse_coupled
+from lightning_optim.layerwise._hooks import GradientHooks
+from lightning_optim.layerwise._passes import Measurement, Observation, Pass, Step
+from lightning_optim.layerwise._replicas import AgreedOrder, Replicas, refuse_separate_processes, refuse_unused
+from lightning_optim.stepping import SCALES, KeepsTrainingPoint, uncompiled
+
+
+class Layerwise(AfterBackward):
+    """Steps an optimizer during backward, bucket by bucket, and frees each bucket's gradients at once.
+
+    The optimizer stays what it is: its param groups, its state and its state dict are its own, and checkpoints move
+    freely between stepping layer by layer and stepping plainly. Only its ``step`` changes while this is attached:
+    ``step(closure)`` runs the closure and then steps the gradients that are alive, if there are any (bucket by bucket,
+    freeing them). So a loop that knows nothing of this engine still trains right; it saves memory where a backward
+    runs through :meth:`backward` or inside :meth:`stepping`::
+
+        optimizer = build_optimizer(model, "adamw_8bit")
+        layerwise = Layerwise(optimizer)
+        for batch in batches:
+            layerwise.backward(model(batch).mean(), clipping=Clipping("norm", 1.0))
+        layerwise.detach()
+
+    Args:
+        optimizer: Any optimizer that steps each parameter on its own.
+        bucket_mb: MiB of gradients that may be alive besides the one that arrives; 0 steps one parameter at a time,
+            ``None`` takes an eighth of all gradients, at most 32 MiB.
+        replicas: The processes to average gradients over, for copies of one model trained without
+            ``DistributedDataParallel``; ``None`` for one process, and where gradients are reduced already (FSDP2).
+        names: The parameters' names, for error texts.
+
+    Raises:
+        InvalidOption: If ``bucket_mb`` is negative.
+        IncompatibleTrainer: If the optimizer steps its parameters together, or is layerwise already.
+    """
+
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        bucket_mb: float | None = None,
+        *,
+        replicas: Replicas | None = None,
+        names: Mapping[Tensor, str] | None = None,
+    ) -> None:
+        if bucket_mb is not None and not 0 <= bucket_mb < float("inf"):
+            raise InvalidOption(f"bucket_mb={bucket_mb!r} is no size: give MiB, 0 for one parameter at a time, or None")
+        refuse_coupled(optimizer)
+        if Layerwise.of(optimizer) is not None:
+            raise IncompatibleTrainer(f"this {type(optimizer).__name__} is layerwise already: Layerwise.of(optimizer)")
+        self.optimizer = optimizer
+        self.bucket_mb = bucket_mb
+        self.replicas = replicas
+        self.names = dict(names or {})
+        #: Total 2-norm of the last step's gradients before clipping, unscaled and averaged, a 0-dim tensor; ``None`` as
+        #: long as neither the clipping nor ``wants_norm`` needed it.
+        self.gradient_norm: Tensor | None = None
+        #: Whether to take the norm at every step, also where clipping does not need it.
+        self.wants_norm = False
+        #: Whether an overflow under loss scaling skips the whole step, as PyTorch does, and not its bucket alone; it
+        #: takes a backward that only measures before the one that steps.
+        self.skips_whole_steps = False
+        #: Whether micro-batches have accumulated; to be set where ``parameter.grad`` does not show it, as with FSDP2
+        #: and ``set_requires_gradient_sync(False)``.
+        self.accumulated = False
+        #: What scales the losses, for :meth:`stepping`; a training framework that scales them itself sets it.
+        self.scaler: GradScaler | None = None
+        #: True while ``optimizer.step`` runs its closure: the backward that runs now is the one to step in.
+        self.in_closure = False
+        #: True if a backward stepped since the last ``optimizer.step``, which then has nothing to do.
+        self.stepped = False
+
+        self._hooks = GradientHooks(self._on_gradient)
+        self._pass: Pass | None = None
+        # Kept until the next step ends: a GradScaler tells the inner optimizers apart by their id().
+        self._passes: list[Pass] = []
+        self._measured: Tensor | None = None
+        self._averaged = False
+        # The steps in which each group was watched, by its index.
+        self._watched: dict[int, int] = {}
+        self._order = AgreedOrder()
+        self._lock = threading.Lock()  # a model on two devices has two backward threads
+
+        self._instead_of: dict[str, Any] = {}
+        self._replace("step", MethodType(_step, optimizer))
+        self._replace("_layerwise", self)
+        if getattr(optimizer, SCALES, False):
+            # A fused optimizer would unscale gradients in its step, when they are gone.
+            self._replace(SCALES, False)
+        self._hook_parameters()
+
+    @staticmethod
+    def of(optimizer: Optimizer) -> Layerwise | None:
+        """Returns what steps this optimizer during backward, or ``None`` if it steps plainly."""
+        # Lightning's and Fabric's wrappers hand attributes of the optimizer out.
+        attached: Layerwise | None = getattr(optimizer, "_layerwise", None)
+        return attached
+
+    def detach(self) -> None:
+        """Removes all hooks and gives the optimizer its own ``step`` back; safe to call twice."""
+        self.abort()
+        self._hooks.remove()
+        self._passes.clear()
+        attributes = vars(self.optimizer)
+        for name, value in self._instead_of.items():
+            if value is None:
+                del attributes[name]
+            else:
+                attributes[name] = value
+        self._instead_of.clear()
+
+    # What a training loop calls.
+
+    def backward(
+        self,
+        loss: Tensor,
+        *,
+        clipping: Clipping | None = None,
+        scaler: GradScaler | None = None,
+        backward: Callable[..., Any] = Tensor.backward,
+    ) -> None:
+        """Runs backward and steps: what ``loss.backward()``, clipping, ``optimizer.step()`` and ``zero_grad()`` do.
+
+        For accumulation call ``loss.backward()`` on the earlier micro-batches and this on the last one.
+
+        Args:
+            loss: The loss, not scaled.
+            clipping: How to clip.
+            scaler: Loss scaling for float16; call ``scaler.update()`` afterwards.
+            backward: What runs backward; it is called with the loss, and with ``retain_graph=True`` if another backward
+                follows. ``fabric.backward`` for Fabric.
+
+        Raises:
+            IncompatibleTrainer: If a parameter gets a gradient twice, or none where processes average it; if there are
+                several processes and nothing averages; if ``backward`` scales the loss by itself.
+        """
+        if getattr(getattr(getattr(backward, "__self__", None), "_precision", None), "scaler", None) is not None:
+            raise IncompatibleTrainer(
+                "Fabric with precision='16-mixed' scales the loss inside fabric.backward, where gradients would be "
+                "stepped before they are unscaled. Use precision='bf16-mixed', or step after backward: "
+                "fabric.backward(loss); optimizer.step(); optimizer.zero_grad()."
+            )
+        if scaler is not None:
+            loss = scaler.scale(loss)
+        if self.must_wait(clipping, scaler):
+            backward(loss)
+            self._step_after_backward(clipping, scaler)
+            return
+        self.prepare(lambda: backward(loss, retain_graph=True), clipping, scaler)
+        self.begin(clipping, scaler)
+        with self._aborting():
+            backward(loss)
+        self.end()
+        # Nothing is left to step: for the hooks that others registered on it.
+        self.optimizer.step()
+
+    @contextmanager
+    def stepping(self, *, clipping: Clipping | None = None, scaler: GradScaler | None = None) -> Iterator[None]:
+        """Steps during the backward that runs inside; for manual optimization and loops of your own.
+
+        Args:
+            clipping: How to clip, by value or per parameter; :meth:`backward` knows the other kinds.
+            scaler: The scaler that scaled the loss; call its ``update()`` afterwards. Lightning does both.
+
+        Raises:
+            IncompatibleTrainer: If ``clipping`` or ``skips_whole_steps`` needs a backward that measures, or processes
+                have not yet agreed on an order.
+        """
+        if self.replicas is not None and not self._order.covers(self._trainable()):
+            raise IncompatibleTrainer(
+                "the processes do not know yet in which order gradients arrive: run the first step through "
+                "Layerwise.backward(loss) in place of a backward inside Layerwise.stepping()."
+            )
+        scaler = scaler or self.scaler
+        if scaler is not None and self.skips_whole_steps:
+            raise IncompatibleTrainer(
+                "skips_whole_steps needs to know of an overflow before the gradients are stepped: call "
+                "Layerwise.backward(loss, scaler=...) in place of a backward inside Layerwise.stepping()."
+            )
+        self.begin(clipping, scaler)
+        with self._aborting():
+            yield
+        self.end()
+
+    # What a driver calls: before, at the start and at the end of the backward that steps.
+
+    def must_wait(self, clipping: Clipping | None, scaler: GradScaler | None) -> bool:
+        """Whether to leave the step until backward is over.
+
+        So it is where micro-batches accumulated and the decision is about all gradients, by their total norm or because
+        one of them overflowed. Nothing is lost: they are all alive already.
+        """
+        whole = scaler is not None or (clipping is not None and self._must_measure(clipping))
+        return whole and (self.accumulated or self.has_gradients())
+
+    @uncompiled
+    def prepare(
+        self, backward: Callable[[], Any], clipping: Clipping | None = None, scaler: GradScaler | None = None
+    ) -> None:
+        """Runs the backward passes that must come before the one that steps; most steps need none.
+
+        Args:
+            backward: Runs backward and retains the graph.
+            clipping: How the step will be clipped.
+            scaler: The scaler that scaled the loss.
+
+        Raises:
+            IncompatibleTrainer: If a parameter gets no gradient in a process and others average it.
+        """
+        self._hook_parameters()
+        if self.replicas is not None and not self._order.covers(self._trainable()):
+            # Micro-batches that accumulated have told the order already, and their gradients must not be freed. A
+            # parameter may still get its gradient in the last one.
+            complete = not self._order.arrivals
+            if complete:
+                self._run(Observation(ArrivalBuckets(0), self._name, self._order.arrivals), backward)
+            self._order.agree(self.replicas, list(self._parameters()), self._name, complete)
+        if clipping is not None and self._must_measure(clipping):
+            self._measured = self._measure(backward, scaler)
+            return
+        if clipping is not None and clipping.kind == "previous":
+            self._measured = self.gradient_norm
+        if scaler is not None and self.skips_whole_steps:
+            norm = self._measure(backward, scaler)
+            if not bool(torch.isfinite(norm)):
+                # The step that comes is skipped by it.
+                self._measured = norm
+
+    @uncompiled
+    def begin(self, clipping: Clipping | None = None, scaler: GradScaler | None = None) -> None:
+        """Makes the backward that comes step."""
+        self._hook_parameters()
+        if self.replicas is None:
+            refuse_separate_processes(self._parameters())
+        if clipping is not None and clipping.kind in ("norm", "previous") and self._measured is None:
+            raise IncompatibleTrainer(
+                f"Clipping({clipping.kind!r}, ...) needs the norm before the gradients are stepped: call "
+                "Layerwise.backward(loss, clipping=...) in place of a backward inside Layerwise.stepping()."
+            )
+        step = Step(
+            self._buckets(),
+            self._name,
+            self.optimizer,
+            clipping,
+            scaler,
+            self._measured,
+            self.wants_norm,
+            self._watch(),
+        )
+        self._passes.append(step)
+        self._pass = step
+
+    @uncompiled
+    def end(self) -> None:
+        """Steps what the backward left over and ends the step.
+
+        Raises:
+            IncompatibleTrainer: If a parameter got no gradient while other processes average it.
+        """
+        step = self._pass
+        assert isinstance(step, Step), "end() without begin()"
+        with self._aborting():
+            self._finish(step)
+            step.commit()
+        self._pass, self._measured = None, None
+        self._passes = [step]
+        self._order.arrivals.clear()
+        self.stepped = True
+        norm = step.norm()
+        if norm is not None:
+            self.gradient_norm = norm
+
+    @property
+    def is_stepping(self) -> bool:
+        """True from :meth:`begin` to :meth:`end`."""
+        return isinstance(self._pass, Step)
+
+    @uncompiled
+    def abort(self) -> None:
+        """Gives up the backward that runs: drops the gradients it left; what was stepped stays stepped."""
+        if self._pass is not None:
+            self._pass, self._measured = None, None
+            self.optimizer.zero_grad(set_to_none=True)
+
+    # Inside.
+
+    def _replace(self, name: str, value: Any) -> None:
+        attributes = vars(self.optimizer)
+        self._instead_of[name] = attributes.get(name)
+        attributes[name] = value
+
+    @contextmanager
+    def _aborting(self) -> Iterator[None]:
+        try:
+            yield
+        except BaseException as error:
+            stepping = self.is_stepping
+            self.abort()
+            if stepping and "modified by an inplace operation" in str(error):
+                raise IncompatibleTrainer(
+                    "backward needs the value of a parameter that has been stepped already: it is used without a "
+                    "gradient too (weight.detach()), or backward runs twice in one step. Step after backward: use the "
+                    "optimizer without _layerwise."
+                ) from error
+            raise
+
+    def _outer_step(self, closure: Callable[[], Any] | None) -> Any:
+        """What ``optimizer.step`` does: the closure, then the gradients that are alive."""
+        # A scheduler that wrapped the optimizer's own step looks for these.
+        vars(self.optimizer)["_opt_called"] = True
+        loss = None
+        if closure is not None:
+            if isinstance(self.optimizer, KeepsTrainingPoint):
+                self.optimizer.train()
+            self.in_closure = True
+            try:
+                with torch.enable_grad(), self._aborting():
+                    loss = closure()
+            finally:
+                self.in_closure = False
+        self._step_alive()
+        return loss
+
+    def _must_measure(self, clipping: Clipping) -> bool:
+        """Whether the total norm has to be known, and is not, before the first gradient can be clipped."""
+        if clipping.kind == "previous":
+            return self.gradient_norm is None or not bool(torch.isfinite(self.gradient_norm))
+        return clipping.kind == "norm"
+
+    def _measure(self, backward: Callable[[], Any], scaler: GradScaler | None) -> Tensor:
+        """Runs a backward that only measures; returns the total norm."""
+        measurement = Measurement(self._buckets(), self._name, self.optimizer, scaler)
+        self._passes.append(measurement)
+        self._run(measurement, backward)
+        return measurement.norm()
+
+    def _run(self, run: Pass, backward: Callable[[], Any]) -> None:
+        """Runs a backward that does not step."""
+        self._pass = run
+        with self._aborting():
+            backward()
+            self._finish(run)
+        self._pass = None
+
+    def _finish(self, run: Pass) -> None:
+        with self._lock:
+            run.finish(self._alive())
+        if isinstance(run.buckets, AgreedBuckets):
+            refuse_unused(run.buckets.unused, "in this process", self._name)
+
+    def _hook_parameters(self) -> None:
+        """Hooks every trainable parameter, also those that were added or unfrozen since."""
+        self._hooks.add(self._trainable())
+
+    @uncompiled
+    def _on_gradient(self, parameter: Tensor) -> None:
+        if self._pass is None:
+            self._averaged = False
+            if self.replicas is not None:
+                self._order.arrivals[parameter] = None
+            return
+        with self._lock:
+            self._pass.arrive(parameter)
+
+    def _buckets(self) -> Buckets:
+        if self.replicas is None:
+            return ArrivalBuckets(self.bucket_bytes)
+        return AgreedBuckets(self._order.parameters, self.bucket_bytes, self.replicas.average)
+
+
+@Optimizer.profile_hook_step
+def _step(optimizer: Optimizer, closure: Callable[[], Any] | None = None) -> Any:
+    """The ``step`` of an optimizer that is stepped during backward."""
+    layerwise = Layerwise.of(optimizer)
+    assert layerwise is not None
+    return layerwise._outer_step(closure)
+
+
+# torch's schedulers warn about a step that they did not wrap and that replaced one that they did.
+_step._wrapped_by_lr_sched = True  # type: ignore[attr-defined]

@@ -1,0 +1,161 @@
+"""What happens to the gradients of one backward: their order is noted, their norms are taken, or they are stepped."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+import torch
+from torch import Tensor
+from torch.amp import GradScaler
+from torch.optim import Optimizer
+
+from lightning_optim.errors import IncompatibleTrainer
+from lightning_optim.layerwise._buckets import Bucket, Buckets
+from lightning_optim.layerwise._clipping import Clipping, norms_of, total_norm
+from lightning_optim.layerwise._coupled import Watch
+from lightning_optim.layerwise._split_step import SplitStep
+
+
+class Pass:
+    """One backward whose gradients are taken bucket by bucket and freed.
+
+    Args:
+        buckets: What makes buckets of the gradients that arrive.
+        name: Names a parameter in an error text.
+    """
+
+    def __init__(self, buckets: Buckets, name: Callable[[Tensor], str]) -> None:
+        self.buckets = buckets
+        # By id: Tensor.__hash__ is a Python function, and this is asked for every gradient.
+        self._seen: set[int] = set()
+        self._name = name
+
+    def arrive(self, parameter: Tensor) -> None:
+        """Takes a parameter whose gradient has been accumulated."""
+        if id(parameter) in self._seen:
+            raise IncompatibleTrainer(
+                f"{self._name(parameter)} got a gradient twice in one backward, so that stepping it at the first one "
+                "was too early. Reentrant activation checkpointing does that to tied parameters (use "
+                "checkpoint(..., use_reentrant=False)), and so do two backward calls in one step (add the losses). Or "
+                "use the optimizer without _layerwise."
+            )
+        self._seen.add(id(parameter))
+        self._take(self.buckets.add(parameter))
+
+    def finish(self, alive: Iterable[Tensor]) -> None:
+        """Takes what is left at the end of backward; ``alive`` are the parameters that have gradients."""
+        self._take(self.buckets.flush([parameter for parameter in alive if id(parameter) not in self._seen]))
+
+    def _take(self, buckets: Iterable[Bucket]) -> None:
+        for bucket in buckets:
+            self.take(bucket)
+            for parameter in bucket:
+                parameter.grad = None
+
+    def take(self, bucket: Bucket) -> None:
+        """Uses the gradients of a bucket, which are freed afterwards."""
+        raise NotImplementedError
+
+
+class Observation(Pass):
+    """Notes the order in which gradients arrive."""
+
+    def __init__(self, buckets: Buckets, name: Callable[[Tensor], str], arrivals: dict[Tensor, None]) -> None:
+        super().__init__(buckets, name)
+        self._arrivals = arrivals
+
+    def take(self, bucket: Bucket) -> None:
+        self._arrivals.update(dict.fromkeys(bucket))
+
+
+class Measurement(Pass):
+    """Takes the norm of all gradients, unscaled; overflows are recorded with the scaler."""
+
+    def __init__(
+        self, buckets: Buckets, name: Callable[[Tensor], str], optimizer: Optimizer, scaler: GradScaler | None
+    ) -> None:
+        super().__init__(buckets, name)
+        self._split = SplitStep(optimizer)
+        self._scaler = scaler
+        self._norms: dict[Tensor, Tensor] = {}
+
+    def norm(self) -> Tensor:
+        """Returns the total norm, 0-dim."""
+        return total_norm(_in_order(self._norms, self._split.parameters))
+
+    def take(self, bucket: Bucket) -> None:
+        if self._scaler is not None:
+            self._scaler.unscale_(self._split.inner(bucket))
+        self._norms.update(zip(bucket, norms_of(bucket), strict=True))
+
+
+class Step(Pass):
+    """Unscales, clips and steps.
+
+    Args:
+        buckets: What makes buckets of the gradients that arrive.
+        name: Names a parameter in an error text.
+        optimizer: The outer optimizer.
+        clipping: How to clip.
+        scaler: Unscales each bucket and skips one that overflowed.
+        total: The total norm that ``clipping`` scales by. If it is not finite and there is a scaler, all is skipped.
+        wants_norm: Whether to take the norm though ``clipping`` does not need it.
+        watch: Undoes the step if the optimizer couples its parameters; ``None`` does not look.
+    """
+
+    def __init__(
+        self,
+        buckets: Buckets,
+        name: Callable[[Tensor], str],
+        optimizer: Optimizer,
+        clipping: Clipping | None = None,
+        scaler: GradScaler | None = None,
+        total: Tensor | None = None,
+        wants_norm: bool = False,
+        watch: Watch | None = None,
+    ) -> None:
+        super().__init__(buckets, name)
+        self._split = SplitStep(optimizer, watch)
+        self._clipping = clipping
+        self._scaler = scaler
+        self._total = total
+        self._exact = clipping is not None and clipping.kind == "norm"
+        self._skips = scaler is not None and total is not None and not bool(torch.isfinite(total))
+        self._takes_norms = not self._exact and (
+            wants_norm or (clipping is not None and clipping.kind in ("previous", "per_parameter"))
+        )
+        self._norms: dict[Tensor, Tensor] = {}
+
+    def take(self, bucket: Bucket) -> None:
+        inners = [self._split.inner(part) for part in self._split.parts(bucket)]
+        if self._skips:
+            return
+        if self._scaler is not None:
+            for inner in inners:
+                self._scaler.unscale_(inner)
+        norms = norms_of(bucket) if self._takes_norms else []
+        self._norms.update(zip(bucket, norms, strict=self._takes_norms))
+        if self._clipping is not None:
+            self._clipping.apply(bucket, norms, self._total)
+        for inner in inners:
+            if self._scaler is not None:
+                self._scaler.step(inner)
+            else:
+                inner.step()
+        # For kernels that write without autograd's knowledge: backward must not use a stepped value unnoticed.
+        torch.autograd.graph.increment_version(bucket)
+
+    def commit(self) -> None:
+        """Writes what the step advanced into the outer optimizer."""
+        self._split.commit()
+
+    def norm(self) -> Tensor | None:
+        """Returns the total norm before clipping, 0-dim, or ``None`` if nobody needed it."""
+        if self._exact or self._skips:
+            return self._total
+        return total_norm(_in_order(self._norms, self._split.parameters)) if self._takes_norms else None
+
+
+def _in_order(norms: dict[Tensor, Tensor], parameters: Iterable[Tensor]) -> list[Tensor]:
+    """Orders as the param groups do, so that sums are rounded as torch.nn.utils.clip_grad_norm_ rounds them."""
+    return [norms[parameter] for parameter in parameters if parameter in norms]

@@ -1,0 +1,182 @@
+"""One step of any optimizer, taken in parts that amount to one."""
+
+from __future__ import annotations
+
+import inspect
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from lightning_optim.layerwise._coupled import ATTRIBUTES, Watch, differ, merged
+from lightning_optim.stepping import preparations
+
+# Attributes of the outer optimizer that its parts do not share: what is restricted, and what runs once per step.
+_HOOKS = ("_optimizer_step_pre_hooks", "_optimizer_step_post_hooks")
+_NOT_SHARED = ("param_groups", "step", "_layerwise", *_HOOKS)
+# What torch wraps around the step of every class, to run the hooks.
+_HOOKED = Optimizer.profile_hook_step(lambda optimizer: None).__code__
+
+
+class SplitStep:
+    """A step of an optimizer that is taken bucket by bucket.
+
+    Every bucket is stepped by an inner optimizer: an object of the same class with the same attributes and the same
+    state, whose groups hold the bucket's parameters alone. All inner optimizers start from what the outer groups said
+    before the step, and what a step writes into its groups and attributes (schedule-free's counters, StableAdamW's
+    step) reaches the outer optimizer once, in :meth:`commit`. So each parameter sees what it would see if all were
+    stepped together.
+
+    Args:
+        optimizer: The outer optimizer; its state is written, its groups are not before :meth:`commit`.
+        watch: Undoes the step if its parts do not amount to one; ``None`` does not look.
+    """
+
+    def __init__(self, optimizer: Optimizer, watch: Watch | None = None) -> None:
+        self._optimizer = optimizer
+        self._watch = watch
+        self._group_of = {
+            parameter: index for index, group in enumerate(optimizer.param_groups) for parameter in group["params"]
+        }
+        self._shared = {name: value for name, value in vars(optimizer).items() if name not in _NOT_SHARED}
+        self._preparations = preparations(optimizer)
+        self._tensors = [
+            [key for key, value in group.items() if isinstance(value, Tensor)] for group in optimizer.param_groups
+        ]
+        # What the inner optimizers that stepped made of each group, and of the attributes.
+        self._advanced: dict[int, list[dict[str, Any]]] = {}
+        self._attributes: list[dict[str, Any]] = []
+        # Groups that have had a gradient.
+        self._reached: set[int] = set()
+        #: The inner optimizers made so far; kept because a GradScaler tells optimizers apart by their id().
+        self.inners: list[Optimizer] = []
+
+    @property
+    def parameters(self) -> Iterable[Tensor]:
+        """All parameters in the order of the groups."""
+        return self._group_of.keys()
+
+    def parts(self, bucket: Sequence[Tensor]) -> list[Sequence[Tensor]]:
+        """Returns what to step of a bucket at once: all of it, or two parts that can be compared."""
+        watch = self._watch
+        if watch is None:
+            return [bucket]
+        parts: tuple[list[Tensor], list[Tensor]] = ([], [])
+        members: dict[int, int] = {}
+        for parameter in bucket:
+            group = self._group_of[parameter]
+            number = members[group] = members.get(group, -1) + 1
+            parts[number % 2 if watch.wants(group) else 0].append(parameter)
+        return [part for part in parts if part]
+
+    def inner(self, parameters: Sequence[Tensor]) -> Optimizer:
+        """Returns the optimizer of one part, which has not been stepped."""
+        members: dict[int, list[Tensor]] = {}
+        for parameter in parameters:
+            members.setdefault(self._group_of[parameter], []).append(parameter)
+        self._reached.update(members)
+        return self._make(members)
+
+    @torch.no_grad()
+    def commit(self) -> None:
+        """Writes what the step advanced into the outer optimizer.
+
+        Raises:
+            IncompatibleTrainer: If the parts of the step do not agree; nothing is written then.
+        """
+        groups = self._optimizer.param_groups
+        without = {index: group["params"] for index, group in enumerate(groups) if index not in self._reached}
+        if without and (self._advanced or not self.inners):
+            # A step counts in every group, also in one whose parameters got no gradient.
+            self._make(without).step()
+        with self._watch.undoing() if self._watch is not None else nullcontext():
+            advanced = [(groups[index], self._merged(groups[index], own)) for index, own in self._advanced.items()]
+            attributes = self._merged(vars(self._optimizer), self._attributes)
+        for written, values in (*advanced, (vars(self._optimizer), attributes)):
+            for key, value in values.items():
+                if isinstance(written.get(key), Tensor) and isinstance(value, Tensor):
+                    # In place: schedulers and loggers hold the tensor.
+                    written[key].copy_(value)
+                else:
+                    written[key] = value
+        if self._watch is not None:
+            self._watch.end()
+
+    def _merged(self, before: Mapping[str, Any], parts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        """Returns what the parts made of a group or of the attributes together."""
+        values: dict[str, Any] = {}
+        for key in dict.fromkeys(key for own in parts for key in own if key != "params"):
+            made = [own[key] for own in parts if key in own]
+            values[key] = (
+                merged(self._optimizer, repr(key), before.get(key), made, self._watch is not None)
+                if parts is not self._attributes or all(map(_is_number, made))
+                else made[0]
+            )
+        return values
+
+    def _wrote(self, inner: Optimizer, indices: Sequence[int]) -> Iterator[int]:
+        """Yields the groups that a part wrote something into, and whether it did so into attributes."""
+        for index, group in zip(indices, inner.param_groups, strict=True):
+            before = self._optimizer.param_groups[index]
+            if any(differ(value, before.get(key)) for key, value in group.items() if key != "params"):
+                yield index
+        before = vars(self._optimizer)
+        if any(differ(value, before.get(key)) for key, value in self._attributes[-1].items() if _is_number(value)):
+            yield ATTRIBUTES
+
+    def _make(self, members: Mapping[int, list[Tensor]]) -> Optimizer:
+        """Returns an inner optimizer with these parameters by index of their group."""
+        # Not copy.copy: Optimizer.__getstate__ leaves out the attributes that bitsandbytes needs.
+        inner: Optimizer = object.__new__(type(self._optimizer))
+        vars(inner).update(self._shared)
+        # A counter that is changed in place must not advance once per part.
+        numbers = {name: value for name, value in self._shared.items() if isinstance(value, Tensor)}
+        vars(inner).update({name: value.clone() for name, value in numbers.items() if _is_number(value)})
+        vars(inner).update({name: OrderedDict() for name in _HOOKS})
+        inner.param_groups = []
+        indices = sorted(members)
+        for index in indices:
+            own = {**self._optimizer.param_groups[index], "params": members[index]}
+            for key in self._tensors[index]:
+                own[key] = own[key].clone()
+            inner.param_groups.append(own)
+        vars(inner)["step"] = partial(self._step, inner, indices)
+        self.inners.append(inner)
+        return inner
+
+    def _step(self, inner: Optimizer, indices: Sequence[int], *args: Any, **kwargs: Any) -> Any:
+        """The ``step`` of an inner optimizer; one that a GradScaler skips advances nothing."""
+        for prepare in self._preparations:
+            prepare(inner)
+        members = {index: group["params"] for index, group in zip(indices, inner.param_groups, strict=True)}
+        if self._watch is not None:
+            self._watch.before(members)
+        result = _unhooked(type(inner).step)(inner, *args, **kwargs)
+        for index, group in zip(indices, inner.param_groups, strict=True):
+            self._advanced.setdefault(index, []).append(group)
+        self._attributes.append({name: value for name, value in vars(inner).items() if name not in _NOT_SHARED})
+        if self._watch is not None:
+            with self._watch.undoing():
+                for index in indices:
+                    self._merged(self._optimizer.param_groups[index], self._advanced[index])
+                self._merged(vars(self._optimizer), self._attributes)
+            self._watch.after(self._wrote(inner, indices))
+        return result
+
+
+def _is_number(value: Any) -> bool:
+    """Whether an attribute is a counter or an estimate, and not a setting or something to work with."""
+    if isinstance(value, Tensor):
+        return type(value) is Tensor and value.numel() == 1 and not value.requires_grad
+    return isinstance(value, (bool, int, float, complex))
+
+
+def _unhooked(step: Callable[..., Any]) -> Callable[..., Any]:
+    """Returns a class's ``step`` without the hooks for all optimizers: they run once per step, with the outer's own."""
+    unhooked: Callable[..., Any] = inspect.unwrap(step, stop=lambda f: getattr(f, "__code__", None) is not _HOOKED)
+    return unhooked

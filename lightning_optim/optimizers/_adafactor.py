@@ -1,0 +1,171 @@
+"""Adafactor, with the semantics of ``transformers.optimization.Adafactor``.
+
+Adafactor: Adaptive Learning Rates with Sublinear Memory Cost, https://arxiv.org/abs/1804.04235.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_optim.errors import InvalidOption
+from lightning_optim.optimizers._base import OwnOptimizer, hyperparameters, working, working_dtype, write_back
+from lightning_optim.optimizers._factored import factored_update, moment_shapes, rms
+from lightning_optim.optimizers._stacks import batches, stack, stacked, unstack
+
+
+def adafactor_update(
+    gradients: Tensor,
+    moments: Mapping[str, Tensor],
+    *,
+    step: int,
+    rate: float | Tensor,
+    eps: float,
+    clip_threshold: float,
+    decay_rate: float,
+    beta1: float | None,
+) -> Tensor:
+    """Returns what Adafactor subtracts from parameters of one shape.
+
+    Args:
+        gradients: A stack of gradients, ``[B, *shape]``, float32 or float64.
+        moments: Stacks of the second moment (see :func:`~lightning_optim.optimizers._factored.factored_update`) and,
+            unless ``beta1`` is ``None``, ``"exp_avg"`` of the gradients' shape; changed in place.
+        step: Number of this step; the first is 1.
+        rate: Learning rate; a number, or ``[B, 1, ...]`` with as many dimensions as the gradients.
+        eps: Added to squared gradients.
+        clip_threshold: Largest root mean square of an update before the learning rate.
+        decay_rate: The second moment keeps ``1 - step**decay_rate`` of its old value.
+        beta1: Decay rate of the average of updates, which include the learning rate; ``None`` for no average.
+
+    Returns:
+        ``[B, *shape]``; with ``beta1`` it is ``moments["exp_avg"]`` itself.
+    """
+    update = factored_update(
+        gradients, moments, step=step, eps=eps, clip_threshold=clip_threshold, decay_rate=decay_rate, scale=rate
+    )
+    return update if beta1 is None else moments["exp_avg"].lerp_(update, 1 - beta1)
+
+
+def default_lr(relative_step: bool) -> float:
+    """Returns the learning rate where none is given; with ``relative_step`` it is a factor."""
+    return 1.0 if relative_step else 1e-3
+
+
+class Adafactor(OwnOptimizer):
+    """Adafactor: a second moment of ``m + n`` instead of ``m * n`` numbers per matrix, no first moment by default.
+
+    The second moment of a parameter with two dimensions or more is factored over the last two, and float32 for
+    parameters of two bytes per element.
+
+    Args:
+        params: Parameters or param groups.
+        lr: Learning rate; with ``relative_step`` a factor of the rate that the step number gives. ``None`` means 1e-3,
+            with ``relative_step`` 1.
+        eps: What is added to squared gradients; the least root mean square that ``scale_parameter`` multiplies by.
+        clip_threshold: Largest root mean square of an update before the learning rate.
+        decay_rate: The second moment keeps ``1 - step**decay_rate`` of its old value.
+        beta1: Decay rate of an average of updates, stored at the parameter's size; ``None`` for none.
+        weight_decay: Decoupled weight decay.
+        scale_parameter: Whether the learning rate is multiplied by the root mean square of the parameter.
+        relative_step: Whether the learning rate is multiplied by ``min(1e-2, 1 / sqrt(step))``.
+        warmup_init: Whether that minimum is with ``1e-6 * step`` instead of 1e-2.
+
+    Raises:
+        InvalidOption: If a group has ``warmup_init`` without ``relative_step``.
+    """
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float | None = None,
+        eps: tuple[float, float] = (1e-30, 1e-3),
+        clip_threshold: float = 1.0,
+        decay_rate: float = -0.8,
+        beta1: float | None = None,
+        weight_decay: float = 0.0,
+        scale_parameter: bool = False,
+        relative_step: bool = False,
+        warmup_init: bool = False,
+    ) -> None:
+        lr = default_lr(relative_step) if lr is None else lr
+        super().__init__(params, hyperparameters(locals()))
+
+    def _check_group(self, group: dict[str, Any]) -> None:
+        super()._check_group(group)
+        if group["warmup_init"] and not group["relative_step"]:
+            raise InvalidOption("warmup_init=True warms up the rate of relative_step: add relative_step=True")
+
+    def _initial_state(self, parameter: Tensor, group: dict[str, Any]) -> dict[str, Any]:
+        return self._initial_moments(parameter, tuple(parameter.shape), group)
+
+    def _initial_moments(self, parameter: Tensor, shape: tuple[int, ...], group: dict[str, Any]) -> dict[str, Any]:
+        """Returns zeros for what is kept of gradients of ``shape``."""
+        dtype, device = working_dtype(parameter), parameter.device
+        return {name: torch.zeros(size, dtype=dtype, device=device) for name, size in _kept(shape, group).items()}
+
+    def _update(self, parameters: list[Tensor], step: int, group: dict[str, Any]) -> None:
+        for batch in batches(parameters, _shapes):
+            (values,) = working([stack(batch)])
+            gradients = stack([p.grad for p in batch if p.grad is not None]).to(values.dtype).contiguous()
+            rate = self._rate(values, step, group)
+            update = self._moved(batch, gradients, rate, step, group)
+            if group["weight_decay"]:
+                values.mul_(1 - rate * group["weight_decay"])
+            values.sub_(update)
+            if len(batch) > 1:
+                unstack(values, batch)
+            else:
+                write_back(batch, values.unbind())
+
+    def _rate(self, parameters: Tensor | None, step: int, group: dict[str, Any]) -> float | Tensor:
+        """Returns the learning rate of each of a stack of parameters ``[B, *shape]``, or one for all.
+
+        The parameters are needed with ``scale_parameter`` alone.
+        """
+        lr = float(group["lr"])
+        if group["relative_step"]:
+            lr *= min(1e-6 * step if group["warmup_init"] else 1e-2, 1 / math.sqrt(step))
+        if parameters is None or not group["scale_parameter"]:
+            return lr
+        return rms(parameters).clamp_(min=group["eps"][1]).mul_(lr)
+
+    def _moved(
+        self,
+        parameters: list[Tensor],
+        gradients: Tensor,
+        rate: float | Tensor,
+        step: int,
+        group: dict[str, Any],
+        stack_dims: int = 0,
+    ) -> Tensor:
+        """Returns what to subtract for a stack of gradients, and updates what the state keeps of them.
+
+        The first ``stack_dims`` dimensions of what a state keeps are part of the stack.
+        """
+        states = [self.state[parameter] for parameter in parameters]
+        with stacked(states, _kept(tuple(gradients.shape[1:]), group), stack_dims) as moments:
+            return adafactor_update(
+                gradients,
+                moments,
+                step=step,
+                rate=rate,
+                eps=group["eps"][0],
+                clip_threshold=group["clip_threshold"],
+                decay_rate=group["decay_rate"],
+                beta1=group["beta1"],
+            )
+
+
+def _kept(shape: tuple[int, ...], group: dict[str, Any]) -> dict[str, tuple[int, ...]]:
+    """Returns the shapes by name of what is kept of gradients of ``shape``."""
+    first = {} if group["beta1"] is None else {"exp_avg": shape}
+    return {**moment_shapes(shape), **first}
+
+
+def _shapes(shape: tuple[int, ...]) -> tuple[tuple[int, ...], ...]:
+    return shape, *moment_shapes(shape).values()

@@ -1,0 +1,134 @@
+"""GaLore with AdamW: moments are kept in the subspace of the gradient's leading singular vectors.
+
+GaLore: Memory-Efficient LLM Training by Gradient Low-Rank Projection, https://arxiv.org/abs/2403.03507.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+
+from lightning_optim.optimizers._base import gradients, hyperparameters, working, write_back
+from lightning_optim.optimizers._low_rank import LowRankAdamW, StateDtype, as_matrices
+from lightning_optim.optimizers._projection import ProjectionMethod, ProjectionType, products, project
+
+
+class GaLoreAdamW(LowRankAdamW):
+    """AdamW whose moments live in a subspace of ``rank`` directions, found anew every ``update_proj_gap`` steps.
+
+    A projected matrix ``[m, n]``, ``m <= n``, keeps ``2 * rank * n`` moments and a basis of ``m * rank`` elements.
+    AdamW is torch's: decoupled decay of the weights, bias-corrected epsilon. The moments stay as they are when the
+    projection changes, as in the paper.
+
+    Args:
+        params: Parameters or param groups; all arguments below may differ between groups.
+        lr: Learning rate.
+        betas: Decay rates of the first and second moment.
+        eps: Added to the denominator; ``None`` means 1e-8, and with ``match_galore_torch`` galore-torch's 1e-6.
+        weight_decay: Decoupled weight decay.
+        rank: Directions of the subspace; ``None``: the group is not projected.
+        update_proj_gap: Steps between two searches for the subspace.
+        scale: Factor on the learning rate of projected parameters.
+        proj_type: Side to project, see :func:`~lightning_optim.optimizers._projection.sides`; ``"full"`` is both.
+        projection: ``"randomized"`` or ``"svd"``, see :func:`~lightning_optim.optimizers._projection.find_bases`.
+        match_galore_torch: Do as galore-torch 1.0, for comparisons: the epsilon is not bias-corrected, and the decay
+            comes after the update.
+        state_dtype: Dtype of moments and bases: ``"float32"`` (float64 for float64 parameters), or ``"parameter"``, the
+            parameter's own; the arithmetic is float32 in both.
+        stack_dims: How many leading dimensions of the group's parameters count matrices: 1 for experts ``[E, m, n]``.
+
+    Raises:
+        InvalidOption: If ``rank`` or ``update_proj_gap`` is no whole number of at least 1, or float16 parameters are
+            given ``state_dtype="parameter"``.
+        InvalidParamGroups: If a parameter is complex or sharded, or a gradient is sparse.
+    """
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float | None = None,
+        weight_decay: float = 0.0,
+        rank: int | None = None,
+        update_proj_gap: int = 200,
+        scale: float = 0.25,
+        proj_type: ProjectionType = "std",
+        projection: ProjectionMethod = "randomized",
+        match_galore_torch: bool = False,
+        state_dtype: StateDtype = "float32",
+        stack_dims: int = 0,
+    ) -> None:
+        super().__init__(params, hyperparameters(locals()))
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        eps, match = (param_group.get(name, self.defaults[name]) for name in ("eps", "match_galore_torch"))
+        super().add_param_group({**param_group, "eps": default_eps(match) if eps is None else eps})
+
+    def _step_plainly(self, parameters: list[Tensor], step: int, group: dict[str, Any]) -> None:
+        if not group["match_galore_torch"]:
+            super()._step_plainly(parameters, step, group)
+            return
+        super()._step_plainly(parameters, step, {**_as_upstream(group, step), "weight_decay": 0.0})
+        for parameter in parameters:
+            parameter.mul_(1 - float(group["lr"]) * group["weight_decay"])
+
+    def _step_projected(self, parameters: list[Tensor], step: int, group: dict[str, Any]) -> None:
+        matrices = as_matrices(gradients(parameters), group["stack_dims"])
+        left, right = self._bases(parameters, matrices, step, group)
+        low = project(matrices, left, right)
+        lr, match = float(group["lr"]), group["match_galore_torch"]
+        if match:
+            group = _as_upstream(group, step)
+        update = self._adamw_of(parameters, low, step, group, lr * group["scale"])
+        decay = 1 - lr * group["weight_decay"]
+        alpha = decay if match else 1.0
+        add_to_weights(parameters, update, left, right, beta=decay, alpha=alpha, stack_dims=group["stack_dims"])
+
+
+def default_eps(match_galore_torch: bool) -> float:
+    """Returns the epsilon where none is given: torch's, or galore-torch's."""
+    return 1e-6 if match_galore_torch else 1e-8
+
+
+def _as_upstream(group: dict[str, Any], step: int) -> dict[str, Any]:
+    """Returns the group with the epsilon that amounts, beside the corrected denominator, to ``eps`` before it."""
+    return {**group, "eps": group["eps"] / math.sqrt(1 - group["betas"][1] ** step)}
+
+
+def add_to_weights(
+    parameters: Sequence[Tensor],
+    update: Tensor,
+    left: Sequence[Tensor] | None,
+    right: Sequence[Tensor] | None,
+    *,
+    beta: float | Tensor,
+    alpha: float = 1.0,
+    stack_dims: int = 0,
+) -> None:
+    """Computes ``beta * matrix + alpha * left @ update @ rightᵀ`` for the matrices of parameters, in place.
+
+    Args:
+        parameters: Weights of one shape.
+        update: ``[batch, ...]``, one for each matrix, in the subspace, in the working dtype.
+        left: Left bases or ``None``.
+        right: Right bases or ``None``.
+        beta: Factor on the weights; a tensor ``[batch, 1, 1]`` has one for each.
+        alpha: Factor on the update.
+        stack_dims: Leading dimensions of the parameters that count matrices.
+    """
+    if left is not None and right is not None:
+        update, left = products(left, update.unbind()), None
+    # The factors of each product, of which one is the update.
+    one: Sequence[Tensor] = update.unbind() if left is None else left
+    other: Sequence[Tensor] = update.unbind() if right is None else [basis.mT for basis in right]
+    weights = working(parameters)
+    # In one pass over the weights, if all have the same factor.
+    for index, (weight, first, second) in enumerate(zip(as_matrices(weights, stack_dims), one, other, strict=True)):
+        if isinstance(beta, Tensor):
+            weight.mul_(beta[index])
+        weight.addmm_(first, second, beta=1.0 if isinstance(beta, Tensor) else beta, alpha=alpha)
+    write_back(parameters, weights)

@@ -1,0 +1,89 @@
+"""GaLore with Adafactor: its factored second moment is kept in the subspace.
+
+GaLore: Memory-Efficient LLM Training by Gradient Low-Rank Projection, https://arxiv.org/abs/2403.03507.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from lightning_optim.optimizers._adafactor import Adafactor, default_lr
+from lightning_optim.optimizers._base import OwnOptimizer, gradients, hyperparameters, working
+from lightning_optim.optimizers._galore import add_to_weights
+from lightning_optim.optimizers._low_rank import LowRankOptimizer, StateDtype, as_matrices, as_stack, state_dtype
+from lightning_optim.optimizers._projection import ProjectionMethod, ProjectionType, project
+
+
+class GaLoreAdafactor(LowRankOptimizer, Adafactor):
+    """Adafactor whose moments live in a subspace of ``rank`` directions, found anew every ``update_proj_gap`` steps.
+
+    A projected matrix ``[m, n]``, ``m <= n``, keeps a basis of ``m * rank`` elements, means of ``rank`` rows and ``n``
+    columns and, with ``beta1``, a first moment of ``rank * n``.
+
+    Args:
+        params: Parameters or param groups; all arguments below may differ between groups.
+        lr: As of :class:`~lightning_optim.optimizers.Adafactor`, like the arguments up to ``warmup_init``.
+        eps: See there; the least root mean square is that of the weights, not of their projection.
+        clip_threshold: See there; of the update in the subspace.
+        decay_rate: See there.
+        beta1: See there.
+        weight_decay: See there.
+        scale_parameter: See there.
+        relative_step: See there.
+        warmup_init: See there.
+        rank: Directions of the subspace; ``None``: the group is not projected.
+        update_proj_gap: Steps between two searches for the subspace.
+        scale: Factor on the update of projected parameters.
+        proj_type: Side to project, see :func:`~lightning_optim.optimizers._projection.sides`; ``"full"`` is both.
+        projection: ``"randomized"`` or ``"svd"``, see :func:`~lightning_optim.optimizers._projection.find_bases`.
+        state_dtype: Dtype of bases and first moments, see :class:`~lightning_optim.optimizers.GaLoreAdamW`; the
+            factored second moment, small as it is, stays float32: in bfloat16 it would soon stop moving.
+        stack_dims: See there; the update is clipped matrix by matrix.
+
+    Raises:
+        InvalidOption: If ``rank`` or ``update_proj_gap`` is no whole number of at least 1, or a group has
+            ``warmup_init`` without ``relative_step``.
+        InvalidParamGroups: If a parameter is complex or sharded, or a gradient is sparse.
+    """
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float | None = None,
+        eps: tuple[float, float] = (1e-30, 1e-3),
+        clip_threshold: float = 1.0,
+        decay_rate: float = -0.8,
+        beta1: float | None = None,
+        weight_decay: float = 0.0,
+        scale_parameter: bool = False,
+        relative_step: bool = False,
+        warmup_init: bool = False,
+        rank: int | None = None,
+        update_proj_gap: int = 200,
+        scale: float = 0.25,
+        proj_type: ProjectionType = "std",
+        projection: ProjectionMethod = "randomized",
+        state_dtype: StateDtype = "float32",
+        stack_dims: int = 0,
+    ) -> None:
+        lr = default_lr(relative_step) if lr is None else lr
+        OwnOptimizer.__init__(self, params, hyperparameters(locals()))
+
+    _step_plainly = Adafactor._update
+
+    def _initial_moments(self, parameter: Tensor, shape: tuple[int, ...], group: dict[str, Any]) -> dict[str, Any]:
+        moments = Adafactor._initial_moments(self, parameter, shape, group)
+        first = {name: moments[name].to(state_dtype(parameter, group)) for name in ("exp_avg",) if name in moments}
+        return {**moments, **first}
+
+    def _step_projected(self, parameters: list[Tensor], step: int, group: dict[str, Any]) -> None:
+        stack_dims = group["stack_dims"]
+        matrices = as_matrices(gradients(parameters), stack_dims)
+        left, right = self._bases(parameters, matrices, step, group)
+        weights = as_stack(working(parameters), stack_dims) if group["scale_parameter"] else None
+        rate = self._rate(weights, step, group)
+        update = self._moved(parameters, project(matrices, left, right), rate, step, group, stack_dims)
+        beta = 1 - rate * group["weight_decay"]
+        add_to_weights(parameters, update, left, right, beta=beta, alpha=-group["scale"], stack_dims=stack_dims)

@@ -1,0 +1,109 @@
+"""bitsandbytes optimizers whose bits are chosen per param group, and that leave parameters where they lie in memory.
+
+bitsandbytes lets a parameter keep 32-bit states through ``GlobalOptimManager``, which upstream's optimizers ask by
+(group index, parameter index): an override meant for one optimizer also hits the next one built, and every bucket of a
+layerwise one. Here the param group says it (``optim_bits``), and the manager is asked for the parameter itself.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_optim.errors import InvalidOption
+from lightning_optim.optimizers.adapters._quiet import BITSANDBYTES_CPU, without_records
+from lightning_optim.stepping import StepsUncompiled
+
+with without_records(*BITSANDBYTES_CPU):
+    from bitsandbytes import optim
+
+# What bitsandbytes' own get_config assumes where a group lacks the key.
+_GROUP_DEFAULTS = {"betas": (0.9, 0.999), "eps": 1e-8, "alpha": 0.0, "t_alpha": None, "t_beta3": None}
+
+
+class _BitsPerGroup(StepsUncompiled):
+    """Reads an update's configuration from the param group and from this optimizer alone."""
+
+    args: Any
+
+    def get_config(self, gindex: int, pindex: int, group: dict[str, Any]) -> dict[str, Any]:
+        config = {key: group.get(key, default) for key, default in _GROUP_DEFAULTS.items()}
+        config.update(lr=group["lr"], weight_decay=group["weight_decay"])
+        config.update(vars(self.args))
+        override = _override(group["params"][pindex])
+        config["optim_bits"] = override.get("optim_bits", group.get("optim_bits", config["optim_bits"]))
+        return config
+
+    def check_overrides(self) -> None:
+        """Refuses, in the first step, what cannot be taken over from ``GlobalOptimManager``.
+
+        Raises:
+            InvalidOption: If an override changes more than ``optim_bits``: schedules and reports would not know of it.
+        """
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                others = sorted(_override(parameter).keys() - {"optim_bits"})
+                if others:
+                    raise InvalidOption(
+                        f"bitsandbytes' GlobalOptimManager overrides {', '.join(others)} of a parameter of shape "
+                        f"{tuple(parameter.shape)}; optim_bits alone is taken from there. Give the rest by name, "
+                        f"param_groups={{'a pattern of its name': {{{others[0]!r}: ...}}}}, and drop the override, or "
+                        "clear those of earlier models with GlobalOptimManager.get_instance().initialize()."
+                    )
+
+    def load_state_dict(self, state_dict: dict[str, Any], *args: Any, **kwargs: Any) -> None:
+        """Loads as upstream does, and runs the hooks that torch runs and upstream leaves out."""
+        optimizer: Any = self
+        for before in optimizer._optimizer_load_state_dict_pre_hooks.values():
+            state_dict = before(self, state_dict) or state_dict
+        super().load_state_dict(state_dict, *args, **kwargs)
+        for after in optimizer._optimizer_load_state_dict_post_hooks.values():
+            after(self)
+
+
+def _override(parameter: Tensor) -> dict[str, Any]:
+    """Returns what ``GlobalOptimManager`` has for this very parameter."""
+    manager = optim.GlobalOptimManager.get_instance()
+    override = dict(manager.pid2config.get(id(parameter), {}))
+    for module, name, config in manager.module_weight_config_triple:
+        if getattr(module, name, None) is parameter:
+            override.update(config)
+    return override
+
+
+class _KeepsLayout:
+    """Steps a contiguous copy of a parameter that is not contiguous (channels_last, transposed) and writes it back.
+
+    Upstream leaves the copy in the parameter's place: the layout that the user chose is lost in the first step, and a
+    resumed run, which begins with the user's layout again, rounds otherwise than the one that went on.
+    """
+
+    def update_step(self, group: dict[str, Any], p: Tensor, gindex: int, pindex: int) -> None:
+        own = p.data
+        super().update_step(group, p, gindex, pindex)  # type: ignore[misc]
+        if not own.is_contiguous():
+            own.copy_(p.data)
+            p.data = own
+
+    def get_state_buffer(self, p: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Returns zeros in the order of the copy: kernels for a GPU walk over the memory of both."""
+        buffer: Tensor = super().get_state_buffer(p, dtype)  # type: ignore[misc]
+        return buffer.contiguous()
+
+
+class AdamW(_KeepsLayout, _BitsPerGroup, optim.AdamW):
+    """``bitsandbytes.optim.AdamW``; a param group's ``optim_bits`` overrides the constructor's."""
+
+
+class Lion(_KeepsLayout, _BitsPerGroup, optim.Lion):
+    """``bitsandbytes.optim.Lion``; a param group's ``optim_bits`` overrides the constructor's."""
+
+
+class AdEMAMix(_KeepsLayout, _BitsPerGroup, optim.AdEMAMix):
+    """``bitsandbytes.optim.AdEMAMix``; a param group's ``optim_bits`` overrides the constructor's."""
+
+
+class RMSprop(_KeepsLayout, _BitsPerGroup, optim.RMSprop):
+    """``bitsandbytes.optim.RMSprop``; a param group's ``optim_bits`` overrides the constructor's."""

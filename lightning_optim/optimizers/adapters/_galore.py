@@ -1,0 +1,175 @@
+"""GaLore with AdamW whose moments are block-wise quantized to 8 bits by bitsandbytes' kernels.
+
+8-bit Optimizers via Block-wise Quantization, https://arxiv.org/abs/2110.02861, in the subspaces of GaLore,
+https://arxiv.org/abs/2403.03507.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_optim.optimizers._adamw import check_moment
+from lightning_optim.optimizers._base import OwnOptimizer, hyperparameters
+from lightning_optim.optimizers._galore import GaLoreAdamW
+from lightning_optim.optimizers._low_rank import MOMENTS, StateDtype
+from lightning_optim.optimizers._projection import ProjectionMethod, ProjectionType
+from lightning_optim.optimizers.adapters._quiet import BITSANDBYTES_CPU, without_records
+
+with without_records(*BITSANDBYTES_CPU):
+    import bitsandbytes.functional as bnb
+
+_BLOCK = 256  # what the kernels are compiled for
+
+
+class GaLoreAdamW8bit(GaLoreAdamW):
+    """:class:`GaLoreAdamW` with 8-bit moments, projected or not.
+
+    A quantized moment is ``uint8`` codes of the moment's shape and one float32 scale per block of 256
+    (``"exp_avg_absmax"``), whose blocks run through a stack of matrices as through one tensor; bases are not quantized,
+    the arithmetic of the update is float32.
+
+    Args:
+        params: Parameters or param groups; all arguments below may differ between groups.
+        lr: As of :class:`GaLoreAdamW`, like the arguments up to ``match_galore_torch``.
+        betas: See there.
+        eps: See there.
+        weight_decay: See there.
+        rank: See there.
+        update_proj_gap: See there.
+        scale: See there.
+        proj_type: See there.
+        projection: See there.
+        match_galore_torch: See there.
+        min_8bit_size: Moments with fewer elements stay unquantized.
+        optim_bits: 8, or 32 where the moments stay unquantized.
+        state_dtype: See there; of what is not quantized.
+        stack_dims: See there.
+    """
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float | None = None,
+        weight_decay: float = 0.0,
+        rank: int | None = None,
+        update_proj_gap: int = 200,
+        scale: float = 0.25,
+        proj_type: ProjectionType = "std",
+        projection: ProjectionMethod = "randomized",
+        match_galore_torch: bool = False,
+        min_8bit_size: int = 4096,
+        optim_bits: int = 8,
+        state_dtype: StateDtype = "float32",
+        stack_dims: int = 0,
+    ) -> None:
+        OwnOptimizer.__init__(self, params, hyperparameters(locals()))
+
+    def _initial_moments(self, parameter: Tensor, shape: tuple[int, ...], group: dict[str, Any]) -> dict[str, Any]:
+        elements = math.prod(shape)
+        # The kernels take float32: the rare float64 parameter keeps moments of its own dtype.
+        if group["optim_bits"] == 32 or elements < group["min_8bit_size"] or parameter.dtype is torch.float64:
+            return super()._initial_moments(parameter, shape, group)
+        moments: dict[str, Any] = {}
+        for name in MOMENTS:
+            moments[name] = torch.zeros(shape, dtype=torch.uint8, device=parameter.device)
+            # The kernels take float32, whatever the default dtype is (Lightning's bf16-true changes it).
+            moments[f"{name}_absmax"] = torch.zeros(
+                -(-elements // _BLOCK), dtype=torch.float32, device=parameter.device
+            )
+        return moments
+
+    def _loaded(self, tensors: Mapping[str, Tensor], parameter: Tensor) -> dict[str, Tensor]:
+        if parameter.dtype is torch.float64:
+            tensors = _dequantized(tensors)
+        return super()._loaded(tensors, parameter)
+
+    def _adamw(
+        self,
+        parameters: Sequence[Tensor],
+        weights: Sequence[Tensor],
+        gradients: Sequence[Tensor],
+        step: int,
+        group: dict[str, Any],
+    ) -> None:
+        items = list(zip(parameters, weights, gradients, strict=True))
+        for parameter, weight, gradient in items:
+            if self._is_quantized(parameter):
+                weight.mul_(1 - float(group["lr"]) * group["weight_decay"])
+                self._add_update(parameter, weight, gradient, step, group, float(group["lr"]))
+        others = [item for item in items if not self._is_quantized(item[0])]
+        own, values, found = ([item[index] for item in others] for index in range(3))
+        super()._adamw(own, values, found, step, group)
+
+    def _adamw_of(
+        self, parameters: Sequence[Tensor], low: Tensor, step: int, group: dict[str, Any], lr: float = 1.0
+    ) -> Tensor:
+        if not self._is_quantized(parameters[0]):
+            return super()._adamw_of(parameters, low, step, group, lr)
+        updates = torch.zeros_like(low)
+        counts = parameters[0].shape[: group["stack_dims"]]
+        shape = len(parameters), *counts, *low.shape[1:]
+        for parameter, update, gradient in zip(parameters, updates.view(shape), low.reshape(shape), strict=True):
+            self._add_update(parameter, update, gradient, step, group, lr)
+        return updates
+
+    def _is_quantized(self, parameter: Tensor) -> bool:
+        return bool(self.state[parameter]["exp_avg"].dtype is torch.uint8)
+
+    def _add_update(
+        self, parameter: Tensor, weight: Tensor, gradient: Tensor, step: int, group: dict[str, Any], lr: float
+    ) -> None:
+        """Adds Adam's update to ``weight`` with the quantized moments that the state keeps for ``parameter``."""
+        state = self.state[parameter]
+        check_moment(gradient, state["exp_avg"])
+        bnb.optimizer_update_8bit_blockwise(
+            "adam",
+            gradient,
+            weight,
+            state["exp_avg"],
+            state["exp_avg_sq"],
+            *group["betas"],
+            beta3=0.0,
+            alpha=0.0,
+            eps=group["eps"],
+            step=step,
+            lr=lr,
+            qmap1=_code(True, weight.device),
+            qmap2=_code(False, weight.device),
+            absmax1=state["exp_avg_absmax"],
+            absmax2=state["exp_avg_sq_absmax"],
+        )
+
+
+@functools.cache
+def _code(signed: bool, device: torch.device) -> Tensor:
+    """Returns the 256 float32 values that the codes stand for, one table per device."""
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32)
+    try:
+        with torch.device("cpu"):
+            table: Tensor = bnb.create_dynamic_map(signed=signed)
+    finally:
+        torch.set_default_dtype(default)
+    return table.to(device)
+
+
+def _dequantized(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Returns the tensors of a state with its moments as the numbers that their codes and scales stand for."""
+    others = {name: tensor for name, tensor in tensors.items() if f"{name}_absmax" not in tensors}
+    for name in MOMENTS:
+        scales = tensors.get(f"{name}_absmax")
+        if scales is None:
+            continue
+        del others[f"{name}_absmax"]
+        codes = tensors[name]
+        values = _code(name == MOMENTS[0], codes.device)[codes.flatten().long()]
+        others[name] = values.mul_(scales.repeat_interleave(_BLOCK)[: values.numel()]).view(codes.shape)
+    return others

@@ -1,0 +1,112 @@
+"""torchao's low-bit AdamW with checkpoints of plain tensors.
+
+torchao keeps quantized states in tensor subclasses. Lightning cannot load those (its callable ``map_location`` is
+refused for wrapper subclasses, and with ``weights_only=True`` the classes are not yet known when the file is read), and
+neither deepcopy nor asynchronous saving works. Here ``state_dict()`` stores each quantized tensor as a dict of its
+plain parts, and ``load_state_dict()`` reads both that and upstream's form.
+
+The learning rate stays what torchao makes of it, a 0-dim float32 tensor, but floats assigned to ``group["lr"]`` (by
+``Tuner.lr_find``, by hand) are taken, too.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import torch
+import torchao.optim
+from torch import Tensor
+from torchao.optim.subclass_4bit import OptimState4bit
+from torchao.optim.subclass_8bit import OptimState8bit
+
+from lightning_optim.stepping import StepsUncompiled, uncompiled
+
+_PACKED = "torchao_quantized"
+_DTYPES = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float16", "float64")}
+
+
+def pack(state: Any) -> Any:
+    """Returns a quantized state tensor as a dict of plain tensors and numbers; anything else unchanged."""
+    if not isinstance(state, (OptimState4bit, OptimState8bit)):
+        return state
+    return {
+        _PACKED: 4 if isinstance(state, OptimState4bit) else 8,
+        "codes": state.codes,
+        "scale": state.scale,
+        "qmap": state.qmap,
+        "signed": state.signed,
+        "shape": list(state.shape),
+        "dtype": str(state.dtype).removeprefix("torch."),
+    }
+
+
+def unpack(packed: Any, device: torch.device) -> Any:
+    """Inverse of :func:`pack`; the tensor lies on ``device``."""
+    if not isinstance(packed, dict) or _PACKED not in packed:
+        return packed
+    # Copies, as load_state_dict makes them: the optimizer must not write into the caller's state dict.
+    codes, scale, qmap = (packed[name].detach().to(device, copy=True) for name in ("codes", "scale", "qmap"))
+    signed, dtype = packed["signed"], _DTYPES[packed["dtype"]]
+    if packed[_PACKED] == 4:
+        return OptimState4bit(codes, scale, qmap, signed, torch.Size(packed["shape"]), dtype=dtype)
+    return OptimState8bit(codes, scale, qmap, signed, dtype=dtype)
+
+
+class _PlainCheckpoints(StepsUncompiled, torchao.optim.adam._AdamBase):
+    """torchao's AdamW with plain state dicts, float learning rates and full-precision groups."""
+
+    # Quantized tensors are put in place afterwards. See lightning_optim.build._resume.
+    loads_in_parts: ClassVar = True
+
+    def state_dict(self) -> dict[str, Any]:
+        state_dict = super().state_dict()
+        state_dict["state"] = {
+            index: {name: pack(value) for name, value in state.items()} if isinstance(state, dict) else state
+            for index, state in state_dict["state"].items()
+        }
+        return state_dict
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        saved = state_dict["state"]
+        indices = [index for group in state_dict["param_groups"] for index in group["params"]]
+        # torch casts every floating-point state to the parameter's dtype and deep-copies dicts: it gets the plain
+        # entries only; the quantized ones and the float32 ones of full-precision groups are put in place afterwards.
+        reserved = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
+        plain = {
+            index: {name: value for name, value in saved[index].items() if name not in reserved}
+            for index in indices
+            if index in saved
+        }
+        super().load_state_dict({**state_dict, "state": {**saved, **plain}})
+        parameters = [parameter for group in self.param_groups for parameter in group["params"]]
+        for index, parameter in zip(indices, parameters, strict=True):
+            for name in reserved:
+                if name in saved.get(index, {}):
+                    self.state[parameter][name] = self._restored(saved[index][name], parameter)
+
+    @staticmethod
+    def _restored(value: Any, parameter: Tensor) -> Tensor:
+        # Upstream's own files hold the subclasses themselves.
+        restored = unpack(pack(value), parameter.device)
+        return restored if restored is not value else value.detach().to(parameter.device, copy=True)
+
+    def _new_buffer(self, p: Tensor, signed: bool) -> Tensor:
+        if any(p is other for group in self.param_groups if group.get("optim_bits") == 32 for other in group["params"]):
+            return torch.zeros_like(p, dtype=torch.float32)
+        buffer: Tensor = super()._new_buffer(p, signed)
+        return buffer
+
+    @uncompiled
+    def _step(self) -> None:
+        for group in self.param_groups:
+            if not isinstance(group["lr"], Tensor):
+                group["lr"] = torch.tensor(group["lr"], dtype=torch.float32)
+        super()._step()
+
+
+class AdamW8bit(_PlainCheckpoints, torchao.optim.AdamW8bit):
+    """``torchao.optim.AdamW8bit`` whose state dict holds plain tensors."""
+
+
+class AdamW4bit(_PlainCheckpoints, torchao.optim.AdamW4bit):
+    """``torchao.optim.AdamW4bit`` whose state dict holds plain tensors."""

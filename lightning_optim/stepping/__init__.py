@@ -1,0 +1,74 @@
+"""What a step needs, whoever wrote the optimizer. Pure torch.
+
+Kernels and their states' layout, train and eval points, what happens before a step, what torch.compile must leave
+alone, and the marks by which a state dict says whose it is. An algorithm does not belong here (``optimizers/``), nor
+does anything that knows the table.
+"""
+
+from __future__ import annotations
+
+from lightning_optim.stepping._averaging import (
+    KeepsTrainingPoint,
+)
+from lightning_optim.stepping._finite import (
+    say_if_not_finite,
+)
+from lightning_optim.stepping._fused import (
+    HALF,
+    SCALES,
+    FusedStep,
+    fused_class,
+    has_kernel,
+    is_packed,
+    sgd_is_wrong_on_half,
+)
+from lightning_optim.stepping._kernels import (
+    keep_kernel,
+    laid_out_as,
+)
+from lightning_optim.stepping._preparing import (
+    preparations,
+)
+from lightning_optim.stepping._sharding import (
+    is_sharded,
+)
+from lightning_optim.stepping._state_marks import (
+    FORMAT,
+    IDENTIFIER,
+    MARKS,
+    MEMBERS,
+    check_state,
+    refuse_foreign,
+)
+from lightning_optim.stepping._uncompiled import (
+    StepsUncompiled,
+    uncompiled,
+)
+from lightning_optim.stepping._valid_groups import (
+    only_valid_groups,
+)
+
+__all__ = [
+    "FORMAT",
+    "HALF",
+    "IDENTIFIER",
+    "MARKS",
+    "MEMBERS",
+    "SCALES",
+    "FusedStep",
+    "KeepsTrainingPoint",
+    "StepsUncompiled",
+    "check_state",
+    "fused_class",
+    "has_kernel",
+    "is_packed",
+    "is_sharded",
+    "keep_kernel",
+    "laid_out_as",
+    "only_valid_groups",
+    "preparations",
+    "refuse_foreign",
+    "say_if_not_finite",
+    "sgd_is_wrong_on_half",
+    "uncompiled",
+]

@@ -1,0 +1,100 @@
+"""Optimizers that train at one point and are evaluated at an average: exact switching between the two.
+
+A schedule-free optimizer trains at a point ``y`` and wants to be evaluated at an average ``x``; upstream computes one
+from the other in place (``x = lerp(y, z, 1 - 1/beta1)`` and back). That does not round-trip: 100 validations drift a
+float32 model by 6e-8 and a bfloat16 one by 2e-3, and a checkpoint that holds ``x`` cannot resume exactly. Here
+``eval()`` stores ``y`` before it writes ``x`` into the parameters, and ``train()`` puts the stored ``y`` back.
+
+A state dict tells the mode that the optimizer is in, as upstream's does; in evaluation mode it holds ``y``, so that it
+resumes bit for bit together with the averaged weights. While a Trainer makes the model's state dict hold the averaged
+weights also in training (``saves_averages``), the optimizer's has the form of evaluation mode, too. One without ``y``,
+written by upstream, is read as upstream reads it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_optim.stepping._uncompiled import StepsUncompiled, uncompiled
+
+_POINT = "y"
+
+
+class KeepsTrainingPoint(StepsUncompiled):
+    """Mixin for an optimizer with schedule-free's ``train()`` and ``eval()``, its ``z`` and its ``train_mode``.
+
+    Attributes:
+        saves_averages: True while the model's state dict holds the averaged weights, whatever the mode.
+    """
+
+    saves_averages = False
+
+    @property
+    def training(self) -> bool:
+        """True while the parameters hold the training point."""
+        return any(group["train_mode"] for group in self.param_groups)
+
+    @uncompiled
+    @torch.no_grad()
+    def eval(self) -> None:
+        """Puts the averaged weights into the parameters; does nothing if they are there already."""
+        for parameter, state, _ in self._moved(train_mode=True):
+            state[_POINT] = parameter.detach().clone()
+        super().eval()  # type: ignore[misc]
+
+    @uncompiled
+    @torch.no_grad()
+    def train(self) -> None:
+        """Puts the training point into the parameters; does nothing if it is there already."""
+        moved = list(self._moved(train_mode=False))
+        super().train()  # type: ignore[misc]
+        for parameter, state, _ in moved:
+            if _POINT in state:
+                parameter.copy_(state.pop(_POINT))
+
+    @torch.no_grad()
+    def averaged_weights(self) -> dict[Tensor, Tensor]:
+        """Returns the averaged value of every parameter that is at its training point, leaving the parameters alone."""
+        return {
+            parameter: parameter.detach().lerp(state["z"], 1 - 1 / _interpolation(group))
+            for parameter, state, group in self._moved(train_mode=True)
+        }
+
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+        # Nobody switches in Lightning's finders, which run without the callbacks. A closure computes the gradients
+        # itself; without one, as under a GradScaler, they fit the training point only while it is the average.
+        if closure is not None or not any(self._moved(train_mode=False)):
+            self.train()
+        loss: float | None = super().step(closure)
+        return loss
+
+    def state_dict(self) -> dict[str, Any]:
+        state_dict = super().state_dict()
+        if not self.saves_averages:
+            return state_dict
+        parameters = [parameter for group in self.param_groups for parameter in group["params"]]
+        for index, parameter in enumerate(parameters):
+            state = state_dict["state"].get(index, {})
+            if "z" in state and _POINT not in state:
+                # A new dict and a copy: state_dict() shares its tensors with the optimizer, and this one is the weight.
+                state_dict["state"][index] = {**state, _POINT: parameter.detach().clone()}
+        for group in state_dict["param_groups"]:
+            group["train_mode"] = False
+        return state_dict
+
+    def _moved(self, train_mode: bool) -> Iterator[tuple[Tensor, dict[str, Any], dict[str, Any]]]:
+        """Yields (parameter, its state, its group) in this mode where average and training point differ."""
+        for group in self.param_groups:
+            if group["train_mode"] == train_mode:
+                for parameter in group["params"]:
+                    if "z" in self.state.get(parameter, {}):
+                        yield parameter, self.state[parameter], group
+
+
+def _interpolation(group: dict[str, Any]) -> float:
+    """Returns the weight of the average in the training point."""
+    return float(group["betas"][0] if "betas" in group else group["momentum"])

@@ -1,0 +1,159 @@
+"""torch's fused kernels: which optimizers have one, where it is wrong, and how an optimizer is stepped by it.
+
+A fused kernel updates many parameters in one pass, and can skip the update of a float16 step that overflowed without
+asking the device first. Which of torch's classes have one is read from torch itself.
+"""
+
+from __future__ import annotations
+
+import inspect
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import SGD, Optimizer
+from torch.optim.sgd import sgd
+from torch.utils._foreach_utils import _get_fused_kernels_supported_devices
+
+from lightning_optim.stepping._kernels import keep_kernel, lay_out_states
+from lightning_optim.stepping._preparing import prepare_step
+
+HALF = (torch.bfloat16, torch.float16)
+
+# By this attribute a GradScaler knows optimizers that unscale and skip by themselves.
+SCALES = "_step_supports_amp_scaling"
+
+
+def fused_class(optimizer: Optimizer) -> type[Optimizer] | None:
+    """Returns the class of torch that steps ``optimizer`` and that has a fused kernel, or ``None``."""
+    bases = (c for c in type(optimizer).__mro__ if issubclass(c, Optimizer))
+    base = next(c for c in bases if c.__module__.startswith("torch.optim."))
+    own_step = inspect.unwrap(type(optimizer).step) is not inspect.unwrap(base.step)
+    takes_fused = "fused" in inspect.signature(base).parameters
+    return base if takes_fused and not own_step else None
+
+
+def has_kernel(torch_class: type[Optimizer], device: torch.device) -> bool:
+    """Whether torch has the fused kernel of one of its classes for a type of device."""
+    if device.type not in _get_fused_kernels_supported_devices():
+        return False
+    operator = f"aten::_fused_{torch_class.__name__.lower()}_"
+    key = torch._C._dispatch_key_for_device(device.type)
+    return bool(torch._C._dispatch_has_kernel_for_dispatch_key(operator, key))
+
+
+def is_packed(parameter: Tensor) -> bool:
+    """Whether the elements fill a block of memory without gaps and without sharing, in whatever order.
+
+    The fused kernels run over the memory of others element by element: on a CPU they step the wrong numbers in silence
+    (torch 2.9 and 2.13), elsewhere torch refuses in the first step.
+    """
+    expected = 1
+    for stride, size in sorted(zip(parameter.stride(), parameter.shape, strict=True)):
+        if size == 1:
+            continue
+        if stride != expected:
+            return parameter.numel() == 0
+        expected *= size
+    return True
+
+
+@cache
+def sgd_is_wrong_on_half() -> bool:
+    """Whether this torch's fused SGD on a CPU leaves bfloat16 or float16 parameters as they are, or moves them wrong.
+
+    torch 2.9 to 2.13 do, for every complete vector of elements: https://github.com/pytorch/pytorch/issues/191763.
+    """
+    return not all(_two_steps_are_right(dtype) for dtype in HALF)
+
+
+def _two_steps_are_right(dtype: torch.dtype) -> bool:
+    parameter, velocity = torch.zeros(2, 64, dtype=dtype, device="cpu").unbind()
+    for _ in range(2):
+        sgd(
+            [parameter],
+            [torch.ones_like(parameter)],
+            [velocity],
+            fused=True,
+            lr=1.0,
+            momentum=0.5,
+            weight_decay=0.0,
+            dampening=0.0,
+            nesterov=False,
+            maximize=False,
+        )
+    return bool((parameter == -2.5).all())
+
+
+class FusedStep:
+    """Has an optimizer of torch's stepped by its fused kernel until :meth:`detach`, whatever checkpoint it loads.
+
+    SGD's velocity exists before its first step, as zeros. Otherwise torch hands the kernel memory that nobody wrote; if
+    that step overflows and is skipped, what was in it counts from then on. And a parameter whose first gradient comes
+    later than another's raises a ``TypeError``.
+
+    Checkpoints say nothing of it: they are those of the optimizer as it was built.
+
+    Args:
+        optimizer: With a :func:`fused_class` and parameters on a device where it :func:`has_kernel`; it may have
+            stepped before.
+    """
+
+    def __init__(self, optimizer: Optimizer) -> None:
+        self.optimizer = optimizer
+        kernel = {"fused": True, "foreach": False}
+        self._built = [{key: group[key] for key in kernel} for group in optimizer.param_groups]
+        self._defaults = {key: optimizer.defaults[key] for key in kernel}
+        #: Whether it was built without the kernel.
+        self.built_plain = not all(group["fused"] for group in self._built)
+        self._hooks = keep_kernel(optimizer)
+        if isinstance(optimizer, SGD):
+            self._hooks.append(prepare_step(optimizer, _start_velocities))
+        # A scaler then hands the kernel the flag that says whether to skip, instead of reading it. torch's own classes
+        # set this if they are built fused, Adagrad only from some version on.
+        self._scales = getattr(optimizer, SCALES, False)
+        setattr(optimizer, SCALES, True)
+        if not self.built_plain:
+            return
+        self._hooks.append(optimizer.register_state_dict_post_hook(self._as_built))
+        # Groups that are added later take the defaults.
+        for group in (optimizer.defaults, *optimizer.param_groups):
+            group.update(kernel)
+        for parameter, state in optimizer.state.items():
+            if isinstance(parameter, Tensor) and "step" in state:
+                # As torch does for a fused optimizer when it loads a checkpoint.
+                state["step"] = state["step"].to(parameter.device, torch.float32)
+        lay_out_states(optimizer)
+
+    def detach(self) -> None:
+        """Leaves the optimizer as it was built, with its state."""
+        for hook in self._hooks:
+            hook.remove()
+        setattr(self.optimizer, SCALES, self._scales)
+        if not self.built_plain:
+            return
+        self.optimizer.defaults.update(self._defaults)
+        self._restore(self.optimizer.param_groups)
+        for group in self.optimizer.param_groups:
+            for parameter in group["params"]:
+                state = self.optimizer.state.get(parameter, {})
+                if "step" in state and not (group["fused"] or group.get("capturable")):
+                    state["step"] = state["step"].cpu()
+
+    def _as_built(self, optimizer: Optimizer, state_dict: dict[str, Any]) -> None:
+        self._restore(state_dict["param_groups"])
+
+    def _restore(self, groups: list[dict[str, Any]]) -> None:
+        added = len(groups) - len(self._built)
+        for group, built in zip(groups, [*self._built, *[self._defaults] * added], strict=True):
+            group.update(built)
+
+
+def _start_velocities(optimizer: Optimizer) -> None:
+    for group in optimizer.param_groups:
+        if not group["momentum"] or group["dampening"]:
+            continue
+        for parameter in group["params"]:
+            if parameter.grad is not None and optimizer.state[parameter].get("momentum_buffer") is None:
+                optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)

@@ -1,0 +1,91 @@
+"""What is known of each optimizer, as frozen data: names, options, packages, states. Nothing is built here.
+
+One row per optimizer in ``rows/``, one file per provider; CONTRIBUTING.md shows how to add one. A row's fields are
+documented at :class:`OptimizerSpec`. No ``if name == ...`` anywhere: what differs between rows is a field.
+"""
+
+from __future__ import annotations
+
+from lightning_optim.table import _availability as availability
+from lightning_optim.table._availability import (
+    Requirement,
+)
+from lightning_optim.table._convert import convert
+from lightning_optim.table._layerwise import (
+    SUFFIX,
+    LayerwiseOptions,
+    layerwise_row,
+)
+from lightning_optim.table._options import (
+    NON_NEGATIVE,
+    POSITIVE,
+    UNIT,
+    OptionInfo,
+    Options,
+    Range,
+    as_mapping,
+    as_number,
+    coerce,
+    describe,
+    option,
+    parse,
+    required,
+)
+from lightning_optim.table._registry import (
+    ENTRY_POINT_GROUP,
+    REGISTRY,
+    refuse_unknown,
+    register,
+)
+from lightning_optim.table._spec import (
+    Buffer,
+    OptimizerSpec,
+    Quantization,
+    StateLayout,
+)
+from lightning_optim.table.rows import (
+    ROWS,
+)
+from lightning_optim.table.rows._npu import (
+    REQUIREMENTS as NPU,
+)
+from lightning_optim.table.rows._torchao import (
+    REQUIREMENTS as TORCHAO,
+)
+from lightning_optim.table.rows._xla import (
+    REQUIREMENTS as XLA,
+)
+
+__all__ = [
+    "ENTRY_POINT_GROUP",
+    "NON_NEGATIVE",
+    "NPU",
+    "POSITIVE",
+    "REGISTRY",
+    "ROWS",
+    "SUFFIX",
+    "TORCHAO",
+    "UNIT",
+    "XLA",
+    "Buffer",
+    "LayerwiseOptions",
+    "OptimizerSpec",
+    "OptionInfo",
+    "Options",
+    "Quantization",
+    "Range",
+    "Requirement",
+    "StateLayout",
+    "as_mapping",
+    "as_number",
+    "availability",
+    "coerce",
+    "convert",
+    "describe",
+    "layerwise_row",
+    "option",
+    "parse",
+    "refuse_unknown",
+    "register",
+    "required",
+]

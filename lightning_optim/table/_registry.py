@@ -1,0 +1,295 @@
+"""From a name to its row: the built-in table, plugins, ``register()`` and dotted paths."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import importlib.metadata
+import importlib.util
+import inspect
+import sys
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import make_dataclass
+from types import MappingProxyType
+from typing import Any
+
+from torch.optim import LBFGS, Optimizer
+
+from lightning_optim.errors import DuplicateOptimizer, MissingDependency, UnknownOptimizer, close_names, listing
+from lightning_optim.table._layerwise import SUFFIX, layerwise_row
+from lightning_optim.table._misnomers import refuse_arguments
+from lightning_optim.table._options import Options, describe, option, required
+from lightning_optim.table._spec import OptimizerSpec
+from lightning_optim.table.rows import ROWS
+
+ENTRY_POINT_GROUP = "lightning_optim.optimizers"
+
+_COUPLED = "LBFGS evaluates the model several times for one step over all parameters"
+
+# Arguments of a class given by dotted path that are not options: they have a parameter of their own.
+_NOT_OPTIONS = ("lr", "weight_decay")
+
+
+class Registry(Mapping[str, OptimizerSpec]):
+    """The identifiers and their rows, as a read-only mapping.
+
+    Aliases count as identifiers, and so does the ``_layerwise`` form of each, whose row is derived when it is asked
+    for; :attr:`plain` is the mapping without those. A dotted path is no identifier: :meth:`find` makes its row.
+
+    Plugins are looked up in the entry-point group ``lightning_optim.optimizers`` on first use; each entry point is an
+    :class:`OptimizerSpec` or an iterable of them.
+    """
+
+    def __init__(self, rows: Iterable[OptimizerSpec]) -> None:
+        self._specs: dict[str, OptimizerSpec] = {}
+        self._plugins_loaded = False
+        self._plugins: list[importlib.metadata.EntryPoint] = []
+        for row in rows:
+            self.register(row)
+
+    @property
+    def plain(self) -> Mapping[str, OptimizerSpec]:
+        """The identifiers and their rows without the derived ``_layerwise`` forms."""
+        self._load_plugins()
+        return MappingProxyType(self._specs)
+
+    def register(self, spec: OptimizerSpec) -> None:
+        """Adds a row under its name and its aliases, and its ``_layerwise`` form with it.
+
+        Raises:
+            DuplicateOptimizer: If one of these names is taken, or ends in ``_layerwise``.
+        """
+        names = (spec.name, *spec.aliases)
+        for name in names:
+            if name.endswith(SUFFIX):
+                raise DuplicateOptimizer(
+                    f"{name!r} is the name of a derived row. Register {name.removesuffix(SUFFIX)!r}, and {name!r} "
+                    "steps it during backward; for another algorithm choose a name without this ending"
+                )
+            if name in self._specs:
+                raise DuplicateOptimizer(
+                    f"{name!r} is already registered ({self._specs[name].implementation}); choose another name"
+                )
+        self._specs.update(dict.fromkeys(names, spec))
+
+    def __getitem__(self, name: str) -> OptimizerSpec:
+        """Returns the row of the identifier ``name``.
+
+        Raises:
+            UnknownOptimizer: If it is none; a ``KeyError``, too.
+        """
+        if not isinstance(name, str):
+            raise UnknownOptimizer(
+                f"an optimizer is named by a string such as 'adamw_torch', got {name!r} ({type(name).__name__})"
+            )
+        # Plugins after the table's own rows: one that is broken must not stop who does not use it.
+        base = _base(name)
+        if base not in self._specs:
+            self._load_plugins()
+        if base not in self._specs:
+            raise UnknownOptimizer(self._unknown(name))
+        if base == name:
+            return self._specs[base]
+        if self._specs[base].coupled:
+            raise UnknownOptimizer(f"there is no optimizer {name!r}: {self._specs[base].coupled}. Use {base!r}.")
+        return layerwise_row(self._specs[base])
+
+    def find(self, name: str) -> OptimizerSpec:
+        """Returns the row of an identifier, or one made for a dotted path such as ``"torch.optim.NAdam"``.
+
+        Raises:
+            UnknownOptimizer: If nothing has that name, with the names that come close.
+            MissingDependency: If ``name`` is a dotted path into a package that is not installed.
+            IncompatibleTrainer: If ``name`` ends in ``_layerwise`` and the optimizer cannot be stepped so.
+        """
+        base = _base(name) if isinstance(name, str) else name
+        if base != name and (base in self or "." in base):
+            return layerwise_row(self.find(base))
+        if isinstance(name, str) and "." in name and name not in self:
+            # A class of ours that projects has to be told what: its row does that.
+            rows = (spec for spec in self._specs.values() if spec.projects)
+            return next((spec for spec in rows if spec.implementation == name), None) or self._by_path(name)
+        return self[name]
+
+    def __contains__(self, name: object) -> bool:
+        if not isinstance(name, str):
+            return False
+        base = _base(name)
+        if base not in self._specs:
+            self._load_plugins()
+        return base in self._specs and (base == name or not self._specs[base].coupled)
+
+    def __iter__(self) -> Iterator[str]:
+        yield from self.plain
+        yield from (name + SUFFIX for name, spec in self.plain.items() if not spec.coupled)
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)
+
+    def _unknown(self, name: str) -> str:
+        if "." in name:
+            return f"{name!r} is a dotted path, which is no identifier. REGISTRY.find({name!r}) makes its row."
+        base = name.removesuffix(SUFFIX)
+        suffix = name[len(base) :]
+        others = [other for other, spec in self._specs.items() if not (suffix and spec.coupled)]
+        near = [other + suffix for other in close_names(base, others)]
+        hint = f"Close names: {listing(near)}." if near else f"Names: {listing(other + suffix for other in others)}."
+        return (
+            f"there is no optimizer {name!r} in this version of lightning_optim. {hint} "
+            "`lightning-optim list` shows all; a dotted path such as 'torch.optim.NAdam' names any other class."
+        )
+
+    def known_as(self, name: str) -> str:
+        """Returns the identifier that builds the class which ``name`` is the dotted path of; else ``name``."""
+        return next((row.name for row in self._specs.values() if row.target.replace(":", ".") == name), name)
+
+    def _by_path(self, path: str) -> OptimizerSpec:
+        """Returns a row made for a class; its states are those of the row that builds the same class."""
+        spec, known = spec_from_path(path), self.known_as(path)
+        if known != path:
+            spec = dataclasses.replace(spec, state_format=self._specs[known].state_format)
+        class_name = path.rpartition(".")[2]
+        same = (row for row in self._specs.values() if row.implementation.rpartition(".")[2] == class_name)
+        kin = tuple(dict.fromkeys(row.name for row in same if not row.choices))
+        note = f"optim={kin[0]!r} is this algorithm with typed options and a state whose bytes are known" if kin else ""
+        return dataclasses.replace(spec, kin=kin, note=note)
+
+    def _load_plugins(self) -> None:
+        if self._plugins_loaded:
+            return
+        self._plugins_loaded = True
+        for entry_point in importlib.metadata.entry_points(group=ENTRY_POINT_GROUP):
+            if entry_point in self._plugins:
+                continue
+            try:
+                loaded = entry_point.load()
+                for spec in (loaded,) if isinstance(loaded, OptimizerSpec) else tuple(loaded):
+                    self.register(spec)
+                self._plugins.append(entry_point)
+            except Exception as error:
+                self._plugins_loaded = False
+                raise RuntimeError(
+                    f"the plugin {entry_point.value!r} (entry point {entry_point.name!r} of {ENTRY_POINT_GROUP!r}) "
+                    f"cannot be loaded: {error}. Fix it or uninstall its package."
+                ) from error
+
+
+def _base(name: str) -> str:
+    """Returns the name without the suffix that derives a row, which is taken once."""
+    base = name.removesuffix(SUFFIX)
+    return name if base.endswith(SUFFIX) else base
+
+
+def spec_from_path(path: str) -> OptimizerSpec:
+    """Makes a row for any optimizer class of any installed package, its options read from the signature.
+
+    Raises:
+        MissingDependency: If the package is not installed.
+        UnknownOptimizer: If the path does not lead to a subclass of ``torch.optim.Optimizer`` whose constructor takes
+            the parameters first and ``lr`` and all others by name.
+    """
+    module_name, _, class_name = path.rpartition(".")
+    package = module_name.partition(".")[0]
+    # A module that runs as a script has no spec to find, but is imported.
+    if not package or (sys.modules.get(package) is None and importlib.util.find_spec(package) is None):
+        raise MissingDependency(
+            f"optim={path!r}: no package {package!r} is installed. Install the package that provides it, or use a name "
+            "that `lightning-optim list` shows."
+        )
+    try:
+        module = importlib.import_module(module_name)
+        loaded = getattr(module, class_name)
+    except (ImportError, AttributeError) as error:
+        raise UnknownOptimizer(f"optim={path!r} cannot be imported: {error}") from error
+    if not (isinstance(loaded, type) and issubclass(loaded, Optimizer)):
+        raise UnknownOptimizer(f"optim={path!r} is no subclass of torch.optim.Optimizer but {loaded!r}")
+    if callable(getattr(loaded, "train", None)) and callable(getattr(loaded, "eval", None)):
+        raise UnknownOptimizer(
+            f"optim={path!r} has to be switched between training and evaluation, which a dotted path cannot do; use "
+            "optim='schedule_free_adamw', 'schedule_free_radam' or 'schedule_free_sgd'"
+        )
+    parameters = inspect.signature(loaded).parameters
+    _check_signature(path, parameters)
+    defaults = {name: _default(parameters, name) for name in ("lr", "weight_decay")}
+    return OptimizerSpec(
+        name=path,
+        target=f"{module_name}:{class_name}",
+        summary=f"{class_name} of {package}, by dotted path",
+        source=path,
+        options=_options_from_signature(class_name, parameters),
+        default_lr=defaults["lr"],
+        default_weight_decay=defaults["weight_decay"] or 0.0,
+        decays="weight_decay" in parameters,
+        state=None,
+        coupled=_COUPLED if issubclass(loaded, LBFGS) else "",
+        # Nothing is known about these; torch's own checks at the first step are all there is.
+        sparse=True,
+        complex=True,
+        sharded=True,
+        half_weights=True,
+    )
+
+
+def _check_signature(path: str, parameters: Mapping[str, inspect.Parameter]) -> None:
+    by_position = [name for name, parameter in parameters.items() if parameter.kind is parameter.POSITIONAL_ONLY][1:]
+    if by_position:
+        raise UnknownOptimizer(
+            f"optim={path!r} takes {listing(by_position)} by position only; an optimizer's arguments are passed by name"
+        )
+    if "lr" not in parameters and not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+        raise UnknownOptimizer(f"optim={path!r} has a constructor without the argument 'lr': {list(parameters)}")
+
+
+def _default(parameters: Mapping[str, inspect.Parameter], name: str) -> Any:
+    default = parameters[name].default if name in parameters else None
+    return default if isinstance(default, (int, float)) else None
+
+
+def _options_from_signature(class_name: str, parameters: Mapping[str, inspect.Parameter]) -> type[Options]:
+    fields: list[Any] = []
+    # The first argument is the parameters, whatever its name.
+    for name, parameter in list(parameters.items())[1:]:
+        if name in _NOT_OPTIONS or parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
+            continue
+        if isinstance(parameter.default, dict) or hasattr(Options, name):
+            raise UnknownOptimizer(
+                f"the argument {name!r} of {class_name} cannot be an option of a dotted path; describe the optimizer "
+                "with a row and lightning_optim.register()"
+            )
+        help = f"argument of {class_name}"
+        if parameter.default is parameter.empty:
+            fields.insert(0, (name, Any, required(help, scope="constructor")))
+        else:
+            # A dataclass takes no mutable defaults, and betas=[0.9, 0.99] means a tuple.
+            default = tuple(parameter.default) if isinstance(parameter.default, (list, set)) else parameter.default
+            fields.append((name, _type_of(default), option(default, help, scope="constructor")))
+    return make_dataclass(f"{class_name}Options", fields, bases=(Options,), frozen=True)
+
+
+def _type_of(default: Any) -> Any:
+    if isinstance(default, (bool, float, str)):
+        return type(default)
+    # A default such as momentum=0 says only that a number is meant.
+    return int | float if isinstance(default, int) else Any
+
+
+REGISTRY = Registry(ROWS)
+
+
+def refuse_unknown(where: str, unknown: Mapping[str, Any], allowed: Iterable[str], optim: object) -> None:
+    """Raises :class:`InvalidOption` if there are arguments that nobody takes, with what to write in their place.
+
+    Args:
+        where: What was called.
+        unknown: The arguments that it does not know.
+        allowed: Those that it knows.
+        optim: The identifier that was asked for; its options are among what may be meant.
+    """
+    if unknown:
+        options = (info.name for info in describe(REGISTRY[optim].options)) if optim in REGISTRY else ()  # type: ignore[index]
+        refuse_arguments(where, unknown, allowed, options)
+
+
+def register(spec: OptimizerSpec) -> None:
+    """Adds an optimizer to the table of this process; see :meth:`Registry.register`."""
+    REGISTRY.register(spec)

@@ -1,0 +1,233 @@
+"""A row of the table: everything the pipeline has to know about an optimizer, as frozen data."""
+
+from __future__ import annotations
+
+import pkgutil
+from collections.abc import Callable, Mapping, Sequence, Set
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Any, Literal
+
+from torch.optim import Optimizer
+
+from lightning_optim.table import _availability as availability
+from lightning_optim.table._availability import Availability, Requirement
+from lightning_optim.table._options import Options
+
+Warmup = Literal["schedule", "optimizer", "none"]
+
+
+@dataclass(frozen=True)
+class Buffer:
+    """A state tensor that the optimizer keeps per parameter, of its shape unless ``elements`` says otherwise.
+
+    Attributes:
+        name: Key in the optimizer's state.
+        float32: True if it is stored in float32 where the parameter's dtype is narrower; else it has that dtype. A
+            function tells it from the options.
+        copies: How many tensors of the parameter's shape it holds.
+        when: Tells from the options whether it exists; ``None`` means always.
+        low_precision_only: True if it exists only for parameters of two bytes per element (bfloat16, float16).
+        elements: Tells its number of elements from the parameter's shape and the options, 0 if it does not exist;
+            ``None`` means as many as the parameter has.
+        quantized: False if it stays unquantized where the row quantizes its states.
+        element_size: Tells the bytes per element from the options where they say so; ``None`` means as above.
+    """
+
+    name: str
+    float32: bool | Callable[[Any], bool] = False
+    copies: int = 1
+    when: Callable[[Any], bool] | None = None
+    low_precision_only: bool = False
+    elements: Callable[[tuple[int, ...], Any], int] | None = None
+    quantized: bool = True
+    element_size: Callable[[Any], int] | None = None
+
+    def is_float32(self, options: Options, bits: int | None = None) -> bool:
+        """Whether it is stored in float32 where the parameter's dtype is narrower.
+
+        Args:
+            options: The options.
+            bits: The group's ``optim_bits``; 32 keeps the state in float32, unless the options say what it is in.
+        """
+        return self.float32(options) if callable(self.float32) else self.float32 or bits == 32
+
+    def exists(self, options: Options, element_size: int) -> bool:
+        """Whether it is kept for a parameter of ``element_size`` bytes per element."""
+        if self.low_precision_only and element_size > 2:
+            return False
+        return self.when is None or self.when(options)
+
+
+@dataclass(frozen=True)
+class Quantization:
+    """How a row stores its buffers block-wise in few bits.
+
+    Attributes:
+        bits: Bits per element.
+        block_size: Elements per float32 scale, or the name of the option that says so.
+        min_size: Parameters with fewer elements stay unquantized; a number or the name of an option.
+        whole_blocks: True if a size that is no multiple of the block size stays unquantized.
+        table_bytes: Bytes of the lookup table stored beside each tensor (0 if it is shared).
+    """
+
+    bits: int
+    block_size: int | str
+    min_size: int | str
+    whole_blocks: bool = False
+    table_bytes: int = 0
+
+
+@dataclass(frozen=True)
+class StateLayout:
+    """What an optimizer stores, enough to count its bytes without allocating them.
+
+    Attributes:
+        buffers: Tensors per parameter.
+        scalar_bytes: Bytes per parameter tensor for counters.
+        scalars_like_parameter: Number of 0-dim tensors per parameter tensor in the parameter's dtype.
+        quantization: How the buffers are quantized, if they are.
+    """
+
+    buffers: tuple[Buffer, ...]
+    scalar_bytes: int = 0
+    scalars_like_parameter: int = 0
+    quantization: Quantization | None = None
+
+    @property
+    def always(self) -> dict[str, int | None]:
+        """What it stores whatever the options and the parameter: tensors of the parameter's shape by key, or a count.
+
+        The number says how many such tensors; ``None`` stands for a counter.
+        """
+        counters: dict[str, int | None] = {"step": None} if self.scalar_bytes else {}
+        return counters | {
+            buffer.name: buffer.copies
+            for buffer in self.buffers
+            if buffer.when is None and buffer.elements is None and not buffer.low_precision_only
+        }
+
+
+@dataclass(frozen=True)
+class OptimizerSpec:
+    """One optimizer of the table.
+
+    Attributes:
+        name: The identifier.
+        target: The class we build, ``"package.module:Class"``; imported only when the identifier is built.
+        summary: One line.
+        source: Paper or library the algorithm comes from.
+        options: The dataclass that declares the options.
+        default_lr: Learning rate when the user gives none; ``None`` if one must be given.
+        default_weight_decay: Weight decay when the user gives none.
+        state: What it stores.
+        wraps: The upstream class if ``target`` is an adapter of ours, else empty.
+        requirements: Packages it needs beyond torch.
+        extra: The extra of our distribution that installs them, or empty.
+        fixed: Constructor arguments that make this row what it is, such as ``optim_bits=8``.
+        aliases: Other names of the same row.
+        devices: Device types it runs on; ``None`` means every device.
+        warmup: Who warms the learning rate up: a schedule, the optimizer itself (its constructor takes
+            ``warmup_steps``), or nobody because the algorithm needs none.
+        decays: False if the class takes no ``weight_decay``.
+        averages_weights: True if the weights to evaluate and save are an average that the optimizer keeps, so that it
+            has to be switched between training and evaluation.
+        sparse: True if it can step sparse gradients.
+        complex: True if it can step complex parameters.
+        sharded: True if it gives the right result on DTensor parameters (FSDP2, tensor parallelism).
+        half_weights: True if it can step float16 parameters without loss scaling, because it computes in float32 or
+            has no epsilon that float16 rounds to zero.
+        compiles: True if it calls torch.compile in its step, which on CPU needs a C++ compiler.
+        layerwise: True if it is stepped during backward, bucket by bucket (``_layerwise`` at the end of its name).
+        lists_layerwise: True if ``lightning-optim list`` shows its ``_layerwise`` form, because Hugging Face's users
+            know it as a name of its own.
+        projects: True if it projects the gradients of chosen matrices (``optim_target_modules``) to a ``rank``.
+        coupled: Why one parameter cannot be stepped without the others, or empty if it can.
+        xla: Why it cannot run on XLA devices, or empty if it can.
+        choices: Identifiers of which this one takes the first that can run; none of them has choices itself.
+        fallbacks: Identifiers that come nearest to this one; ``optim_fallback=True`` takes the first that can run.
+        paged_on: Device types on which its states are paged, for a row that promises it; ``None`` for others.
+        state_format: What its state holds and how, with the number of the format; checkpoints move between rows of one
+            format, and no others. Empty if nothing but its own class reads it: its dotted path.
+        kin: Identifiers of the same algorithm, for a row that was made for a dotted path.
+        note: A limitation worth a line in ``info`` and the docs.
+    """
+
+    name: str
+    target: str
+    summary: str
+    source: str
+    options: type[Options]
+    default_lr: float | None
+    default_weight_decay: float
+    state: StateLayout | None
+    wraps: str = ""
+    requirements: tuple[Requirement, ...] = ()
+    extra: str = ""
+    fixed: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
+    aliases: tuple[str, ...] = ()
+    devices: frozenset[str] | None = None
+    warmup: Warmup = "schedule"
+    decays: bool = True
+    averages_weights: bool = False
+    sparse: bool = False
+    complex: bool = False
+    sharded: bool = False
+    half_weights: bool = False
+    compiles: bool = False
+    layerwise: bool = False
+    lists_layerwise: bool = False
+    projects: bool = False
+    coupled: str = ""
+    xla: str = ""
+    choices: tuple[str, ...] = ()
+    fallbacks: tuple[str, ...] = ()
+    paged_on: frozenset[str] | None = None
+    state_format: str = ""
+    kin: tuple[str, ...] = ()
+    note: str = ""
+
+    @property
+    def implementation(self) -> str:
+        """The class whose algorithm runs, as a dotted path for humans."""
+        return self.wraps or self.target.replace(":", ".")
+
+    @property
+    def format(self) -> str:
+        """The format of its state."""
+        return self.state_format or self.implementation
+
+    @property
+    def bits(self) -> int | None:
+        """Bits of the quantized state, or ``None`` if the state is not quantized."""
+        quantization = self.state.quantization if self.state else None
+        return quantization.bits if quantization else None
+
+    def runs_on(self, devices: Set[str]) -> bool:
+        """Whether it can step parameters on all of these types of device."""
+        return (self.devices is None or devices <= self.devices) and not (self.xla and "xla" in devices)
+
+    def availability(self) -> Availability:
+        """Returns whether the packages are there, without importing them."""
+        return availability.check(self.requirements)
+
+    def load(self, nearest: Sequence[str] = ()) -> type[Optimizer]:
+        """Imports and returns the class.
+
+        Args:
+            nearest: Identifiers to offer in its place if it cannot be imported.
+
+        Raises:
+            MissingDependency: If a package is absent, too old, known to be wrong, or cannot be imported.
+        """
+        availability.ensure(self.name, self.requirements, nearest)
+        try:
+            loaded: type[Optimizer] = pkgutil.resolve_name(self.target)
+        except ImportError as error:
+            if not self.requirements:
+                raise
+            # Found by name only until now: it may have been built without its kernels, or for another torch.
+            commands = "; ".join(requirement.install_command for requirement in self.requirements)
+            reason = f"its package is installed, but importing it fails ({error}): {commands}"
+            raise availability.missing(self.name, (reason,), nearest) from error
+        return loaded

@@ -1,0 +1,79 @@
+"""The row of APOLLO, an algorithm of our own."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+from lightning_optim.optimizers._low_rank import StateDtype
+from lightning_optim.table._options import AT_LEAST_ONE, NON_NEGATIVE, POSITIVE, UNIT, Options, option
+from lightning_optim.table._spec import Buffer, OptimizerSpec, StateLayout
+from lightning_optim.table.rows._low_rank import MOMENTS, left_elements, right_elements, states_are_float32
+
+
+@dataclass(frozen=True)
+class ApolloOptions(Options):
+    """Options of ``lightning_optim.optimizers.ApolloAdamW``."""
+
+    only_projected: ClassVar = frozenset(
+        {"rank", "update_proj_gap", "scale", "proj_type", "proj", "scale_type", "norm_growth_limit", "seed"}
+    )
+    bound_to_state: ClassVar = frozenset({"rank", "proj_type", "proj", "seed"})
+
+    rank: int = option(128, "directions of the subspace", AT_LEAST_ONE)
+    update_proj_gap: int = option(200, "steps between two subspaces", AT_LEAST_ONE)
+    scale: float = option(1.0, "updates of projected matrices are multiplied by its square root", POSITIVE)
+    proj_type: Literal["std", "reverse_std", "right", "left"] = option(
+        "std", "side to project: the shorter one, the longer one, or this one"
+    )
+    proj: Literal["random", "svd"] = option("random", "random subspaces, or those of the leading singular vectors")
+    scale_type: Literal["channel", "tensor"] = option("channel", "one factor per row or column, or one for the matrix")
+    norm_growth_limit: float | None = option(
+        1.01, "an update's norm is at most this many times the last one's; None: no limit", AT_LEAST_ONE
+    )
+    seed: int = option(0, "of the first random subspace", NON_NEGATIVE)
+    betas: tuple[float, float] = option((0.9, 0.999), "decay rates of the first and second moment", UNIT)
+    eps: float = option(1e-8, "added to the denominator", NON_NEGATIVE)
+    state_dtype: StateDtype = option(
+        "float32", "dtype of moments and bases; 'parameter': the parameter's, half the bytes for bfloat16 weights"
+    )
+
+
+def _left_elements(shape: tuple[int, ...], options: Any) -> int:
+    return left_elements(shape, options) if options.proj == "svd" else 0
+
+
+def _right_elements(shape: tuple[int, ...], options: Any) -> int:
+    return right_elements(shape, options) if options.proj == "svd" else 0
+
+
+def _norm_elements(shape: tuple[int, ...], options: Any) -> int:
+    return int(options.norm_growth_limit is not None and options.rank is not None and len(shape) >= 2)
+
+
+ROWS = (
+    OptimizerSpec(
+        name="apollo_adamw",
+        target="lightning_optim.optimizers:ApolloAdamW",
+        summary="APOLLO: the gradient, scaled as AdamW would scale it in a random subspace",
+        source="APOLLO: SGD-like Memory, AdamW-level Performance, https://arxiv.org/abs/2412.05270; "
+        "lightning_optim.optimizers.ApolloAdamW",
+        options=ApolloOptions,
+        state_format="ApolloAdamW/1",
+        default_lr=1e-2,
+        default_weight_decay=0.0,
+        state=StateLayout(
+            buffers=(
+                *MOMENTS,
+                Buffer("left", float32=states_are_float32, elements=_left_elements),
+                Buffer("right", float32=states_are_float32, elements=_right_elements),
+                Buffer("update_norm", float32=True, elements=_norm_elements),
+            ),
+        ),
+        half_weights=True,
+        lists_layerwise=True,
+        projects=True,
+        xla="it skips gradients that are not finite, and so waits for the device several times in every step",
+        note="with optim_args='rank=1,scale=128,scale_type=tensor' this is APOLLO-Mini: hardly more memory than SGD",
+    ),
+)

@@ -1,0 +1,85 @@
+"""Rows whose class is torchao's (https://github.com/pytorch/ao/tree/main/torchao/optim)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from lightning_optim.errors import InvalidOption
+from lightning_optim.table._availability import Requirement
+from lightning_optim.table._options import AT_LEAST_ONE, NON_NEGATIVE, UNIT, Options, option
+from lightning_optim.table._spec import Buffer, OptimizerSpec, Quantization, StateLayout
+
+REQUIREMENTS = (Requirement("torchao", "torchao", ">=0.18"),)
+
+
+@dataclass(frozen=True)
+class AdamW8bitOptions(Options):
+    """Options of ``torchao.optim.AdamW8bit``."""
+
+    betas: tuple[float, float] = option((0.9, 0.999), "decay rates of the first and second moment", UNIT)
+    eps: float = option(1e-8, "added to the denominator", NON_NEGATIVE)
+    amsgrad: bool = option(False, "not implemented by torchao for quantized states: False only")
+    block_size: int = option(256, "elements that share a scale", AT_LEAST_ONE, scope="constructor")
+    bf16_stochastic_round: bool = option(False, "round bfloat16 weights stochastically", scope="constructor")
+    quantize_embeddings: bool = option(False, "store embeddings' states in few bits, too", scope="policy")
+
+    def check(self) -> None:
+        if self.amsgrad:
+            raise InvalidOption("amsgrad=True is not implemented by torchao for quantized states; use 'adamw_torch'")
+        if self.block_size % 2:
+            raise InvalidOption(
+                f"block_size={self.block_size} is odd; the kernels take even sizes, 64 to 2048 are usual"
+            )
+
+
+@dataclass(frozen=True)
+class AdamW4bitOptions(AdamW8bitOptions):
+    """Options of ``torchao.optim.AdamW4bit``."""
+
+    block_size: int = option(128, "elements that share a scale", AT_LEAST_ONE, scope="constructor")
+
+
+def _row(bits: int, options: type[Options], table_bytes: int, paper: str, fallbacks: tuple[str, ...]) -> OptimizerSpec:
+    return OptimizerSpec(
+        name=f"adamw_torch_{bits}bit",
+        target=f"lightning_optim.optimizers.adapters._torchao:AdamW{bits}bit",
+        wraps=f"torchao.optim.AdamW{bits}bit",
+        summary=f"AdamW, {bits}-bit states, compiled",
+        source=f"{paper}; torchao.optim.AdamW{bits}bit",
+        options=options,
+        default_lr=1e-3,
+        default_weight_decay=1e-2,
+        requirements=REQUIREMENTS,
+        extra="torchao",
+        state=StateLayout(
+            buffers=(Buffer("exp_avg"), Buffer("exp_avg_sq")),
+            scalar_bytes=4,
+            quantization=Quantization(bits, "block_size", 4096, whole_blocks=True, table_bytes=table_bytes),
+        ),
+        state_format=f"torchao.AdamW-{bits}bit/1",
+        devices=frozenset({"cpu", "cuda", "xpu"}),
+        sharded=True,
+        half_weights=True,
+        compiles=True,
+        fallbacks=fallbacks,
+        note="the first step compiles (about half a minute on CPU); parameters with fewer than 4096 elements or with "
+        "a size that is no multiple of block_size keep unquantized states",
+    )
+
+
+ROWS = (
+    _row(
+        4,
+        AdamW4bitOptions,
+        16 * 4,
+        "Memory Efficient Optimizers with 4-bit States, https://arxiv.org/abs/2309.01507",
+        fallbacks=("adamw_torch_8bit", "adamw_bnb_8bit", "adamw"),
+    ),
+    _row(
+        8,
+        AdamW8bitOptions,
+        256 * 4,
+        "8-bit Optimizers via Block-wise Quantization, https://arxiv.org/abs/2110.02861",
+        fallbacks=("adamw_bnb_8bit", "adamw"),
+    ),
+)

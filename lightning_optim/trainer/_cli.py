@@ -1,0 +1,298 @@
+"""``OptimCLI``: Lightning's command line with ``--optim NAME`` for any LightningModule."""
+
+from __future__ import annotations
+
+import dataclasses
+import pkgutil
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, NoReturn
+
+from jsonargparse import ArgumentParser, Namespace
+from jsonargparse.typing import register_type
+from lightning.pytorch import Trainer
+from lightning.pytorch.accelerators import AcceleratorRegistry
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, LRSchedulerTypeTuple
+from lightning.pytorch.strategies import DDPStrategy
+from lightning.pytorch.trainer.connectors.accelerator_connector import _AcceleratorConnector
+from lightning.pytorch.utilities.model_helpers import is_overridden
+from lightning_utilities.core.rank_zero import rank_zero_info
+
+from lightning_optim.build import OptimConfig, trust
+from lightning_optim.errors import (
+    IncompatibleTrainer,
+    InvalidOption,
+    MissingDependency,
+    UnknownOptimizer,
+    UnknownSchedule,
+    UntrustedOptimizer,
+)
+from lightning_optim.table import REGISTRY, as_mapping
+from lightning_optim.trainer import _packages as packages
+from lightning_optim.trainer._mixin import OptimMixin
+from lightning_optim.trainer._optim_callback import OptimCallback
+from lightning_optim.trainer.accelerators import NPUAccelerator, PJRTAccelerator
+
+# The torch scheduler of `--optimizer CLASS`; Lightning calls it `lr_scheduler`, which here takes a schedule's name.
+_TORCH_SCHEDULER = "torch_lr_scheduler"
+
+
+class OptionText:
+    """The type of options written as ``"name=value,..."``: read as a mapping, which ``--optim_args.eps`` may join."""
+
+
+def _mapping(text: Any) -> dict[str, Any]:
+    if not isinstance(text, str):
+        raise InvalidOption(f"{text!r} is no string of options")
+    return as_mapping(text, "the command line")
+
+
+register_type(OptionText, serializer=dict, deserializer=_mapping, fail_already_registered=False)
+
+_ARGUMENTS: dict[str, tuple[Any, str]] = {
+    "optim": (str | None, "Optimizer by name; `lightning-optim list` shows all. Without it the model decides."),
+    "lr": (float | None, "Learning rate (default: the optimizer's)."),
+    "weight_decay": (float | None, "Weight decay of weights, not of biases and norms (default: the optimizer's)."),
+    "optim_args": (
+        dict[str, Any] | OptionText | None,
+        "Options of the optimizer: --optim_args.eps 1e-6, a mapping in YAML, or 'name=value,...'.",
+    ),
+    "optim_target_modules": (
+        list[str] | str | None,
+        "Modules whose weights are projected: all-linear, a regular expression over names, or a list of their parts.",
+    ),
+    "param_groups": (
+        dict[str, dict[str, Any]] | None,
+        "Hyperparameters by regular expression over parameter names, for instance {'embed.*': {'lr': 1e-4}}.",
+    ),
+    "layer_decay": (float | None, "The learning rate is multiplied by this once per layer below the top."),
+    "layer_pattern": (str | None, "Regular expression whose one group is a layer's number."),
+    "lr_scheduler": (str | None, "Learning-rate schedule by name: linear, cosine, ..."),
+    "lr_scheduler_args": (dict[str, Any] | OptionText | None, "Options of the schedule."),
+    "warmup_steps": (int | float | None, "Warm-up in optimizer steps, or a fraction of the training below 1."),
+    "optim_fallback": (bool | None, "Whether the nearest identifier that can run here may take the place of another."),
+    "override_on_resume": (
+        list[str] | str | None,
+        "What wins over the checkpoint of --ckpt_path: lr, weight_decay, options such as betas, lr_scheduler.",
+    ),
+}
+
+
+# The strategies for one and for several devices of the accelerators that Lightning does not know.
+_STRATEGIES = {NPUAccelerator: ("npu", "npu_ddp"), PJRTAccelerator: ("single_xla_syncfree", "xla_syncfree")}
+
+
+def _for_accelerator(config: dict[str, Any]) -> str | None:
+    """Returns the strategy for an accelerator of ours; ``None`` for others, or if there is no such device."""
+    # Somebody else's accelerator may have the name.
+    name = config.get("accelerator")
+    accelerator = AcceleratorRegistry[name]["accelerator"] if name in AcceleratorRegistry else None
+    if accelerator not in _STRATEGIES or not accelerator.is_available():
+        return None
+    devices = config.get("devices", "auto")
+    given = accelerator.auto_device_count() if devices == "auto" else devices
+    alone, together = _STRATEGIES[accelerator]
+    return alone if len(accelerator.get_parallel_devices(accelerator.parse_devices(given))) == 1 else together
+
+
+def _for_layerwise(config: dict[str, Any]) -> str | None:
+    """Returns the strategy that steps during backward where the Trainer would choose one that does not, or ``None``."""
+    choosing = ("accelerator", "devices", "num_nodes")
+    chosen = _AcceleratorConnector(**{name: config[name] for name in choosing if name in config}).strategy
+    if not isinstance(chosen, DDPStrategy):
+        return None
+    return "layerwise_ddp" if chosen._start_method == "popen" else "layerwise_ddp_notebook"
+
+
+class OptimArgumentParser(LightningArgumentParser):
+    """Lightning's, with other places and texts where a name of ours is the name of something of torch's."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        #: Arguments of torch's classes that have no default: needed only where no optimizer is named.
+        self.needed_without_optim: set[str] = set()
+
+    def add_optimizer_args(self, *args: Any, **kwargs: Any) -> None:
+        with self._not_required():
+            super().add_optimizer_args(*args, **kwargs)
+
+    def add_lr_scheduler_args(
+        self,
+        lr_scheduler_class: Any = LRSchedulerTypeTuple,
+        nested_key: str = "lr_scheduler",
+        link_to: str = "AUTOMATIC",
+    ) -> None:
+        """Adds a scheduler of torch under ``torch_lr_scheduler`` where nothing else is said."""
+        key = _TORCH_SCHEDULER if nested_key == "lr_scheduler" else nested_key
+        with self._not_required():
+            super().add_lr_scheduler_args(lr_scheduler_class, key, link_to)
+
+    @contextmanager
+    def _not_required(self) -> Iterator[None]:
+        before = set(self._actions)
+        yield
+        for action in self._actions:
+            if action.required and action not in before:
+                action.required = False
+                self.needed_without_optim.add(action.dest)
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """Ends with a message, to which it adds what to write if one of ours was meant."""
+        named = next((word for word in re.findall(r"Given value: ([\w.]+)", message) if word in REGISTRY), None)
+        if named and re.search(r"\boptimizer\b", message):
+            message += f"\n--optimizer takes a class of torch. Write --optim {named} (in a file: `optim: {named}`)."
+        elif "lr_scheduler" in message and "class_path" in message:
+            message += (
+                "\nlr_scheduler takes the name of a schedule, such as cosine. A class of torch goes to "
+                f"--{_TORCH_SCHEDULER}, beside --optimizer CLASS."
+            )
+        super().error(message, ex)
+
+
+class OptimCLI(LightningCLI):
+    """A ``LightningCLI`` with ``--optim``, ``--lr``, ``--weight_decay``, ``--optim_args.NAME``, ``--lr_scheduler`` ...
+
+    They work for any LightningModule: one with :class:`~lightning_optim.OptimMixin` gets them as its own, any other
+    gets an :class:`~lightning_optim.OptimCallback`. They are checked before anything is built; a mistake prints what is
+    allowed and exits with status 2. Without ``--optim`` everything is as in ``LightningCLI``, except that
+    ``--optimizer CLASS`` takes its scheduler from ``--torch_lr_scheduler``. An identifier that ends in ``_layerwise``
+    gets the strategy that it needs on several devices, and the accelerators ``npu`` and ``pjrt`` get theirs, unless one
+    was given.
+
+    Example::
+
+        # train.py
+        from lightning_optim import OptimCLI
+        OptimCLI(LitModel, DataModule)
+
+        $ python train.py fit --optim lion_8bit --lr 1e-4 --optim_args.betas "[0.9, 0.99]" --config run.yaml
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **{"parser_class": OptimArgumentParser, **kwargs})
+
+    def add_core_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        if packages.is_others(self._model_class):
+            raise IncompatibleTrainer(
+                f"OptimCLI builds the Trainer of lightning.pytorch, and {self._model_class.__name__} is a module of "
+                f"{packages.OTHER}. Use that package's LightningCLI: with OptimMixin before its LightningModule the "
+                "model takes --model.optim NAME, --model.lr and so on. Or write `import lightning as L`."
+            )
+        # Not in add_arguments_to_parser: users override that one without calling super().
+        super().add_core_arguments_to_parser(parser)
+        for name, (annotation, help) in _ARGUMENTS.items():
+            parser.add_argument(f"--{name}", type=annotation, default=None, help=help)
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        super().parse_arguments(parser, args)
+        try:
+            self.optim_config = self._checked_config()
+            if self.optim_config and self.config.get("subcommand") in (None, "fit"):
+                self.optim_config.ensure_available()
+        except (UnknownOptimizer, UnknownSchedule, InvalidOption, IncompatibleTrainer, MissingDependency) as error:
+            self.parser.error(str(error))
+        self._said = set(trust.words(self.config.as_dict()))
+
+    def instantiate_classes(self) -> None:
+        automatic = self.auto_configure_optimizers
+        # A class that add_optimizer_args has put into the parser with its defaults does not train beside --optim.
+        self.auto_configure_optimizers = automatic and self.optim_config is None
+        # Lightning has added the hyperparameters that --ckpt_path holds.
+        with trust.reading(said=self._said, held=self.config.as_dict()):
+            super().instantiate_classes()
+        self.auto_configure_optimizers = automatic
+        if self.optim_config is None:
+            return
+        if isinstance(self.model, OptimMixin):
+            self.model.optim_config = self.optim_config
+            if self.model.hparams:
+                # So that load_from_checkpoint gives back the optimizer that trained.
+                told = {name for name in _ARGUMENTS if name in self.model.hparams} | self._given().keys()
+                self.model._update_hyperparameters({name: getattr(self.optim_config, name) for name in told})
+            return
+        callback = OptimCallback(**dataclasses.asdict(self.optim_config))
+        if not is_overridden("configure_optimizers", self.model):
+            # Lightning refuses such a module before it runs callbacks.
+            callback.install(self.model)
+        self.trainer.callbacks.insert(0, callback)  # type: ignore[attr-defined]
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        config = {**self._get(self.config_init, "trainer", default={}), **kwargs}
+        chosen = self._chosen_config()
+        try:
+            if config.get("strategy", "auto") == "auto":
+                strategy, why = _for_accelerator(config), f"accelerator={config.get('accelerator')!r}"
+                if strategy is None and chosen is not None and chosen.spec.layerwise:
+                    strategy, why = _for_layerwise(config), f"optim={chosen.optim!r}"
+                if strategy is not None:
+                    kwargs["strategy"] = strategy
+                    rank_zero_info(f"OptimCLI chose --trainer.strategy {strategy} for {why}.")
+            return super().instantiate_trainer(**kwargs)
+        except (IncompatibleTrainer, MissingDependency, UntrustedOptimizer) as error:
+            self.parser.error(str(error))
+
+    def _chosen_config(self) -> OptimConfig | None:
+        """Returns the optimizer that will train, whoever named it; ``None`` if the model decides or nothing trains."""
+        if self.config.get("subcommand") not in (None, "fit"):
+            return None
+        if self.optim_config is not None:
+            return self.optim_config
+        return self.model.optim_config if isinstance(self.model, OptimMixin) else None
+
+    def _section(self) -> Namespace:
+        """Returns the configuration of the subcommand, or the whole where there are none."""
+        section: Namespace = self.config.get(str(self.config.get("subcommand")), self.config)
+        return section
+
+    def _given(self) -> dict[str, Any]:
+        """Returns the optimizer arguments that were given, as plain values."""
+        values = {name: self._section().get(name) for name in _ARGUMENTS}
+        return {
+            name: value.as_dict() if isinstance(value, Namespace) else value
+            for name, value in values.items()
+            if value is not None
+        }
+
+    def _checked_config(self) -> OptimConfig | None:
+        given, config, parser = self._given(), self._section(), self._parser(self.config.get("subcommand"))
+        if "optim" not in given:
+            if given:
+                first = next(iter(given))
+                takes_optim = "optim" in self._model_arguments(config)
+                hint = f" (the model's own argument is --model.{first})" if takes_optim else ""
+                raise InvalidOption(f"--{first} needs --optim, for instance --optim adamw_torch{hint}")
+            lacking = [key for key in getattr(parser, "needed_without_optim", ()) if config.get(key) is None]
+            if lacking:
+                raise InvalidOption(f"--optim NAME is required, or --{' and --'.join(sorted(lacking))}")
+            return None
+        unchanged = parser.get_defaults()
+        for rival in ("optimizer", _TORCH_SCHEDULER):
+            if config.get(rival) not in (None, unchanged.get(rival)):
+                raise IncompatibleTrainer(
+                    f"--optim {given['optim']} beside --{rival} {config[rival].get('class_path', '')}: "
+                    "one of them would be ignored. Keep --optim NAME (with --lr_scheduler NAME), or --optimizer CLASS."
+                )
+        own, defaults = self._model_arguments(config), self._mixin_defaults(config)
+        for name in defaults:
+            if own.get(name) not in (defaults[name], given.get(name)):
+                raise IncompatibleTrainer(
+                    f"--optim {given['optim']} beside --model.{name} {own[name]}: the latter would be ignored. "
+                    f"Write --{name}, or leave --optim out and use --model.optim."
+                )
+        return OptimConfig(**given)
+
+    @staticmethod
+    def _model_arguments(config: Namespace) -> dict[str, Any]:
+        model = config.get("model") or {}
+        return dict(model.get("init_args") or model)
+
+    def _mixin_defaults(self, config: Namespace) -> dict[str, Any]:
+        """Returns the defaults of the model's own optimizer arguments; none if it is no OptimMixin."""
+        path = (config.get("model") or {}).get("class_path")
+        model_class: Any = pkgutil.resolve_name(path) if path else self._model_class
+        if not (isinstance(model_class, type) and issubclass(model_class, OptimMixin)):
+            return {}
+        parser = ArgumentParser()
+        parser.add_class_arguments(model_class, fail_untyped=False)
+        return {name: value for name, value in parser.get_defaults().items() if name in _ARGUMENTS}

@@ -1,0 +1,194 @@
+"""Where the pipeline meets Lightning: shared by the mixin, the callback and the CLI."""
+
+from __future__ import annotations
+
+from collections.abc import Set
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
+from lightning.pytorch.core.optimizer import _configure_optimizers
+from lightning_utilities.core.rank_zero import rank_zero_warn
+from torch import Tensor
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import ReduceLROnPlateau
+
+from lightning_optim.build import (
+    MODULE_SCHEDULE,
+    OptimConfig,
+    PlateauOptions,
+    ResolvedOptimizer,
+    TrainerFacts,
+    built_by,
+    make_schedule,
+    resolve,
+)
+from lightning_optim.groups import Target
+from lightning_optim.layerwise import Layerwise
+from lightning_optim.stepping import KeepsTrainingPoint
+from lightning_optim.table import LayerwiseOptions, parse
+from lightning_optim.trainer import _packages as packages
+from lightning_optim.trainer._expected import Expected, OwnHook
+from lightning_optim.trainer._length import Length
+from lightning_optim.trainer.callbacks._finders import AfterFinders, Built, forgetful_finder, has_finder
+from lightning_optim.trainer.callbacks._layerwise import LayerwiseCallback, steps_in_backward
+from lightning_optim.trainer.callbacks._manual_schedule import ManualSchedule
+from lightning_optim.trainer.callbacks._plateau import PlateauCallback, lightning_config
+from lightning_optim.trainer.callbacks._report import ReportCallback
+from lightning_optim.trainer.callbacks._resume import ResumeCallback
+from lightning_optim.trainer.callbacks._schedule_free import ScheduleFreeCallback
+from lightning_optim.trainer.callbacks._standstill import Standstill
+from lightning_optim.trainer.callbacks._thawed import KeepsPolicy
+from lightning_optim.trainer.strategies import StepsFused
+
+if TYPE_CHECKING:
+    from lightning.pytorch.utilities.types import OptimizerLRScheduler
+
+
+def configure(module: LightningModule, config: OptimConfig, own: OwnHook | None = None) -> OptimizerLRScheduler:
+    """Does the work of ``configure_optimizers``: builds optimizer and schedule, reports them, attaches what they need.
+
+    Args:
+        module: The module.
+        config: What to build.
+        own: The module's own ``configure_optimizers``, whose place this takes. It is asked what the module's loop
+            expects; what it builds is not stepped.
+
+    It raises what :func:`lightning_optim.build_optimizer` and :func:`lightning_optim.build_schedule` raise, and
+    :class:`IncompatibleTrainer` if the module's loop expects what this does not give.
+    """
+    trainer = module._trainer
+    expected = Expected.ask(module, own)
+    expected.check(config)
+    name = config.lr_scheduler
+    length = Length.of(trainer, config)
+    asked = config.replace(lr=expected.lr(config))
+    resolved = _resolve(trainer, module, asked, length, expected.only())
+    if trainer is not None:
+        KeepsPolicy.attach(trainer, module, resolved, asked)
+    for sentence in expected.losses(module, asked, resolved.lr):
+        rank_zero_warn(sentence)
+    # Before the schedule sets the learning rates of its first step.
+    _announce(trainer, resolved, asked, expected.schedule if name == MODULE_SCHEDULE.name else name or "none", length)
+    if name == MODULE_SCHEDULE.name:
+        return expected.follow(module, resolved.optimizer)
+    configured = _scheduled(module, resolved, config, length)
+    handed: Any = configured
+    scheduler = handed["lr_scheduler"]["scheduler"] if isinstance(handed, dict) else None
+    expected.replace_attributes(module, resolved.optimizer, scheduler)
+    return configured
+
+
+def _scheduled(
+    module: LightningModule, resolved: ResolvedOptimizer, config: OptimConfig, length: Length
+) -> OptimizerLRScheduler:
+    """Returns the optimizer with its named schedule, as Lightning takes them."""
+    trainer, name = module._trainer, config.lr_scheduler
+    if name is None:
+        _resume(trainer, resolved, None, config)
+        if trainer is not None:
+            AfterFinders.attach(trainer, Built(resolved, config))
+        return resolved.optimizer
+    # An optimizer that warms up by itself got its warm-up already.
+    warmup = length.warmup if resolved.spec.warmup == "schedule" else 0
+    scheduler = make_schedule(resolved.optimizer, name, length.total, warmup, config.lr_scheduler_args)
+    _resume(trainer, resolved, scheduler, config)
+    if trainer is not None:
+        AfterFinders.attach(trainer, Built(resolved, config, scheduler))
+    if isinstance(scheduler, ReduceLROnPlateau):
+        monitor = parse(PlateauOptions, config.lr_scheduler_args, name).monitor
+        if not module.automatic_optimization:
+            # Lightning neither steps a schedule then nor wants to know of the metric.
+            if trainer is not None:
+                ManualSchedule.attach(trainer, name, resolved.optimizer, scheduler, monitor)
+            return {"optimizer": resolved.optimizer, "lr_scheduler": {"scheduler": scheduler}}
+        if trainer is not None:
+            PlateauCallback.attach(trainer, scheduler, monitor)
+        plateau = lightning_config(scheduler, monitor)
+        return {"optimizer": resolved.optimizer, "lr_scheduler": plateau}  # type: ignore[return-value]
+    if trainer is not None and not module.automatic_optimization:
+        ManualSchedule.attach(trainer, name, resolved.optimizer, scheduler)
+    return {"optimizer": resolved.optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+
+def attend(module: LightningModule, own: OwnHook) -> Any:
+    """Has what the module's own ``configure_optimizers`` builds reported, and attaches what it needs."""
+    trainer = module._trainer
+    with built_by(partial(build, module)):
+        configured = own()
+    if trainer is None or configured is None:
+        return configured
+    # Built before, for instance in the module's __init__.
+    for optimizer in _configure_optimizers(configured)[0]:
+        if isinstance(optimizer, KeepsTrainingPoint):
+            ScheduleFreeCallback.attach(trainer)
+        layerwise = Layerwise.of(optimizer)
+        if layerwise is not None:
+            options = LayerwiseOptions(bucket_mb=layerwise.bucket_mb)
+            LayerwiseCallback.attach(trainer, optimizer, options, f"the module's layerwise {type(optimizer).__name__}")
+    return configured
+
+
+def _resume(trainer: Trainer | None, resolved: ResolvedOptimizer, schedule: Any, config: OptimConfig) -> None:
+    """Has the schedule that was asked for go on from the checkpoint that the fit restores, if it restores one."""
+    if trainer is not None:
+        ResumeCallback(resolved.optimizer, schedule, config.overrides).attach(trainer)
+
+
+def build(module: LightningModule, target: Target, config: OptimConfig) -> Optimizer:
+    """Builds one optimizer for (a part of) ``module``, without a schedule; reports it and attaches what it needs."""
+    trainer = module._trainer
+    length = Length.of(trainer, config)
+    resolved = _resolve(trainer, target, config, length)
+    _announce(trainer, resolved, config, "none", length)
+    if trainer is not None:
+        AfterFinders.attach(trainer, Built(resolved, config))
+    return resolved.optimizer
+
+
+def _resolve(
+    trainer: Trainer | None,
+    target: Target,
+    config: OptimConfig,
+    length: Length,
+    only: Set[Tensor] | None = None,
+) -> ResolvedOptimizer:
+    facts = _facts(trainer) if trainer is not None else None
+    resolved = resolve(target, config, warmup_steps=length.warmup, trainer=facts, only=only)
+    if trainer is not None and isinstance(trainer.strategy, StepsFused):
+        trainer.strategy.note_identifier(resolved.optimizer, config.optim)
+    if trainer is not None and resolved.lr:
+        Standstill.watch(trainer, resolved.optimizer, f"optim={config.optim!r}")
+    if trainer is not None and resolved.spec.averages_weights:
+        ScheduleFreeCallback.attach(trainer)
+    if trainer is not None and (resolved.spec.layerwise or steps_in_backward(trainer)):
+        options = LayerwiseOptions(**resolved.options.select("layerwise"))
+        name = f"optim={config.optim!r}" if resolved.spec.layerwise else None
+        LayerwiseCallback.attach(trainer, resolved.optimizer, options, name)
+    return resolved
+
+
+def _facts(trainer: Trainer) -> TrainerFacts:
+    rivals = packages.kin(WeightAveraging, StochasticWeightAveraging)
+    averaging = (c for c in trainer.callbacks if isinstance(c, rivals))  # type: ignore[attr-defined]
+    return TrainerFacts(
+        forgetful=forgetful_finder(trainer),
+        averaging=next((type(callback).__name__ for callback in averaging), ""),
+    )
+
+
+def _announce(
+    trainer: Trainer | None, resolved: ResolvedOptimizer, config: OptimConfig, schedule: str, length: Length
+) -> None:
+    """Has what was resolved said when fit starts."""
+    if trainer is None:
+        return
+    if length.warning and not has_finder(trainer):
+        rank_zero_warn(length.warning)
+    details = {"warmup_steps": length.warmup, "total_steps": length.total}
+    schedule += "".join(f", {name}={value}" for name, value in details.items() if value)
+    substitution = resolved.substitution(config.optim)
+    if substitution:
+        rank_zero_warn(substitution)
+    ReportCallback.add(trainer, resolved, config.optim, schedule)

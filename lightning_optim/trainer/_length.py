@@ -1,0 +1,64 @@
+"""How long a training is, in optimizer steps, as its Trainer will count them."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import GradientAccumulationScheduler
+
+from lightning_optim.build import OptimConfig, get_schedule, long_warmup, resolve_warmup
+from lightning_optim.trainer import _packages as packages
+
+
+@dataclass(frozen=True)
+class Length:
+    """How long a training is, in optimizer steps.
+
+    Attributes:
+        warmup: Steps of warm-up.
+        total: Steps of the whole training; ``None`` if it has no end or nobody needs to know.
+    """
+
+    warmup: int
+    total: int | None
+
+    @classmethod
+    def of(cls, trainer: Trainer | None, config: OptimConfig) -> Length:
+        """Returns what ``config`` needs to know of the training that ``trainer`` starts.
+
+        Raises:
+            InvalidOption: If the warm-up is a fraction of a training without an end.
+        """
+        needs_total = config.lr_scheduler is not None and get_schedule(config.lr_scheduler).needs_total
+        total = total_steps(trainer) if trainer is not None and (needs_total or config.warmup_steps) else None
+        return cls(resolve_warmup(config.warmup_steps, total), total)
+
+    @property
+    def warning(self) -> str:
+        """What to say of a warm-up that takes the whole training, or nothing."""
+        return long_warmup(self.warmup, self.total)
+
+
+def total_steps(trainer: Trainer) -> int | None:
+    """Returns the optimizer steps of the whole training, from its first epoch on; ``None`` if it has no end.
+
+    As ``trainer.estimated_stepping_batches``, which takes the accumulation of this moment for that of all epochs, and
+    gives -1 for a training over epochs of unknown length.
+    """
+    estimate = trainer.estimated_stepping_batches
+    if estimate in (-1, math.inf):
+        return None
+    batches, epochs = trainer.num_training_batches, trainer.max_epochs
+    callbacks = trainer.callbacks  # type: ignore[attr-defined]
+    # Of several the last one has the last word, in every epoch.
+    plans = [callback for callback in callbacks if isinstance(callback, packages.kin(GradientAccumulationScheduler))]
+    if not plans or epochs in (None, -1) or batches == math.inf:
+        return int(estimate)
+    limit = math.inf if trainer.max_steps == -1 else trainer.max_steps
+    steps, epoch = 0, 0
+    while epoch < max(epochs or 0, 1) and steps < limit:
+        steps += math.ceil(batches / plans[-1].get_accumulate_grad_batches(epoch))
+        epoch += 1
+    return int(min(steps, limit))

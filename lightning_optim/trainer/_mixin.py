@@ -1,0 +1,350 @@
+"""``OptimMixin``: a LightningModule whose optimizer is named, not written."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import inspect
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from lightning.pytorch import Callback, LightningModule
+from lightning.pytorch.utilities.model_helpers import _restricted_classmethod
+from torch import nn
+from torch.optim import Optimizer
+from typing_extensions import Self
+
+from lightning_optim.build import OptimConfig, storable, trust
+from lightning_optim.errors import IncompatibleTrainer
+from lightning_optim.groups import Target, TargetModules
+from lightning_optim.table import refuse_unknown
+from lightning_optim.trainer import _integration as integration
+from lightning_optim.trainer import _packages as packages
+from lightning_optim.trainer import _report as report
+from lightning_optim.trainer._expected import own_hook
+from lightning_optim.trainer.callbacks._old_checkpoints import OldCheckpoints, import_torchao, is_old_style
+from lightning_optim.trainer.callbacks._used import OptimIsUsed
+
+if TYPE_CHECKING:
+    from lightning.pytorch.utilities.types import OptimizerLRScheduler
+
+    _Base = LightningModule
+else:
+    _Base = object
+
+
+# The arguments of the mixin.
+_ARGUMENTS = tuple(field.name for field in dataclasses.fields(OptimConfig))
+_LIGHTNING = ("lightning", packages.OTHER, "lightning_fabric", "torch")
+_NOT_SCRIPTED = "__jit_unused_properties__"
+# Where the value of an attribute ``lr`` of the module's own is kept.
+_OWN_LR = "_own_lr"
+
+
+class OptimMixin(_Base):
+    """Adds ``optim`` and its companions to the arguments of a LightningModule and resolves ``configure_optimizers``.
+
+    Put it before ``LightningModule`` among the bases, and hand the arguments on::
+
+        class LitModel(OptimMixin, L.LightningModule):
+            def __init__(self, width: int = 256, **optim):
+                super().__init__(**optim)
+                ...
+
+    Args:
+        *args: Handed on to the next class.
+        optim: Identifier, alias or dotted path; ``lightning-optim list`` shows them.
+        lr: Learning rate; ``None`` takes the row's default. ``self.lr`` reads and sets it, for ``Tuner.lr_find``.
+        weight_decay: Weight decay of the parameters that decay (not biases, norms and others with fewer than two
+            dimensions); ``None`` takes the row's default.
+        optim_args: The row's options, a mapping or ``"name=value,..."``; ``lightning-optim info NAME`` shows them.
+        optim_target_modules: Modules whose weights are projected, for optimizers that project: ``"all-linear"``, a
+            regular expression over names, or a list of parts of names; ``None`` means ``"all-linear"``.
+        param_groups: Hyperparameters by regular expression over parameter names; the first match wins.
+        layer_decay: The learning rate is multiplied by this once per layer below the top.
+        layer_pattern: Regular expression whose one group is a layer's number; ``None`` finds the layers.
+        lr_scheduler: Name of the learning-rate schedule; ``None`` for none, ``"module"`` for the one that the next
+            class's ``configure_optimizers`` makes, at its learning rate unless ``lr`` says otherwise.
+        lr_scheduler_args: Options of the schedule, a mapping or ``"name=value,..."``.
+        warmup_steps: Optimizer steps of warm-up, or a fraction of the training below 1.
+        optim_fallback: Whether the nearest identifier that can run here takes the place of one that cannot, with a
+            warning; ``optim`` is saved as it was given.
+        override_on_resume: What wins over the checkpoint that ``fit(ckpt_path=...)`` goes on from: names of arguments
+            and options, such as ``["lr", "weight_decay", "betas", "lr_scheduler"]``. All others come from there.
+        **kwargs: Handed on to the next class.
+
+    Raises:
+        UnknownOptimizer, UnknownSchedule, InvalidOption, IncompatibleTrainer: At once, when the request is wrong.
+        MissingDependency: When fit starts, if the optimizer's package is not installed.
+    """
+
+    def __init__(
+        self,
+        *args: Any,
+        optim: str = "adamw_torch",
+        lr: float | None = None,
+        weight_decay: float | None = None,
+        optim_args: Mapping[str, Any] | str | None = None,
+        optim_target_modules: TargetModules = None,
+        param_groups: Mapping[str, Mapping[str, Any]] | None = None,
+        layer_decay: float | None = None,
+        layer_pattern: str | None = None,
+        lr_scheduler: str | None = None,
+        lr_scheduler_args: Mapping[str, Any] | str | None = None,
+        warmup_steps: int | float = 0,
+        optim_fallback: bool = False,
+        override_on_resume: Sequence[str] | str | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if trust.is_reading():
+            # The outermost got them out of the file; what it hands on may be words of its own.
+            *_, outermost = _init_frames(self)
+            trust.note(_arguments(outermost))
+            # The hparams.yaml of a logger.
+            kwargs = {name: value for name, value in kwargs.items() if not report.is_report(name, value)}
+        following = _following_arguments(type(self))
+        if not any(arguments.collects for arguments in following):
+            taken = {name for arguments in following for name in arguments.names}
+            unknown = {name: value for name, value in kwargs.items() if name not in taken}
+            refuse_unknown(type(self).__name__, unknown, _ARGUMENTS, optim)
+        for name, value in (("lr", lr), ("weight_decay", weight_decay)):
+            if value is not None and any(name in arguments.names for arguments in following):
+                # A module with such an argument of its own: both mean the same.
+                kwargs[name] = value
+        super().__init__(*args, **kwargs)
+        self._optim_is_used: OptimIsUsed | None = None
+        self.optim_config = OptimConfig(
+            optim,
+            lr,
+            weight_decay,
+            optim_args,
+            optim_target_modules,
+            param_groups,
+            layer_decay,
+            layer_pattern,
+            lr_scheduler,
+            lr_scheduler_args,
+            warmup_steps,
+            optim_fallback,
+            override_on_resume,
+        )
+        if vars(self).get(_OWN_LR) == self.optim_config.lr:
+            vars(self).pop(_OWN_LR, None)
+        if self.hparams:
+            # The next class has saved its own arguments: with these, load_from_checkpoint gives back this optimizer.
+            ours = {name: getattr(self.optim_config, name) for name in _ARGUMENTS}
+            given = {name: value for name, value in ours.items() if value != getattr(OptimConfig, name)}
+            self._update_hyperparameters({name: value for name, value in given.items() if name not in self.hparams})
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        mro = list(cls.__mro__)
+        if any(base in mro and mro.index(base) < mro.index(OptimMixin) for base in packages.kin(LightningModule)):
+            raise IncompatibleTrainer(
+                f"OptimMixin stands after LightningModule among the bases of {cls.__name__} and would never be asked. "
+                f"Write `class {cls.__name__}(OptimMixin, L.LightningModule)`."
+            )
+        # TorchScript compiles all properties but these.
+        unused = {name for base in mro for name in vars(base).get(_NOT_SCRIPTED, ())}
+        setattr(cls, _NOT_SCRIPTED, sorted({*unused, "lr"}))
+
+    def save_hyperparameters(
+        self,
+        *args: Any,
+        ignore: Sequence[str] | str | None = None,
+        frame: FrameType | None = None,
+        logger: bool = True,
+    ) -> None:
+        """Saves the arguments of ``__init__`` as Lightning does, and also one collected by a ``**`` of the same name.
+
+        Lightning leaves out the name of the collecting parameter: of ``__init__(self, **optim)`` it would lose
+        ``optim``, and ``load_from_checkpoint`` would give back another optimizer.
+        """
+        frame = frame or next(_init_frames(self), None) or inspect.currentframe().f_back  # type: ignore[union-attr]
+        collector = inspect.getargvalues(frame).keywords if frame else None
+        collected = frame.f_locals[collector] if frame and collector else {}
+        lost = {name: value for name, value in collected.items() if name == collector and (not args or name in args)}
+        others = tuple(arg for arg in args if not (isinstance(arg, str) and arg in lost))
+        if others or not args:
+            super().save_hyperparameters(*others, ignore=ignore, frame=frame, logger=logger)
+        ignored = (ignore,) if isinstance(ignore, str) else ignore or ()
+        self._update_hyperparameters({name: value for name, value in lost.items() if name not in ignored})
+
+    def _update_hyperparameters(self, values: Mapping[str, Any]) -> None:
+        """Changes the saved hyperparameters and what loggers are told of them; ours become plain values."""
+        saved: Any = self.hparams
+        saved.update(values)
+        for name in [name for name, value in saved.items() if report.is_report(name, value)]:
+            del saved[name]
+        saved.update({name: storable(saved[name]) for name in _ARGUMENTS if name in saved})
+        self._hparams_initial = copy.deepcopy(self._hparams)
+
+    # Lightning's own kind of class method, which refuses to be called on an instance.
+    @_restricted_classmethod
+    def load_from_checkpoint(
+        cls,  # noqa: N805
+        checkpoint_path: Any,
+        map_location: Any = None,
+        hparams_file: str | Path | None = None,
+        strict: bool | None = None,
+        weights_only: bool | None = None,
+        **kwargs: Any,
+    ) -> Self:
+        """Loads as Lightning does, also old-style checkpoints that hold torchao's tensors (onto the CPU).
+
+        A class by dotted path that only the checkpoint names is not imported: see :mod:`lightning_optim.build._trust`.
+        """
+        # The defaults are words of code, too.
+        defaults = [parameter.default for parameter in inspect.signature(cls.__init__).parameters.values()]
+        given = {"hparams_file": hparams_file, "strict": strict, "weights_only": weights_only, **kwargs}
+        with trust.reading(said=[kwargs, defaults]):
+            try:
+                return super().load_from_checkpoint(checkpoint_path, map_location, **given)
+            except Exception as error:
+                if not is_old_style(error):
+                    raise
+            import_torchao()
+            return super().load_from_checkpoint(checkpoint_path, "cpu", **given)
+
+    def configure_callbacks(self) -> list[Callback]:
+        """Adds what reads old-style checkpoints and what checks that ``optim`` is used; call ``super()`` in yours."""
+        inherited = super().configure_callbacks()
+        self._optim_is_used = OptimIsUsed(self.optim_config)
+        return [*(inherited if isinstance(inherited, Sequence) else [inherited]), OldCheckpoints(), self._optim_is_used]
+
+    def _use_config(self) -> None:
+        if self._optim_is_used is not None:
+            self._optim_is_used.used = True
+
+    # What the module's own code assigns while it is made, or has in its class, is the module's: it may mean another
+    # rate than the optimizer's, and the optimizer does not follow it.
+    @property
+    def lr(self) -> Any:
+        """The learning rate asked for; setting it takes effect when the optimizer is built.
+
+        A module that has an ``lr`` of its own keeps it: see ``optim_config.lr`` then.
+        """
+        if _OWN_LR in vars(self):
+            return vars(self)[_OWN_LR]
+        return getattr(super(), "lr", None) if hasattr(super(), "lr") else self.optim_config.lr
+
+    @lr.setter
+    def lr(self, value: Any) -> None:
+        making = next(_init_frames(self), None) is not None
+        config = vars(self).get("optim_config")
+        if config is None or (making and value != config.lr) or _OWN_LR in vars(self) or hasattr(super(), "lr"):
+            vars(self)[_OWN_LR] = value
+        else:
+            self.optim_config = config.replace(lr=value)
+
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        """Builds the optimizer and the schedule that were named."""
+        self._use_config()
+        return integration.configure(self, self.optim_config, own_hook(super().configure_optimizers))
+
+    def build_optimizer(
+        self,
+        target: Target | None = None,
+        optim: str | None = None,
+        *,
+        lr: float | None = None,
+        weight_decay: float | None = None,
+        optim_args: Mapping[str, Any] | str | None = None,
+        optim_target_modules: TargetModules = None,
+        param_groups: Mapping[str, Mapping[str, Any]] | None = None,
+        layer_decay: float | None = None,
+        layer_pattern: str | None = None,
+        warmup_steps: int | float = 0,
+        optim_fallback: bool | None = None,
+        override_on_resume: Sequence[str] | str | None = None,
+        **unknown: NoReturn,
+    ) -> Optimizer:
+        """Builds an optimizer by name inside your own ``configure_optimizers``, for GANs and manual optimization.
+
+        It makes no schedule; :func:`lightning_optim.build_schedule` does.
+
+        Args:
+            target: A module, parameters or (name, parameter) pairs; ``None`` means this module.
+            optim: Identifier. Without one, this module's own arguments are the defaults of those below.
+            lr: Learning rate.
+            weight_decay: Weight decay of the parameters that decay.
+            optim_args: The row's options.
+            optim_target_modules: Modules whose weights are projected, for optimizers that project.
+            param_groups: Hyperparameters by regular expression over parameter names.
+            layer_decay: Factor on the learning rate per layer below the top.
+            layer_pattern: Regular expression whose one group is a layer's number.
+            warmup_steps: Warm-up of an optimizer that warms up itself.
+            optim_fallback: Whether the nearest identifier that can run here takes the place of one that cannot.
+            override_on_resume: Names of what wins over a checkpoint, such as ``["lr", "weight_decay"]``.
+            **unknown: Refused, with what to write.
+
+        Returns:
+            The optimizer; what it needs from the Trainer (mode switches, the report) is taken care of.
+
+        It raises what :func:`lightning_optim.build_optimizer` raises.
+        """
+        options = {
+            "lr": lr,
+            "weight_decay": weight_decay,
+            "optim_args": optim_args,
+            "optim_target_modules": optim_target_modules,
+            "param_groups": param_groups,
+            "layer_decay": layer_decay,
+            "layer_pattern": layer_pattern,
+            "warmup_steps": warmup_steps or None,
+            "optim_fallback": optim_fallback,
+            "override_on_resume": override_on_resume,
+        }
+        refuse_unknown("self.build_optimizer", unknown, options, optim or self.optim_config.optim)
+        given: dict[str, Any] = {name: value for name, value in options.items() if value is not None}
+        if optim in (None, self.optim_config.optim):
+            self._use_config()
+        if optim is not None:
+            config = OptimConfig(optim=optim, **given)
+        else:
+            # Their schedule and its warm-up are the caller's business.
+            without = {"lr_scheduler": None, "lr_scheduler_args": None, "warmup_steps": 0}
+            config = self.optim_config.replace(**{**without, **given})
+        return integration.build(self, self if target is None else target, config)
+
+
+@dataclass(frozen=True)
+class _Arguments:
+    """What the constructor of a class takes by name, and whether it collects others."""
+
+    names: frozenset[str]
+    collects: bool
+
+
+def _following_arguments(cls: type) -> list[_Arguments]:
+    """Returns what the constructors take that come after the mixin's, up to Lightning's."""
+    found: list[_Arguments] = []
+    for base in cls.__mro__[cls.__mro__.index(OptimMixin) + 1 :]:
+        if issubclass(base, nn.Module) and base.__module__.partition(".")[0] in _LIGHTNING:
+            break
+        if "__init__" in vars(base):
+            parameters = inspect.signature(vars(base)["__init__"]).parameters
+            collects = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
+            found.append(_Arguments(frozenset(parameters), collects))
+            if not collects:
+                break
+    return found
+
+
+def _init_frames(module: nn.Module) -> Iterator[FrameType]:
+    """Yields the frames of the ``__init__`` methods of ``module`` that are running, from the inside out."""
+    frame = inspect.currentframe()
+    while frame:
+        if frame.f_code.co_name == "__init__" and any(value is module for value in frame.f_locals.values()):
+            yield frame
+        frame = frame.f_back
+
+
+def _arguments(frame: FrameType) -> list[Any]:
+    """Returns the values of the arguments with which a frame's function was called."""
+    found = inspect.getargvalues(frame)
+    names = [*found.args, *filter(None, (found.varargs, found.keywords))]
+    return [found.locals[name] for name in names if name in found.locals]

@@ -1,0 +1,168 @@
+"""An optimizer by name for a LightningModule that cannot be changed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import fields
+from functools import partial
+from typing import Any, NoReturn
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import LearningRateFinder
+from lightning_utilities.core.rank_zero import rank_zero_info
+
+from lightning_optim.build import OptimConfig
+from lightning_optim.errors import IncompatibleTrainer, InvalidOption
+from lightning_optim.groups import TargetModules
+from lightning_optim.table import refuse_unknown
+from lightning_optim.trainer import _integration as integration
+from lightning_optim.trainer import _packages as packages
+from lightning_optim.trainer._expected import own_hook
+from lightning_optim.trainer._mixin import OptimMixin
+from lightning_optim.trainer.callbacks._old_checkpoints import OldCheckpoints
+
+
+class OptimCallback(Callback):
+    """Gives any LightningModule the optimizer named, in place of its own ``configure_optimizers``, while fit runs.
+
+    The arguments are those of :class:`~lightning_optim.OptimMixin`. The module's own ``configure_optimizers`` is asked
+    first what the module's loop expects: several optimizers are refused, the parameters that its optimizer leaves alone
+    stay as they are, its learning rate and its schedule are said where others take their place. A module without any
+    ``configure_optimizers`` is refused by Lightning before callbacks run: call ``callback.install(module)`` on it
+    before ``trainer.fit``.
+
+    ``OptimCallback()``, without a name, replaces nothing. It takes care of what the module builds by itself with
+    :func:`~lightning_optim.build_optimizer`: the modes of schedule-free optimizers, stepping during backward, the
+    report.
+
+    Args:
+        optim: Identifier, alias or dotted path; ``None`` keeps what the module builds.
+        lr: Learning rate; ``None`` takes the row's default.
+        weight_decay: Weight decay of the parameters that decay; ``None`` takes the row's default.
+        optim_args: The row's options, a mapping or ``"name=value,..."``.
+        optim_target_modules: Modules whose weights are projected, for optimizers that project: ``"all-linear"``, a
+            regular expression over names, or a list of parts of names; ``None`` means ``"all-linear"``.
+        param_groups: Hyperparameters by regular expression over parameter names; the first match wins.
+        layer_decay: The learning rate is multiplied by this once per layer below the top.
+        layer_pattern: Regular expression whose one group is a layer's number.
+        lr_scheduler: Name of the learning-rate schedule; ``"module"`` keeps the module's own around the named
+            optimizer, at the module's own learning rate unless ``lr`` says otherwise.
+        lr_scheduler_args: Options of the schedule.
+        warmup_steps: Optimizer steps of warm-up, or a fraction of the training.
+        optim_fallback: Whether the nearest identifier that can run here takes the place of one that cannot, with a
+            warning.
+        override_on_resume: Names of what wins over the checkpoint that ``fit(ckpt_path=...)`` goes on from, such as
+            ``["lr", "weight_decay", "betas", "lr_scheduler"]``.
+        **unknown: Refused, with what to write.
+
+    Raises:
+        UnknownOptimizer, UnknownSchedule, InvalidOption, IncompatibleTrainer: At once, when the request is wrong.
+    """
+
+    def __init__(
+        self,
+        optim: str | None = None,
+        lr: float | None = None,
+        weight_decay: float | None = None,
+        optim_args: Mapping[str, Any] | str | None = None,
+        optim_target_modules: TargetModules = None,
+        param_groups: Mapping[str, Mapping[str, Any]] | None = None,
+        layer_decay: float | None = None,
+        layer_pattern: str | None = None,
+        lr_scheduler: str | None = None,
+        lr_scheduler_args: Mapping[str, Any] | str | None = None,
+        warmup_steps: int | float = 0,
+        optim_fallback: bool = False,
+        override_on_resume: Sequence[str] | str | None = None,
+        **unknown: NoReturn,
+    ) -> None:
+        refuse_unknown("OptimCallback", unknown, (field.name for field in fields(OptimConfig)), optim)
+        companions: dict[str, Any] = {
+            "lr": lr,
+            "weight_decay": weight_decay,
+            "optim_args": optim_args,
+            "optim_target_modules": optim_target_modules,
+            "param_groups": param_groups,
+            "layer_decay": layer_decay,
+            "layer_pattern": layer_pattern,
+            "lr_scheduler": lr_scheduler,
+            "lr_scheduler_args": lr_scheduler_args,
+            "warmup_steps": warmup_steps,
+            "optim_fallback": optim_fallback,
+            "override_on_resume": override_on_resume,
+        }
+        given = [f"{name}={value!r}" for name, value in companions.items() if value not in (None, 0)]
+        if optim is None and given:
+            raise InvalidOption(
+                f"OptimCallback({', '.join(given)}) without optim, which keeps the optimizers that the module builds: "
+                "it would be ignored. Name one, for instance optim='adamw_torch', or write OptimCallback()."
+            )
+        #: What was asked for; ``None`` if the module's own optimizers are kept.
+        self.config = None if optim is None else OptimConfig(optim, **companions)
+        self._old_checkpoints = OldCheckpoints()
+        self._active = False
+        self._installed_before: Any = None
+
+    def install(self, module: LightningModule) -> None:
+        """Replaces the module's ``configure_optimizers`` for good, not only while fit runs.
+
+        Raises:
+            InvalidOption: If no optimizer is named.
+        """
+        if self.config is None:
+            raise InvalidOption("OptimCallback() names no optimizer to install; give optim='adamw_torch' or another")
+        hook: Any = module.configure_optimizers
+        installed = isinstance(hook, partial) and hook.func is integration.configure
+        own = hook.keywords["own"] if installed else own_hook(hook)
+        replacement = partial(integration.configure, module, self.config, own=own)
+        module.configure_optimizers = replacement  # type: ignore[method-assign]
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self._old_checkpoints.setup(trainer, pl_module, stage)
+        if stage != "fit":
+            return
+        callbacks = trainer.callbacks  # type: ignore[attr-defined]
+        if sum(isinstance(callback, OptimCallback) for callback in callbacks) > 1:
+            raise IncompatibleTrainer("two OptimCallbacks in one Trainer; keep one.")
+        installed_before = pl_module.__dict__.get("configure_optimizers")
+        if self.config is None:
+            attending = partial(integration.attend, pl_module, pl_module.configure_optimizers)
+            pl_module.configure_optimizers = attending  # type: ignore[method-assign]
+        else:
+            self._check(self.config, callbacks, pl_module)
+            self.install(pl_module)
+            rank_zero_info(f"OptimCallback replaces {type(pl_module).__name__}.configure_optimizers while fit runs.")
+        self._installed_before = installed_before
+        self._active = True
+
+    @staticmethod
+    def _check(config: OptimConfig, callbacks: list[Callback], module: LightningModule) -> None:
+        if isinstance(module, OptimMixin):
+            raise IncompatibleTrainer(
+                f"OptimCallback(optim={config.optim!r}) beside {type(module).__name__}, which has OptimMixin "
+                f"and names optim={module.optim_config.optim!r} itself. Use one of them: drop the callback, or pass "
+                "optim to the module."
+            )
+        finders = (callback for callback in callbacks if isinstance(callback, packages.kin(LearningRateFinder)))
+        if any(finder._update_attr for finder in finders):
+            raise IncompatibleTrainer(
+                "the learning-rate finder sets an attribute of the module, which OptimCallback does not read. Use "
+                "Tuner.lr_find(..., update_attr=False) and pass its suggestion as OptimCallback(lr=...)."
+            )
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        self._old_checkpoints.on_exception(trainer, pl_module, exception)
+        self._give_back(pl_module)
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self._old_checkpoints.teardown(trainer, pl_module, stage)
+        self._give_back(pl_module)
+
+    def _give_back(self, module: LightningModule) -> None:
+        if not self._active:
+            return
+        self._active = False
+        if self._installed_before is None:
+            del module.__dict__["configure_optimizers"]
+        else:
+            module.__dict__["configure_optimizers"] = self._installed_before

@@ -1,0 +1,122 @@
+"""What Lightning's finders find reaches the optimizer and the schedule that were built before they ran."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import BatchSizeFinder, LearningRateFinder
+from lightning_utilities.core.rank_zero import rank_zero_warn
+from torch.optim.lr_scheduler import ReduceLROnPlateau
+
+from lightning_optim.build import NamedSchedule, OptimConfig, ResolvedOptimizer, make_multiplier, set_rate
+from lightning_optim.trainer import _packages as packages
+from lightning_optim.trainer._length import Length
+from lightning_optim.trainer.callbacks._attached import detach
+
+_FINDERS = (LearningRateFinder, BatchSizeFinder)
+
+
+@dataclass(frozen=True)
+class Built:
+    """An optimizer with its schedule, and the request they were built for."""
+
+    resolved: ResolvedOptimizer
+    config: OptimConfig
+    schedule: NamedSchedule | ReduceLROnPlateau | None = None
+
+    def adjust(self, trainer: Trainer, found: float | None) -> None:
+        """Makes it what it would be if it were built now, and for ``found`` in place of the learning rate asked for."""
+        optimizer, config, spec = self.resolved.optimizer, self.config, self.resolved.spec
+        length = Length.of(trainer, config)
+        if length.warning:
+            rank_zero_warn(length.warning)
+        if spec.warmup == "optimizer":
+            for group in (*optimizer.param_groups, optimizer.defaults):
+                group["warmup_steps"] = length.warmup
+        if found is not None:
+            set_rate(optimizer.defaults, found)
+        peaks = self.resolved.rates(self.resolved.lr if found is None else found)
+        # Groups that were added since have a rate of their own.
+        peaks += [group.get("initial_lr", group["lr"]) for group in optimizer.param_groups[len(peaks) :]]
+        if isinstance(self.schedule, NamedSchedule):
+            assert config.lr_scheduler is not None
+            warmup = length.warmup if spec.warmup == "schedule" else 0
+            multiplier = make_multiplier(optimizer, config.lr_scheduler, length.total, warmup, config.lr_scheduler_args)
+            self.schedule.start_anew(multiplier, peaks)
+        elif found is not None:
+            for group, peak in zip(optimizer.param_groups, peaks, strict=True):
+                set_rate(group, peak)
+
+
+class AfterFinders(Callback):
+    """Takes what ``LearningRateFinder`` and ``BatchSizeFinder`` found, when they have run.
+
+    They run when fit starts, after the optimizer was built. A found learning rate takes the place of the one asked for:
+    groups keep their proportions, those with a rate of their own keep it, and the schedule has it for its peak. Lengths
+    are counted again for the new batches.
+    """
+
+    def __init__(self) -> None:
+        self._built: list[Built] = []
+        self._seen: dict[LearningRateFinder, object] = {}
+
+    @classmethod
+    def attach(cls, trainer: Trainer, built: Built) -> None:
+        """Has ``built`` adjusted if a finder is among the Trainer's callbacks."""
+        callbacks = trainer.callbacks  # type: ignore[attr-defined]
+        if not has_finder(trainer):
+            return
+        callback = next((callback for callback in callbacks if isinstance(callback, cls)), None)
+        if callback is None:
+            callback = cls()
+            # Those that were found by an earlier fit.
+            finders = (other for other in callbacks if isinstance(other, packages.kin(LearningRateFinder)))
+            callback._seen = {finder: finder.optimal_lr for finder in finders}
+            # Behind the finders.
+            callbacks.append(callback)
+        callback._built.append(built)
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        found = self._found(trainer)
+        for built in self._built:
+            built.adjust(trainer, found)
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        # A subclass may look for a rate in the middle of a training.
+        found = self._found(trainer)
+        for built in self._built if found is not None else ():
+            built.adjust(trainer, found)
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        detach(trainer, self)
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        detach(trainer, self)
+
+    def _found(self, trainer: Trainer) -> float | None:
+        """Returns the rate that a finder has set since the last time, or ``None``."""
+        found = None
+        for finder in trainer.callbacks:  # type: ignore[attr-defined]
+            if isinstance(finder, packages.kin(LearningRateFinder)) and finder.optimal_lr is not self._seen.get(finder):
+                self._seen[finder] = finder.optimal_lr
+                if finder.optimal_lr is not None and finder._update_attr:
+                    found = finder.optimal_lr.suggestion()
+        return found
+
+
+def has_finder(trainer: Trainer) -> bool:
+    """Whether a finder is among the Trainer's callbacks."""
+    return any(isinstance(callback, packages.kin(*_FINDERS)) for callback in trainer.callbacks)  # type: ignore[attr-defined]
+
+
+def forgetful_finder(trainer: Trainer) -> str:
+    """Returns the class of a finder that runs when a checkpoint is being resumed, or nothing.
+
+    It restores a file of its own, and Lightning forgets the checkpoint before optimizer and progress are read.
+    """
+    if not trainer._checkpoint_connector._loaded_checkpoint:
+        return ""
+    hooks = {finder.on_fit_start for finder in packages.kin(*_FINDERS)}
+    callbacks = trainer.callbacks  # type: ignore[attr-defined]
+    return next((type(c).__name__ for c in callbacks if type(c).on_fit_start in hooks), "")

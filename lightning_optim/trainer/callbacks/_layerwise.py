@@ -1,0 +1,356 @@
+"""Drives optimizers that are stepped during backward: which backward steps, how it clips, how the loss was scaled."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.strategies import (
+    DDPStrategy,
+    DeepSpeedStrategy,
+    FSDPStrategy,
+    ModelParallelStrategy,
+    SingleDeviceStrategy,
+    Strategy,
+)
+from lightning.pytorch.strategies.single_xla import SingleDeviceXLAStrategy
+from lightning.pytorch.strategies.xla import XLAStrategy
+from lightning.pytorch.utilities import GradClipAlgorithmType
+from lightning_utilities.core.rank_zero import rank_zero_warn
+from torch import Tensor, nn
+from torch._functorch import config as functorch_config
+from torch.amp import GradScaler
+from torch.optim import Optimizer
+
+from lightning_optim.build import rules
+from lightning_optim.errors import IncompatibleTrainer
+from lightning_optim.layerwise import Clipping, Layerwise, OuterScaler
+from lightning_optim.table import LayerwiseOptions
+from lightning_optim.trainer import _packages as packages
+from lightning_optim.trainer.callbacks._attached import detach
+from lightning_optim.trainer.callbacks._gradient_readers import GradientReaders
+
+_KEY = "layerwise_gradient_norms"
+
+
+class LayerwiseCallback(Callback):
+    """Steps layerwise optimizers in the backward of the last micro-batch, while fit runs.
+
+    The mixin, :class:`~lightning_optim.OptimCallback` and the layerwise strategies attach it by themselves. It honours
+    the Trainer's ``accumulate_grad_batches``, ``gradient_clip_val`` and ``precision``. When fit ends, also by an
+    exception, the optimizers step plainly again.
+    """
+
+    def __init__(self) -> None:
+        self._options: dict[Layerwise, LayerwiseOptions] = {}
+        self._facts: dict[Layerwise, rules.Stepping] = {}
+        self._readers: GradientReaders | None = None
+        self._scaler: GradScaler | None = None
+        self._may_step = True
+        # Compiled graphs that may overwrite their buffers in backward cannot be retained for another one.
+        self._donates: bool | None = None
+        self._norms: list[Tensor | None] = []
+
+    @classmethod
+    def attach(
+        cls, trainer: Trainer, optimizer: Optimizer, options: LayerwiseOptions, name: str | None = None
+    ) -> Layerwise:
+        """Has ``optimizer`` stepped during backward by the fit that is being set up.
+
+        Args:
+            trainer: The Trainer, whose strategy may have options of its own.
+            optimizer: Layerwise already, or to be made so.
+            options: What the optimizer was given.
+            name: What the user typed to get it, for error texts; ``None`` if it was the strategy.
+
+        Returns:
+            What steps it.
+
+        Raises:
+            IncompatibleTrainer: If it cannot be stepped so here, or the options contradict others given before.
+        """
+        callbacks = trainer.callbacks  # type: ignore[attr-defined]
+        callback = next((callback for callback in callbacks if isinstance(callback, cls)), None)
+        if callback is None:
+            callback = cls()
+            callback._restore(trainer._checkpoint_connector._loaded_checkpoint)
+            # Before the user's callbacks, who find the step done.
+            callbacks.insert(0, callback)
+        layerwise = Layerwise.of(optimizer)
+        if layerwise in callback._options:
+            return layerwise
+        try:
+            merged = _merge(options, getattr(trainer.strategy, "layerwise_options", LayerwiseOptions()))
+            strategy = _strategy_name(trainer.strategy)
+            facts = _facts(trainer, merged, name or f"strategy={strategy!r}", strategy)
+            rules.check_layerwise(facts)
+        except IncompatibleTrainer:
+            if layerwise is not None:
+                layerwise.detach()
+            raise
+        if layerwise is None:
+            layerwise = Layerwise(optimizer)
+        # All of the module, also those that are frozen now.
+        layerwise.names.update({p: parameter_name for parameter_name, p in trainer.lightning_module.named_parameters()})
+        layerwise.bucket_mb = merged.bucket_mb
+        layerwise.wants_norm = bool(merged.log_grad_norm)
+        layerwise.skips_whole_steps = merged.overflow == "skip_step"
+        if callback._norms:
+            layerwise.gradient_norm = callback._norms.pop(0)
+        callback._options[layerwise] = merged
+        callback._facts[layerwise] = facts
+        return layerwise
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        clippings = [_clipping(trainer, options) for options in self._options.values()]
+        retains_graph = any(clipping and clipping.kind in ("norm", "previous") for clipping in clippings)
+        if retains_graph or any(layerwise.replicas or layerwise.skips_whole_steps for layerwise in self._options):
+            self._donates = functorch_config.donated_buffer
+            functorch_config.donated_buffer = False
+        precision = trainer.precision_plugin
+        self._readers = self._watch(trainer)
+        own_clipping = precision.clip_gradients
+        precision.clip_gradients = partial(self._clip_alive, trainer, own_clipping)  # type: ignore[method-assign]
+        self._scaler = getattr(precision, "scaler", None)
+        if self._scaler is None:
+            return
+        precision.scaler = OuterScaler(self._scaler)  # type: ignore[attr-defined]
+        for layerwise in self._driven(trainer):
+            layerwise.scaler = self._scaler
+        # Lightning calls the closure before optimizer.step then, and the module's own may do it without stepping.
+        self._may_step = not packages.is_overridden("optimizer_step", pl_module)
+        if not self._may_step:
+            rank_zero_warn(
+                f"{type(pl_module).__name__} overrides optimizer_step: with loss scaling it is not known beforehand "
+                "whether it steps, so gradients are stepped after backward and all alive until then."
+            )
+        elif self._skips_buckets(trainer):
+            rank_zero_warn(
+                "With loss scaling, a gradient that overflows skips its bucket alone, and the others are stepped; "
+                "PyTorch skips the whole step. overflow='skip_step' (in optim_args or in the strategy) skips the whole "
+                "step, too, for a second backward in each; overflow='skip_bucket' leaves it so without this warning."
+            )
+
+    def _skips_buckets(self, trainer: Trainer) -> bool:
+        """Whether an overflow skips a bucket alone, and nobody has said so."""
+        if not trainer.lightning_module.automatic_optimization or trainer.accumulate_grad_batches > 1:
+            return False
+        given = [self._options[layerwise] for layerwise in self._driven(trainer)]
+        clippings = [_clipping(trainer, options) for options in given if options.overflow is None]
+        return any(clipping is None or clipping.kind != "norm" for clipping in clippings)
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        if self._readers is not None:
+            self._readers.on_train_batch_start()
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if self._readers is not None:
+            self._readers.on_train_batch_end()
+
+    def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
+        if self._readers is not None:
+            self._readers.on_before_backward()
+        self._prepare(trainer, pl_module, loss)
+        if self._readers is not None:
+            self._readers.stepped = any(layerwise.is_stepping for layerwise in self._driven(trainer))
+
+    def _prepare(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
+        if not pl_module.automatic_optimization:
+            return
+        for layerwise in self._driven(trainer):
+            clipping = _clipping(trainer, self._options[layerwise])
+            if not self._steps_now(trainer, layerwise) or layerwise.must_wait(clipping, self._scaler):
+                continue
+            layerwise.prepare(lambda: pl_module.backward(loss, retain_graph=True), clipping, self._scaler)
+            layerwise.begin(clipping, self._scaler)
+
+    def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if not pl_module.automatic_optimization:
+            return
+        for layerwise in self._driven(trainer):
+            if layerwise.is_stepping:
+                layerwise.end()
+            else:
+                layerwise.accumulated = True
+
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
+        layerwise = Layerwise.of(optimizer)
+        options = self._options.get(layerwise) if layerwise else None
+        if layerwise is None or options is None:
+            return
+        if self._readers is not None:
+            self._readers.stepped = True
+        if layerwise.has_gradients() and (options.log_grad_norm or options.norm_clipping == "previous"):
+            layerwise.measure_alive()
+        if options.log_grad_norm and layerwise.gradient_norm is not None:
+            several = len(trainer.optimizers) > 1
+            number = [Layerwise.of(other) for other in trainer.optimizers].index(layerwise)
+            pl_module.log(f"grad_norm_{number}" if several else "grad_norm", layerwise.gradient_norm)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if any(layerwise.replicas for layerwise in self._driven(trainer)):
+            # A thread of gloo may still have to hand the last buffer back to Python. It needs the interpreter's lock,
+            # free while this waits, and aborts the process if the interpreter has ended before it gets it.
+            trainer.strategy.barrier("layerwise")
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Stores the norms that the next step clips by."""
+        if any(self._options[layerwise].norm_clipping == "previous" for layerwise in self._driven(trainer)):
+            norms = [layerwise.gradient_norm for layerwise in self._driven(trainer)]
+            checkpoint[_KEY] = [None if norm is None else norm.cpu() for norm in norms]
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        self._restore(checkpoint)
+        for layerwise, norm in zip(self._driven(trainer), self._norms, strict=False):
+            layerwise.gradient_norm = norm
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        self._detach(trainer)
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self._detach(trainer)
+
+    def _driven(self, trainer: Trainer) -> Iterator[Layerwise]:
+        """Yields what steps the Trainer's optimizers; some attached earlier may have been replaced."""
+        for optimizer in trainer.optimizers:
+            layerwise = Layerwise.of(optimizer)
+            if layerwise in self._options:
+                yield layerwise
+
+    def _steps_now(self, trainer: Trainer, layerwise: Layerwise) -> bool:
+        """Whether the backward that starts is followed by a step of this optimizer."""
+        if self._scaler is None:
+            return layerwise.in_closure
+        return self._may_step and not trainer.fit_loop._should_accumulate()
+
+    def _clip_alive(
+        self, trainer: Trainer, own_clipping: Callable[..., None], optimizer: Optimizer, *args: Any, **kwargs: Any
+    ) -> None:
+        """Takes the place of the precision plugin's clipping, for what was not clipped and stepped in backward."""
+        layerwise = Layerwise.of(optimizer)
+        clipping = _clipping(trainer, self._options[layerwise]) if layerwise in self._options else None
+        if layerwise is None or (clipping is None and layerwise.has_gradients()):
+            own_clipping(optimizer, *args, **kwargs)
+        elif clipping is not None and layerwise.has_gradients():
+            layerwise.clip_alive(clipping)
+        elif not trainer.lightning_module.automatic_optimization:
+            raise IncompatibleTrainer(
+                "self.clip_gradients() finds no gradients: they were stepped during backward. Clip them there, with "
+                "Layerwise.of(optimizer).stepping(clipping=Clipping('value', 0.5)) or Clipping('per_parameter', 1.0), "
+                "or run that backward outside of stepping()."
+            )
+
+    def _watch(self, trainer: Trainer) -> GradientReaders | None:
+        watched = {
+            parameter: (
+                layerwise.names.get(parameter, ""),
+                partial(rules.gradient_is_gone, self._facts[layerwise]),
+            )
+            for layerwise in self._driven(trainer)
+            if self._options[layerwise].gradient_readers != "ignore"
+            for group in layerwise.optimizer.param_groups
+            for parameter in group["params"]
+            if parameter.requires_grad
+        }
+        return GradientReaders(trainer, watched) if watched else None
+
+    def _restore(self, checkpoint: dict[str, Any]) -> None:
+        self._norms = list(checkpoint.get(_KEY, ()))
+
+    def _detach(self, trainer: Trainer) -> None:
+        if self._readers is not None:
+            self._readers.stop()
+        for layerwise in self._options:
+            layerwise.detach()
+        precision = trainer.precision_plugin
+        vars(precision).pop("clip_gradients", None)
+        if self._donates is not None:
+            functorch_config.donated_buffer = self._donates
+            self._donates = None
+        if self._scaler is not None:
+            precision.scaler = self._scaler  # type: ignore[attr-defined]
+        detach(trainer, self)
+
+
+def _merge(of_optimizer: LayerwiseOptions, of_strategy: LayerwiseOptions) -> LayerwiseOptions:
+    """Returns what optimizer and strategy were given together."""
+    merged = {}
+    for field in dataclasses.fields(LayerwiseOptions):
+        one, other = getattr(of_optimizer, field.name), getattr(of_strategy, field.name)
+        if None not in (one, other) and one != other:
+            raise IncompatibleTrainer(
+                f"{field.name} is given twice: optim_args has {field.name}={one!r} and the strategy "
+                f"{field.name}={other!r}. Keep one of them."
+            )
+        merged[field.name] = other if one is None else one
+    return LayerwiseOptions(**merged)
+
+
+def _clipping(trainer: Trainer, options: LayerwiseOptions) -> Clipping | None:
+    """Returns what the Trainer's flags and the options say together."""
+    limit = trainer.gradient_clip_val
+    if not limit or limit <= 0:
+        return None
+    if trainer.gradient_clip_algorithm == GradClipAlgorithmType.VALUE:
+        return Clipping("value", limit)
+    how = options.norm_clipping or "exact"
+    return Clipping("norm" if how == "exact" else how, limit)
+
+
+def steps_in_backward(trainer: Trainer) -> bool:
+    """Whether the Trainer's strategy makes every optimizer layerwise."""
+    return _strategy_name(trainer.strategy) in rules.STEPPING_STRATEGIES
+
+
+def _strategy_name(strategy: Strategy) -> str:
+    """Returns the name by which the rules know a strategy, or the path of a class that they do not know."""
+    own = getattr(strategy, "layerwise_name", None)
+    if own is not None:
+        return str(own)
+    families = (
+        # Before those that they derive from.
+        (SingleDeviceXLAStrategy, "single_xla"),
+        (XLAStrategy, "xla"),
+        (SingleDeviceStrategy, "single_device"),
+        (DDPStrategy, "ddp"),
+        (FSDPStrategy, "fsdp"),
+        (DeepSpeedStrategy, "deepspeed"),
+        (ModelParallelStrategy, "ModelParallelStrategy"),
+    )
+    unknown = f"{type(strategy).__module__}.{type(strategy).__qualname__}"
+    return next((name for family, name in families if isinstance(strategy, packages.kin(family))), unknown)
+
+
+def _facts(trainer: Trainer, options: LayerwiseOptions, name: str, strategy: str) -> rules.Stepping:
+    module = trainer.lightning_module
+    clipping = _clipping(trainer, options)
+    return rules.Stepping(
+        name=name,
+        strategy=strategy,
+        automatic=module.automatic_optimization,
+        clips_norm=clipping is not None and clipping.kind != "value",
+        norm_clipping=options.norm_clipping,
+        own_clipping=packages.is_overridden("configure_gradient_clipping", module),
+        retains_graph=_takes_retain_graph(module),
+        overflow=options.overflow,
+        scales=getattr(trainer.precision_plugin, "scaler", None) is not None,
+        sparse=_sparse_parameter(module),
+    )
+
+
+def _takes_retain_graph(module: LightningModule) -> bool:
+    parameters = inspect.signature(module.backward).parameters.values()
+    return any(p.kind is p.VAR_KEYWORD or p.name == "retain_graph" for p in parameters)
+
+
+def _sparse_parameter(module: nn.Module) -> str:
+    for name, child in module.named_modules():
+        if isinstance(child, (nn.Embedding, nn.EmbeddingBag)) and child.sparse:
+            return f"{name}.weight"
+    return ""

@@ -1,0 +1,87 @@
+"""Reads checkpoints that hold torchao's quantized tensors themselves, as plain Lightning writes them.
+
+Lightning cannot read its own files of that kind: the classes are unknown to ``weights_only=True`` until torchao is
+imported, and torch refuses Lightning's callable ``map_location`` for them. Files written with this package hold plain
+tensors and need none of this.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+from lightning.fabric.plugins import CheckpointIO
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.plugins.io.wrapper import _WrappingCheckpointIO
+
+from lightning_optim.table import TORCHAO, availability
+from lightning_optim.trainer.callbacks._attached import detach
+
+
+def is_old_style(error: BaseException) -> bool:
+    """Whether reading a checkpoint failed because of torchao's tensors."""
+    return "torchao" in str(error) or "_rebuild_wrapper_subclass" in str(error)
+
+
+def import_torchao() -> None:
+    """Makes torchao's classes known to ``torch.load``.
+
+    Raises:
+        MissingDependency: If torchao is not installed.
+    """
+    availability.ensure("the checkpoint, which holds torchao tensors,", TORCHAO)
+    importlib.import_module("torchao.optim")
+
+
+class OldCheckpoints(Callback):
+    """Lets ``fit``, ``validate``, ``test`` and ``predict`` read old-style checkpoints of torchao's optimizers.
+
+    The mixin and :class:`~lightning_optim.OptimCallback` attach it by themselves.
+    """
+
+    def __init__(self) -> None:
+        self._original: CheckpointIO | None = None
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if self._original is None:
+            self._original = trainer.strategy.checkpoint_io
+            trainer.strategy.checkpoint_io = _ReadsTorchao(self._original)
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        self._restore(trainer)
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self._restore(trainer)
+
+    def _restore(self, trainer: Trainer) -> None:
+        if self._original is not None:
+            trainer.strategy.checkpoint_io = self._original
+            self._original = None
+        # The module hands out a new one for every run; Lightning warns where it finds the last one.
+        detach(trainer, self)
+
+
+class _ReadsTorchao(_WrappingCheckpointIO):
+    """Hands everything to the original, and reads once more with torchao where that fails for its tensors.
+
+    The XLA strategies accept no other class of Lightning's around their own.
+    """
+
+    def teardown(self) -> None:
+        # The base class does not hand this on, and an asynchronous original waits for its files here.
+        assert self.checkpoint_io is not None
+        self.checkpoint_io.teardown()
+
+    def load_checkpoint(
+        self, path: Any, map_location: Any | None = None, weights_only: bool | None = None
+    ) -> dict[str, Any]:
+        # None is not handed on: the original's own default may be another.
+        given = {"map_location": map_location, "weights_only": weights_only}
+        given = {name: value for name, value in given.items() if value is not None}
+        try:
+            return super().load_checkpoint(path, **given)
+        except Exception as error:
+            if not is_old_style(error):
+                raise
+        import_torchao()
+        return super().load_checkpoint(path, **{**given, "map_location": "cpu"})

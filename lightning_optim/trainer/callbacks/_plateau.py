@@ -1,0 +1,140 @@
+"""Steps ``reduce_lr_on_plateau`` after every validation, which Lightning's intervals cannot say."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning_utilities.core.rank_zero import rank_zero_warn
+from torch.optim.lr_scheduler import ReduceLROnPlateau
+
+from lightning_optim.errors import InvalidOption, listing
+from lightning_optim.trainer import _packages as packages
+from lightning_optim.trainer.callbacks._attached import detach
+
+_KEY = "plateau_follows_validation"
+
+
+class PlateauCallback(Callback):
+    """Asks a plateau schedule after every validation, or at the end of every epoch where training logs the metric.
+
+    Lightning asks one at the end of an epoch, after ModelCheckpoint has saved: an epoch without an end never asks, and
+    a run that resumes from the file has lost the answer. Here the file has it.
+
+    Args:
+        scheduler: The schedule.
+        monitor: Name of the metric it watches.
+    """
+
+    def __init__(self, scheduler: ReduceLROnPlateau, monitor: str) -> None:
+        self._scheduler = scheduler
+        self._monitor = monitor
+        # None until a validation has shown whether the metric is one of its own.
+        self._follows_validation: bool | None = None
+        # The Trainer, while an epoch has ended whose metric was not there yet.
+        self._due: Trainer | None = None
+
+    @classmethod
+    def attach(cls, trainer: Trainer, scheduler: ReduceLROnPlateau, monitor: str) -> None:
+        """Has ``scheduler`` asked by the fit that is being set up."""
+        callback = cls(scheduler, monitor)
+        callback._follows_validation = trainer._checkpoint_connector._loaded_checkpoint.get(_KEY)
+        # First: before ModelCheckpoint saves.
+        trainer.callbacks.insert(0, callback)  # type: ignore[attr-defined]
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.state.fn != "fit" or trainer.sanity_checking:
+            return
+        loops = trainer.fit_loop.epoch_loop
+        self._follows_validation = self._monitor in _logged(loops.val_loop._results)
+        if self._follows_validation:
+            self._step(trainer)
+        elif not (
+            self._monitor in {*_logged(loops._results), *trainer.callback_metrics}
+            or any(map(_ends_epochs, _users(trainer)))
+            or packages.is_overridden("on_train_epoch_end", pl_module)
+        ):
+            raise self._missing({*_logged(loops._results), *trainer.callback_metrics})
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._follows_validation:
+            return
+        if self._monitor in trainer.callback_metrics:
+            self._step(trainer)
+        elif not trainer.fit_loop.restarting:
+            # The module's own on_train_epoch_end, which comes next, may log it.
+            self._due = trainer
+        elif self._follows_validation is False:
+            rank_zero_warn(
+                f"lr_scheduler='reduce_lr_on_plateau' is not asked at the end of epoch {trainer.current_epoch}: the "
+                f"checkpoint was saved before that epoch's {self._monitor!r} was there. Resume from files of "
+                "ModelCheckpoint(save_on_train_epoch_end=True), or watch a metric of the validation."
+            )
+
+    def state_dict(self) -> dict[str, Any]:
+        # A checkpoint is being saved, and this is asked first: the optimizer and the schedule come after it.
+        self._settle()
+        return {}
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._settle(final=True)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._settle(final=True)
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        checkpoint[_KEY] = self._follows_validation
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        detach(trainer, self)
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        detach(trainer, self)
+
+    def _settle(self, final: bool = False) -> None:
+        """Asks for the epoch that has ended; in the end the metric must be there, unless no validation was due yet."""
+        trainer = self._due
+        if trainer is None:
+            return
+        if self._monitor in trainer.callback_metrics:
+            self._due = None
+            self._step(trainer)
+        elif final:
+            self._due = None
+            if self._follows_validation is False or not trainer.fit_loop.epoch_loop.val_loop._data_source.is_defined():
+                raise self._missing(trainer.callback_metrics)
+
+    def _step(self, trainer: Trainer) -> None:
+        trainer.lightning_module.lr_scheduler_step(self._scheduler, trainer.callback_metrics[self._monitor])
+
+    def _missing(self, logged: Iterable[str]) -> InvalidOption:
+        names = listing(sorted(logged)) or "nothing"
+        return InvalidOption(
+            f"lr_scheduler='reduce_lr_on_plateau' watches {self._monitor!r}, which nobody logs; logged is {names}. Set "
+            f"lr_scheduler_args={{'monitor': ...}} to one of them, or call self.log({self._monitor!r}, ...) in "
+            "validation_step."
+        )
+
+
+def lightning_config(scheduler: ReduceLROnPlateau, monitor: str) -> dict[str, Any]:
+    """Returns what to tell Lightning: it knows the schedule, for ``lr_schedulers()`` and monitors, never steps it."""
+    return {"scheduler": scheduler, "monitor": monitor, "interval": "step", "frequency": sys.maxsize}
+
+
+def _logged(results: Any) -> set[str]:
+    """Returns the names under which a loop has logged."""
+    return {name for on_step in (True, False) for name in results.metrics(on_step)["callback"]}
+
+
+def _ends_epochs(callback: Callback) -> bool:
+    """Whether a callback may log something at the end of an epoch."""
+    return type(callback).on_train_epoch_end not in {base.on_train_epoch_end for base in packages.kin(Callback)}
+
+
+def _users(trainer: Trainer) -> list[Callback]:
+    """Returns the callbacks that are neither Lightning's nor ours."""
+    known = ("lightning", "pytorch_lightning", "lightning_optim")
+    callbacks = trainer.callbacks  # type: ignore[attr-defined]
+    return [callback for callback in callbacks if type(callback).__module__.partition(".")[0] not in known]

@@ -1,0 +1,61 @@
+"""Says what was resolved when fit starts, once, for all optimizers of the module."""
+
+from __future__ import annotations
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning_utilities.core.rank_zero import rank_zero_info
+
+from lightning_optim.build import ResolvedOptimizer
+from lightning_optim.trainer import _report as report
+from lightning_optim.trainer.callbacks._attached import detach
+
+
+class ReportCallback(Callback):
+    """Collects optimizers while they are configured; reports and logs what trains, then removes itself.
+
+    That is known when fit begins to run: a checkpoint, which may hold other hyperparameters, is restored after
+    ``on_fit_start``.
+    """
+
+    def __init__(self) -> None:
+        self._optimizers: list[tuple[ResolvedOptimizer, str, str]] = []
+
+    @classmethod
+    def add(cls, trainer: Trainer, resolved: ResolvedOptimizer, identifier: str, schedule: str) -> None:
+        """Adds one optimizer to what is reported when the fit that is being set up starts.
+
+        Args:
+            trainer: The Trainer.
+            resolved: The optimizer.
+            identifier: What was asked for.
+            schedule: Its schedule, for humans.
+        """
+        attached = [callback for callback in trainer.callbacks if isinstance(callback, cls)]  # type: ignore[attr-defined]
+        if not attached:
+            attached = [cls()]
+            trainer.callbacks.insert(0, attached[0])  # type: ignore[attr-defined]
+        attached[0]._optimizers.append((resolved, identifier, schedule))
+
+    def on_sanity_check_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._report(trainer)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._report(trainer)
+
+    def _report(self, trainer: Trainer) -> None:
+        for optimizer in self._optimizers:
+            rank_zero_info(report.describe(*optimizer))
+        reports = [report.hyperparameters(*optimizer) for optimizer in self._optimizers]
+        if len(reports) == 1:
+            named = {"optimizer": reports[0]}
+        else:
+            named = {f"optimizer_{index}": values for index, values in enumerate(reports)}
+        for logger in trainer.loggers:
+            logger.log_hyperparams(named)
+        detach(trainer, self)
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        detach(trainer, self)
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        detach(trainer, self)

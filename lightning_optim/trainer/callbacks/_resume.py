@@ -1,0 +1,70 @@
+"""Has the schedule that was asked for go on from a checkpoint, or refuses to, before the first batch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch.optim import Optimizer
+
+from lightning_optim.build import INITIAL_LR, LR, SCHEDULE, KnowsItsName, other_schedule, written_by
+from lightning_optim.trainer.callbacks._attached import detach
+
+
+class ResumeCallback(Callback):
+    """Compares the schedule of a run with the checkpoint's when both are restored, then removes itself.
+
+    Lightning pairs schedulers and their states one by one: where one of them is missing it says nothing.
+    """
+
+    def __init__(self, optimizer: Optimizer, schedule: KnowsItsName | None, overrides: Sequence[str]) -> None:
+        self._optimizer = optimizer
+        self._schedule = schedule
+        self._overrides = overrides
+        # The states of the checkpoint's schedules; None without a checkpoint.
+        self._states: list[dict[str, Any]] | None = None
+        if schedule is not None:
+            schedule.replaces = SCHEDULE in overrides
+
+    def attach(self, trainer: Trainer) -> None:
+        """Attaches it to the fit that is being set up."""
+        # Read before the optimizers were made, by most strategies; the others read it later, with all callbacks.
+        checkpoint = trainer._checkpoint_connector._loaded_checkpoint
+        if checkpoint:
+            self._states = checkpoint.get("lr_schedulers")
+        trainer.callbacks.insert(0, self)  # type: ignore[attr-defined]
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        self._states = checkpoint.get("lr_schedulers")
+
+    def on_sanity_check_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.on_train_start(trainer, pl_module)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        detach(trainer, self)
+        if self._states is not None:
+            self._go_on(self._states, trainer.global_step)
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        detach(trainer, self)
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        detach(trainer, self)
+
+    def _go_on(self, states: list[dict[str, Any]], step: int) -> None:
+        schedule, replaces = self._schedule, SCHEDULE in self._overrides
+        if schedule is None:
+            if not states:
+                return
+            if not replaces:
+                raise other_schedule(None, written_by(states[0]) or "one that counts steps")
+            for group in self._optimizer.param_groups:
+                # From here on nobody moves it: the rate is the peak.
+                group[LR] = group.pop(INITIAL_LR, group[LR])
+        elif not schedule.resumed:
+            if not replaces:
+                raise other_schedule(schedule.name, None)
+            schedule.begin(step)
+        elif LR in self._overrides and schedule.last_epoch and not hasattr(schedule, "num_bad_epochs"):
+            schedule.begin(schedule.last_epoch)

@@ -1,0 +1,190 @@
+"""Keeps schedule-free optimizers in the right mode, and the averaged weights in every checkpoint."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities import CombinedLoader
+from lightning.pytorch.utilities.seed import isolate_rng
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils.hooks import RemovableHandle
+
+from lightning_optim.errors import IncompatibleTrainer, InvalidOption
+from lightning_optim.stepping import KeepsTrainingPoint
+from lightning_optim.trainer import _packages as packages
+from lightning_optim.trainer.callbacks._attached import detach
+
+
+class ScheduleFreeCallback(Callback):
+    """Puts the training point into the model for training and the averaged weights for everything else.
+
+    The mixin and :class:`~lightning_optim.OptimCallback` attach it by themselves; add it yourself only to recalibrate
+    BatchNorm. It switches to training at the start of every training batch and to the averaged weights for validation,
+    at the end of training and when training breaks off. While fit runs, the module's ``state_dict()`` holds the
+    averaged weights, so every checkpoint does, whichever callback saves it and when.
+
+    Args:
+        bn_batches: Training batches to pass through the model at the averaged weights, before every validation and at
+            the end of training, to compute BatchNorm's running statistics for them. 0 leaves the statistics of the
+            training point, which do not fit the averaged weights. Checkpoints saved between two validations hold the
+            statistics of the training point.
+
+    Raises:
+        InvalidOption: If ``bn_batches`` is negative.
+        IncompatibleTrainer: At the start of fit, if ``bn_batches`` is set and cannot work.
+    """
+
+    def __init__(self, bn_batches: int = 0) -> None:
+        if bn_batches < 0:
+            raise InvalidOption(f"bn_batches={bn_batches} is negative; 0 switches recalibration off, 50 is usual")
+        self.bn_batches = bn_batches
+        #: True if it was attached for one fit and removes itself from the Trainer afterwards.
+        self.temporary = False
+        self._handle: RemovableHandle | None = None
+
+    @classmethod
+    def attach(cls, trainer: Trainer) -> None:
+        """Adds the callback for the fit that is starting, unless the user brought one.
+
+        It comes first, so that the user's callbacks find its work done.
+        """
+        if not any(isinstance(callback, cls) for callback in trainer.callbacks):  # type: ignore[attr-defined]
+            callback = cls()
+            callback.temporary = True
+            trainer.callbacks.insert(0, callback)  # type: ignore[attr-defined]
+
+    def recalibration_forward(self, pl_module: LightningModule, batch: Any) -> None:
+        """Passes one training batch through the model; override it if ``forward`` does not take ``batch[0]``."""
+        pl_module(batch[0] if isinstance(batch, (list, tuple)) else batch)
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self.bn_batches and not any(_batch_norms(pl_module)):
+            raise IncompatibleTrainer(
+                f"ScheduleFreeCallback(bn_batches={self.bn_batches}), but the model has no BatchNorm with running "
+                "statistics. Leave bn_batches out."
+            )
+        optimizers = _averaging(trainer)
+        for scheduler in (config.scheduler for config in trainer.lr_scheduler_configs):
+            if getattr(scheduler, "cycle_momentum", False) and scheduler.optimizer in optimizers:
+                raise IncompatibleTrainer(
+                    f"{type(scheduler).__name__} cycles the momentum of {type(scheduler.optimizer).__name__}, which is "
+                    "the weight of its average. Give it cycle_momentum=False."
+                )
+        for optimizer in optimizers:
+            optimizer.saves_averages = True
+        hook = _AveragedStateDict(optimizers)
+        self._handle = pl_module.register_state_dict_post_hook(hook)  # type: ignore[no-untyped-call]
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self.bn_batches and any(
+            getattr(loader, "persistent_workers", False) for loader in _second_reading(trainer).flattened
+        ):
+            raise IncompatibleTrainer(
+                f"ScheduleFreeCallback(bn_batches={self.bn_batches}) reads the training data a second time, which "
+                "DataLoader(persistent_workers=True) cannot do within an epoch. Set persistent_workers=False."
+            )
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        for optimizer in _averaging(trainer):
+            optimizer.train()
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._evaluate(trainer)
+        if trainer.state.fn == "fit" and not trainer.sanity_checking:
+            self._recalibrate(trainer, pl_module)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._evaluate(trainer)
+        self._recalibrate(trainer, pl_module)
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        self._evaluate(trainer)
+        self._detach(trainer)
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self._evaluate(trainer)
+        self._detach(trainer)
+
+    def _evaluate(self, trainer: Trainer) -> None:
+        for optimizer in _averaging(trainer):
+            optimizer.eval()
+
+    def _detach(self, trainer: Trainer) -> None:
+        for optimizer in _averaging(trainer):
+            optimizer.saves_averages = False
+        if self._handle is not None:
+            self._handle.remove()
+            self._handle = None
+        if self.temporary:
+            detach(trainer, self)
+
+    def _recalibrate(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Computes BatchNorm's running statistics anew, as plain averages over the batches."""
+        if not self.bn_batches:
+            return
+        precision = trainer.precision_plugin
+        # A second iterator draws a seed, and dropout draws numbers: neither may change the training.
+        with isolate_rng(), _statistics_of_this_model(pl_module), torch.no_grad(), precision.forward_context():
+            for batch, _, _ in itertools.islice(_second_reading(trainer), self.bn_batches):
+                # What Lightning does to a batch before training_step sees it.
+                batch = pl_module._on_before_batch_transfer(precision.convert_input(batch), dataloader_idx=0)
+                self.recalibration_forward(pl_module, trainer.strategy.batch_to_device(batch, dataloader_idx=0))
+
+
+class _AveragedStateDict:
+    """Replaces, in a module's state dict, the training point by the averaged weights.
+
+    A copied or pickled module takes a hook along that does nothing: the optimizers stay with the original.
+    """
+
+    def __init__(self, optimizers: list[KeepsTrainingPoint] | None = None) -> None:
+        self._optimizers = optimizers or []
+
+    def __call__(self, module: nn.Module, state_dict: dict[str, Any], prefix: str, local_metadata: Any) -> None:
+        averaged = {p: x for optimizer in self._optimizers for p, x in optimizer.averaged_weights().items()}
+        if averaged:
+            for name, parameter in module.named_parameters(prefix.removesuffix("."), remove_duplicate=False):
+                if parameter in averaged and name in state_dict:
+                    state_dict[name] = averaged[parameter]
+
+    def __reduce__(self) -> tuple[type[_AveragedStateDict], tuple[()]]:
+        return _AveragedStateDict, ()
+
+
+def _averaging(trainer: Trainer) -> list[KeepsTrainingPoint]:
+    return [optimizer for optimizer in trainer.optimizers if isinstance(optimizer, KeepsTrainingPoint)]
+
+
+def _second_reading(trainer: Trainer) -> CombinedLoader:
+    """Returns the training data, to be read without disturbing the reading that goes on."""
+    data: Any = trainer.train_dataloader
+    return CombinedLoader(data.iterables if isinstance(data, packages.kin(CombinedLoader)) else data, "max_size_cycle")
+
+
+def _batch_norms(module: nn.Module) -> Iterator[_BatchNorm]:
+    return (m for m in module.modules() if isinstance(m, _BatchNorm) and m.track_running_stats)
+
+
+@contextmanager
+def _statistics_of_this_model(module: nn.Module) -> Iterator[None]:
+    """Empties BatchNorm's statistics and lets forward passes average into them; modes are restored afterwards."""
+    norms = list(_batch_norms(module))
+    momenta = [norm.momentum for norm in norms]
+    modes = [(m, m.training) for m in module.modules()]
+    for norm in norms:
+        norm.reset_running_stats()
+        norm.momentum = None
+    module.train()
+    try:
+        yield
+    finally:
+        for norm, momentum in zip(norms, momenta, strict=True):
+            norm.momentum = momentum
+        for m, training in modes:
+            m.training = training

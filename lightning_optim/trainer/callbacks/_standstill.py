@@ -1,0 +1,72 @@
+"""Says that an optimizer moved nothing, because its learning rate was 0 all the time."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning_utilities.core.rank_zero import rank_zero_warn
+from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
+
+from lightning_optim.trainer.callbacks._attached import detach
+
+
+class Standstill(Callback):
+    """Warns at the end of an epoch in which an optimizer had the learning rate 0 in every step and still has it.
+
+    Each optimizer is spoken of once. It costs a look at the groups until the first step of an epoch that moves
+    something.
+    """
+
+    def __init__(self) -> None:
+        self._names: dict[Optimizer, str] = {}
+        self._handles: list[RemovableHandle] = []
+        # Steps of this epoch as long as none has moved anything, then None.
+        self._idle: dict[Optimizer, int | None] = {}
+
+    @classmethod
+    def watch(cls, trainer: Trainer, optimizer: Optimizer, name: str) -> None:
+        """Watches an optimizer in the fit that is being set up; ``name`` is what the user typed to get it."""
+        callbacks = trainer.callbacks  # type: ignore[attr-defined]
+        callback = next((callback for callback in callbacks if isinstance(callback, cls)), None)
+        if callback is None:
+            callback = cls()
+            callbacks.insert(0, callback)
+        callback._names[optimizer] = name
+        callback._handles.append(optimizer.register_step_pre_hook(callback._before_step))
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._idle = dict.fromkeys(self._names, 0)
+
+    def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        idle = self._idle.get(optimizer)
+        if idle is not None:
+            self._idle[optimizer] = idle + 1 if _stands_still(optimizer) else None
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        for optimizer, steps in self._idle.items():
+            if steps and _stands_still(optimizer):
+                rank_zero_warn(
+                    f"{self._names.pop(optimizer)} had the learning rate 0 in all {steps} steps of epoch "
+                    f"{trainer.current_epoch} and has it still: it moves nothing. A schedule that would raise it has "
+                    "to be stepped; one that has come to its end stays there in a run that resumes it; without a "
+                    "schedule give lr > 0."
+                )
+        self._idle = {}
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        self._detach(trainer)
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self._detach(trainer)
+
+    def _detach(self, trainer: Trainer) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        detach(trainer, self)
+
+
+def _stands_still(optimizer: Optimizer) -> bool:
+    return all(float(group["lr"]) == 0 for group in optimizer.param_groups)

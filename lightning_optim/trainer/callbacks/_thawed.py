@@ -1,0 +1,96 @@
+"""Groups that a finetuning callback adds while training goes on: they get the policy of those that were there."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import BaseFinetuning
+from torch import Tensor
+from torch.optim import Optimizer
+
+from lightning_optim.build import OptimConfig, ResolvedOptimizer
+from lightning_optim.groups import GroupPolicy, make_groups, named_parameters
+from lightning_optim.stepping import FORMAT, IDENTIFIER, MEMBERS
+from lightning_optim.trainer import _packages as packages
+from lightning_optim.trainer.callbacks._attached import detach
+
+# Key of a group for the number of the call that added it; groups of one call have one learning rate.
+_CALL = "added_in_call"
+
+
+class KeepsPolicy(Callback):
+    """Divides what a finetuning callback adds as the optimizer's other parameters are divided.
+
+    ``BaseFinetuning`` adds all parameters that it thaws as one group, with the optimizer's defaults: biases and norms
+    would decay, embeddings would be quantized, matrices not projected. And its callbacks set the learning rate of the
+    last group alone: the others of the same call follow it.
+    """
+
+    def __init__(self, module: LightningModule, resolved: ResolvedOptimizer, config: OptimConfig) -> None:
+        self._module = module
+        self._resolved = resolved
+        self._config = config
+
+    @classmethod
+    def attach(
+        cls, trainer: Trainer, module: LightningModule, resolved: ResolvedOptimizer, config: OptimConfig
+    ) -> None:
+        """Attaches it behind the finetuning callbacks; does nothing if there are none."""
+        callbacks = trainer.callbacks  # type: ignore[attr-defined]
+        if any(isinstance(callback, packages.kin(BaseFinetuning)) for callback in callbacks):
+            callback = cls(module, resolved, config)
+            vars(resolved.optimizer)["add_param_group"] = callback._add
+            callbacks.append(callback)
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        calls: dict[int, list[dict[str, Any]]] = {}
+        for group in self._optimizer.param_groups:
+            if _CALL in group:
+                calls.setdefault(group[_CALL], []).append(group)
+        for groups in calls.values():
+            for group in groups:
+                group["lr"] = groups[-1]["lr"]
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        self._detach(trainer)
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self._detach(trainer)
+
+    @property
+    def _optimizer(self) -> Optimizer:
+        return self._resolved.optimizer
+
+    def _detach(self, trainer: Trainer) -> None:
+        vars(self._optimizer).pop("add_param_group", None)
+        detach(trainer, self)
+
+    def _add(self, param_group: dict[str, Any]) -> None:
+        """Takes the place of the optimizer's ``add_param_group``."""
+        add = type(self._optimizer).add_param_group
+        if set(param_group) != {"params", "lr"}:
+            # Whoever says more has a policy of their own.
+            add(self._optimizer, param_group)
+            return
+        given = param_group["params"]
+        added = {id(parameter) for parameter in ([given] if isinstance(given, Tensor) else list(given))}
+        names = {id(p.parameter): p.name for p in named_parameters(self._module)}
+        before = self._optimizer.param_groups
+        call = 1 + max((group.get(_CALL, 0) for group in before), default=0)
+        # The group that decays comes last: it is what the callbacks go on to address.
+        for group in reversed(self._divided(float(param_group["lr"]))):
+            members = [parameter for parameter in group["params"] if id(parameter) in added]
+            if members:
+                whose = {key: before[0][key] for key in (IDENTIFIER, FORMAT) if key in before[0]}
+                follows = {_CALL: call} if group["lr"] == param_group["lr"] else {}
+                named = {"name": f"added_{call}/{group['name']}", MEMBERS: [names[id(p)] for p in members]}
+                add(self._optimizer, {**group, **whose, **follows, **named, "params": members})
+
+    def _divided(self, lr: float) -> list[dict[str, Any]]:
+        """Returns the groups of all trainable parameters at this learning rate."""
+        resolved, config = self._resolved, self._config
+        policy = GroupPolicy(
+            lr, resolved.weight_decay, config.param_groups or {}, target_modules=config.optim_target_modules
+        )
+        return make_groups(named_parameters(self._module), resolved.spec, resolved.options, policy)

@@ -1,0 +1,46 @@
+"""Makes sure that an optimizer that was asked for is the one that trains."""
+
+from __future__ import annotations
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+from lightning_optim.build import MODULE_SCHEDULE, OptimConfig
+from lightning_optim.errors import IncompatibleTrainer
+from lightning_optim.trainer.callbacks._attached import detach
+
+
+class OptimIsUsed(Callback):
+    """Refuses, at the start of fit, a module whose ``configure_optimizers`` did not look at what it was given.
+
+    That is its ``optim``, and its ``lr_scheduler`` where it returns no schedule at all.
+
+    Args:
+        config: What the module was given.
+    """
+
+    def __init__(self, config: OptimConfig) -> None:
+        self._config = config
+        self.used = False
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        detach(trainer, self)
+        if self._config.optim != OptimConfig.optim and not self.used:
+            raise IncompatibleTrainer(
+                f"optim={self._config.optim!r} was given to {type(pl_module).__name__}, but its configure_optimizers "
+                "was replaced (by its own code or by --optimizer) and ignores it. Build the optimizer there with "
+                "self.build_optimizer(), or leave optim out."
+            )
+
+        name = self._config.lr_scheduler
+        if name not in (None, MODULE_SCHEDULE.name) and not trainer.lr_scheduler_configs:
+            raise IncompatibleTrainer(
+                f"lr_scheduler={name!r} was given to {type(pl_module).__name__}, but its configure_optimizers returns "
+                "no schedule: self.build_optimizer() makes none. Return build_schedule(optimizer, "
+                f"{name!r}, ...) beside the optimizer, or leave lr_scheduler out."
+            )
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        detach(trainer, self)
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        detach(trainer, self)

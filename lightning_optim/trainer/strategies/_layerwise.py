@@ -1,0 +1,105 @@
+"""``strategy="layerwise"``: every optimizer is stepped during backward, on one device."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from lightning.fabric.plugins import CheckpointIO
+from lightning.pytorch import Trainer
+from lightning.pytorch.accelerators import Accelerator
+from lightning.pytorch.plugins import Precision
+from lightning.pytorch.strategies import SingleDeviceStrategy, Strategy
+
+from lightning_optim.layerwise import Layerwise
+from lightning_optim.table import LayerwiseOptions, parse
+from lightning_optim.trainer.callbacks._layerwise import LayerwiseCallback
+from lightning_optim.trainer.strategies._movable import Movable
+from lightning_optim.trainer.strategies._one_device import OneDevice
+
+if TYPE_CHECKING:
+    _Base = Strategy
+else:
+    _Base = object
+
+
+class StepsInBackward(Movable, _Base):
+    """Mixin for strategies that make every optimizer of the module layerwise, whoever built it."""
+
+    #: The flag, and the name by which the rules know it.
+    layerwise_name: str
+    layerwise_options: LayerwiseOptions
+
+    def setup_optimizers(self, trainer: Trainer) -> None:
+        super().setup_optimizers(trainer)
+        for optimizer in self.optimizers:
+            self.prepare(LayerwiseCallback.attach(trainer, optimizer, LayerwiseOptions()))
+
+    def prepare(self, layerwise: Layerwise) -> None:
+        """Tells the engine how the processes of this strategy work together."""
+
+
+def layerwise_options(strategy: str, **given: Any) -> LayerwiseOptions:
+    """Checks the options of a strategy.
+
+    Raises:
+        InvalidOption: If one is of the wrong type or out of range.
+    """
+    return parse(LayerwiseOptions, {name: value for name, value in given.items() if value is not None}, strategy)
+
+
+class StepsInBackwardAlone(StepsInBackward, OneDevice):
+    """Mixin: all of :class:`LayerwiseStrategy` but Lightning's base class."""
+
+    def __init__(
+        self,
+        bucket_mb: float | None = None,
+        norm_clipping: str | None = None,
+        log_grad_norm: bool | None = None,
+        device: torch.device | str | None = None,
+        accelerator: Accelerator | None = None,
+        checkpoint_io: CheckpointIO | None = None,
+        precision_plugin: Precision | None = None,
+        overflow: str | None = None,
+        gradient_readers: str | None = None,
+    ) -> None:
+        super().__init__(device, accelerator, checkpoint_io, precision_plugin)
+        self.layerwise_options = layerwise_options(
+            self.layerwise_name,
+            bucket_mb=bucket_mb,
+            norm_clipping=norm_clipping,
+            log_grad_norm=log_grad_norm,
+            overflow=overflow,
+            gradient_readers=gradient_readers,
+        )
+
+
+class LayerwiseStrategy(StepsInBackwardAlone, SingleDeviceStrategy):
+    """Steps every optimizer during backward, on one device: CPU, CUDA or MPS.
+
+    An identifier that ends in ``_layerwise`` does not need it; an optimizer of the module's own becomes layerwise by
+    it. :class:`~lightning_optim.LayerwiseDDPStrategy` is for several devices.
+
+    Args:
+        bucket_mb: MiB of gradients alive at once besides the one that arrives, 0 for one parameter at a time; ``None``
+            takes an eighth of all gradients, at most 32 MiB.
+        norm_clipping: How ``gradient_clip_val`` clips by norm: ``"exact"`` (the default) runs a backward that only
+            measures before the one that steps, ``"previous"`` takes the norm of the step before, ``"per_parameter"``
+            clips each parameter's gradient by itself.
+        log_grad_norm: Whether to log the norm before clipping as ``grad_norm``.
+        overflow: With ``precision="16-mixed"``: ``"skip_step"`` runs a backward that only measures and skips the whole
+            step if a gradient overflowed, ``"skip_bucket"`` (the default, with a warning) steps the other buckets.
+        gradient_readers: ``"warn"`` (the default) tells of hooks that look at gradients after they were stepped and
+            freed, watched in the first two steps; ``"ignore"`` does not.
+        device: Where to train; ``None`` means where the Trainer's ``accelerator`` and ``devices`` say.
+        accelerator: As in ``SingleDeviceStrategy``; the Trainer sets it.
+        checkpoint_io: As in ``SingleDeviceStrategy``.
+        precision_plugin: As in ``SingleDeviceStrategy``; the Trainer sets it.
+
+    Raises:
+        InvalidOption: If an option is of the wrong type or out of range.
+        IncompatibleTrainer: When the Trainer is made, if it has several devices or nodes, or an XLA device; when fit
+            starts, if the module cannot be trained so.
+    """
+
+    strategy_name = layerwise_name = "layerwise"

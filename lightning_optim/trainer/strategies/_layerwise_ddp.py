@@ -1,0 +1,152 @@
+"""``strategy="layerwise_ddp"``: copies of one model, their gradients averaged and stepped during backward."""
+
+from __future__ import annotations
+
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+import torch.distributed as dist
+from lightning.fabric.plugins import CheckpointIO, ClusterEnvironment
+from lightning.pytorch.accelerators import Accelerator
+from lightning.pytorch.overrides.distributed import _sync_module_states
+from lightning.pytorch.plugins import Precision
+from lightning.pytorch.strategies import DDPStrategy
+from lightning.pytorch.trainer.states import TrainerFn
+from torch import Tensor
+from torch.distributed.constants import default_pg_timeout
+
+from lightning_optim.layerwise import Layerwise, Replicas
+from lightning_optim.trainer.strategies._layerwise import StepsInBackward, layerwise_options
+
+if TYPE_CHECKING:
+    _Base = DDPStrategy
+else:
+    _Base = object
+
+
+class StepsCopiesInBackward(StepsInBackward, _Base):
+    """Mixin: all of :class:`LayerwiseDDPStrategy` but Lightning's base class."""
+
+    def __init__(
+        self,
+        bucket_mb: float | None = None,
+        norm_clipping: str | None = None,
+        log_grad_norm: bool | None = None,
+        broadcast_buffers: bool = True,
+        process_group_backend: str | None = None,
+        timeout: timedelta = default_pg_timeout,
+        start_method: Literal["popen", "spawn", "fork", "forkserver"] = "popen",
+        accelerator: Accelerator | None = None,
+        parallel_devices: list[torch.device] | None = None,
+        cluster_environment: ClusterEnvironment | None = None,
+        checkpoint_io: CheckpointIO | None = None,
+        precision_plugin: Precision | None = None,
+        overflow: str | None = None,
+        gradient_readers: str | None = None,
+        **others: Any,
+    ) -> None:
+        # Not handed on: a command line would find the arguments of DistributedDataParallel behind them.
+        if others:
+            raise TypeError(
+                f"LayerwiseDDPStrategy got {', '.join(others)}. If that is for DistributedDataParallel: it is not used "
+                "here. Leave it out, or use DDPStrategy and the optimizer without _layerwise."
+            )
+        super().__init__(
+            accelerator=accelerator,
+            parallel_devices=parallel_devices,
+            cluster_environment=cluster_environment,
+            checkpoint_io=checkpoint_io,
+            precision_plugin=precision_plugin,
+            process_group_backend=process_group_backend,
+            timeout=timeout,
+            start_method=start_method,
+        )
+        self.layerwise_options = layerwise_options(
+            self.layerwise_name,
+            bucket_mb=bucket_mb,
+            norm_clipping=norm_clipping,
+            log_grad_norm=log_grad_norm,
+            overflow=overflow,
+            gradient_readers=gradient_readers,
+        )
+        self._broadcast_buffers = broadcast_buffers
+
+    def configure_ddp(self) -> None:
+        # What DistributedDataParallel's constructor does; nothing wraps the model.
+        assert self.model is not None
+        _sync_module_states(self.model)
+
+    def prepare(self, layerwise: Layerwise) -> None:
+        layerwise.replicas = Replicas()
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Any:
+        self._sync_buffers()
+        return super().training_step(*args, **kwargs)
+
+    def validation_step(self, *args: Any, **kwargs: Any) -> Any:
+        self._sync_buffers()
+        return super().validation_step(*args, **kwargs)
+
+    def post_backward(self, closure_loss: Tensor) -> None:
+        super().post_backward(closure_loss)
+        assert self.lightning_module is not None
+        if self.lightning_module.trainer.fit_loop._should_accumulate():
+            return
+        for optimizer in self.optimizers:
+            layerwise = Layerwise.of(optimizer)
+            # A step that has to wait for the end of backward finds its gradients averaged, as DDP would leave them.
+            if layerwise is not None and layerwise.has_gradients():
+                layerwise.average_alive()
+
+    def _sync_buffers(self) -> None:
+        assert self.model is not None
+        assert self.lightning_module is not None
+        if not self._broadcast_buffers or self.lightning_module.trainer.state.fn != TrainerFn.FITTING:
+            # Outside of fit processes may have different numbers of batches, as under DDP.
+            return
+        alike: dict[torch.dtype, list[Tensor]] = {}
+        for buffer in self.model.buffers():
+            alike.setdefault(buffer.dtype, []).append(buffer)
+        with torch.no_grad():
+            for buffers in alike.values():
+                # One message per dtype: BatchNorm's buffers are many and small.
+                flat = torch.cat([buffer.flatten() for buffer in buffers])
+                dist.broadcast(flat, src=0)
+                parts = torch.split_with_sizes(flat, [buffer.numel() for buffer in buffers])
+                for buffer, part in zip(buffers, parts, strict=True):
+                    buffer.copy_(part.view_as(buffer))
+
+
+class LayerwiseDDPStrategy(StepsCopiesInBackward, DDPStrategy):
+    """Steps every optimizer during backward, in several processes with a copy of the model each.
+
+    The model is not wrapped in ``DistributedDataParallel``: its gradients are averaged bucket by bucket while backward
+    goes on, stepped and freed. Ranks stay bit-identical. Parameters and buffers of rank 0 are broadcast when fit
+    starts, buffers also before every forward. Every parameter must get a gradient in every process.
+
+    Args:
+        bucket_mb: As in :class:`~lightning_optim.LayerwiseStrategy`.
+        norm_clipping: As there.
+        log_grad_norm: As there.
+        overflow: As there.
+        gradient_readers: As there.
+        broadcast_buffers: Whether all processes take rank 0's buffers (BatchNorm's statistics) before every forward.
+        process_group_backend: As in ``DDPStrategy``.
+        timeout: As in ``DDPStrategy``.
+        start_method: As in ``DDPStrategy``.
+        accelerator: As in ``DDPStrategy``; the Trainer sets it.
+        parallel_devices: As in ``DDPStrategy``; the Trainer sets it.
+        cluster_environment: As in ``DDPStrategy``.
+        checkpoint_io: As in ``DDPStrategy``.
+        precision_plugin: As in ``DDPStrategy``; the Trainer sets it.
+        **others: Refused.
+
+    Raises:
+        InvalidOption: If an option is of the wrong type or out of range.
+        IncompatibleTrainer: When fit starts, if the module cannot be trained so; in the first step, if a parameter gets
+            no gradient.
+        TypeError: For arguments of ``DistributedDataParallel``, which is not used.
+    """
+
+    strategy_name = layerwise_name = "layerwise_ddp"

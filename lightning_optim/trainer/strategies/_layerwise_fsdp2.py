@@ -1,0 +1,96 @@
+"""``strategy="layerwise_fsdp2"``: sharded parameters (FSDP2), stepped during backward."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import TYPE_CHECKING, Literal
+
+from lightning.pytorch.strategies import ModelParallelStrategy
+from torch.distributed.constants import default_pg_timeout
+
+from lightning_optim.trainer.strategies._layerwise import StepsInBackward, layerwise_options
+
+if TYPE_CHECKING:
+    _Base = ModelParallelStrategy
+else:
+    _Base = object
+
+
+class StepsShardsInBackward(StepsInBackward, _Base):
+    """Mixin: all of :class:`LayerwiseFSDP2Strategy` but Lightning's base class."""
+
+    def __init__(
+        self,
+        bucket_mb: float | None = None,
+        norm_clipping: str | None = None,
+        log_grad_norm: bool | None = None,
+        data_parallel_size: Literal["auto"] | int = "auto",
+        tensor_parallel_size: int = 1,
+        save_distributed_checkpoint: bool = True,
+        process_group_backend: str | None = None,
+        timeout: timedelta = default_pg_timeout,
+        overflow: str | None = None,
+        gradient_readers: str | None = None,
+    ) -> None:
+        super().__init__(
+            data_parallel_size, tensor_parallel_size, save_distributed_checkpoint, process_group_backend, timeout
+        )
+        self.layerwise_options = layerwise_options(
+            self.layerwise_name,
+            bucket_mb=bucket_mb,
+            norm_clipping=norm_clipping,
+            log_grad_norm=log_grad_norm,
+            overflow=overflow,
+            gradient_readers=gradient_readers,
+        )
+
+    def setup_environment(self) -> None:
+        if self._data_parallel_size == "auto":
+            assert isinstance(self._tensor_parallel_size, int)
+            self._data_parallel_size = self.num_nodes * self.num_processes // self._tensor_parallel_size
+        super().setup_environment()
+
+    @contextmanager
+    def block_backward_sync(self) -> Iterator[None]:
+        """Keeps gradients of micro-batches that accumulate in this process."""
+        from torch.distributed.fsdp import FSDPModule
+
+        assert self.model is not None
+        sharded = [module for module in self.model.modules() if isinstance(module, FSDPModule)]
+        for module in sharded:
+            module.set_requires_gradient_sync(False, recurse=False)
+        try:
+            yield
+        finally:
+            for module in sharded:
+                module.set_requires_gradient_sync(True, recurse=False)
+
+
+class LayerwiseFSDP2Strategy(StepsShardsInBackward, ModelParallelStrategy):
+    """Steps every optimizer during backward, on parameters that ``fully_shard`` (FSDP2) divided among the processes.
+
+    As with Lightning's ``ModelParallelStrategy``, the module calls ``fully_shard`` in ``configure_model``, on the mesh
+    ``self.device_mesh["data_parallel"]``. Gradients are reduced by FSDP2 before they are stepped; micro-batches that
+    accumulate are not reduced.
+
+    Args:
+        bucket_mb: As in :class:`~lightning_optim.LayerwiseStrategy`, counted in shards.
+        norm_clipping: As there.
+        log_grad_norm: As there.
+        overflow: As there.
+        gradient_readers: As there.
+        data_parallel_size: Processes that share the shards; ``"auto"`` means all that tensor parallelism leaves, unlike
+            in ``ModelParallelStrategy``, where it means the number of nodes.
+        tensor_parallel_size: Processes of each tensor-parallel group.
+        save_distributed_checkpoint: As in ``ModelParallelStrategy``.
+        process_group_backend: As there.
+        timeout: As there.
+
+    Raises:
+        InvalidOption: If an option is of the wrong type or out of range.
+        IncompatibleTrainer: When fit starts, if the module cannot be trained so.
+    """
+
+    strategy_name = layerwise_name = "layerwise_fsdp2"

@@ -3,8 +3,10 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 XLA_VENV := .venv-xla
+# For another Python: `make test-oldest PYTHON=python3.10 OLDEST_VENV=.venv-oldest-3.10`.
+OLDEST_VENV := .venv-oldest
 
-.PHONY: venv demo test test-npu-contract test-gpu test-xla lint docs benchmarks clean
+.PHONY: venv demo test test-npu-contract test-gpu test-xla test-oldest test-python lint docs benchmarks clean
 
 venv: $(VENV)/.installed
 
@@ -42,12 +44,36 @@ test-xla: $(XLA_VENV)/.installed
 	    tests/trainer/test_schedule_free.py tests/trainer/test_fused.py tests/trainer/test_xla_absent.py \
 	    tests/layerwise/test_layerwise.py::TestClipping tests/layerwise/test_layerwise.py::TestLiveGradients
 
+# The oldest versions that pyproject.toml promises. Left out is what needs torchao, which torch 2.9 is too old for, or
+# transformers.
+test-oldest: $(OLDEST_VENV)/.installed
+	CUDA_VISIBLE_DEVICES= $(OLDEST_VENV)/bin/python -m pytest \
+	    tests/test_imports.py tests/table/test_registry.py tests/table/test_table.py tests/groups/test_param_groups.py \
+	    tests/build/test_config.py tests/build/test_rules.py tests/build/test_schedules.py \
+	    tests/layerwise/test_layerwise_engine.py tests/trainer/test_cli.py tests/trainer/test_doors.py \
+	    tests/trainer/test_finders.py tests/trainer/test_mixin.py tests/trainer/test_packages.py \
+	    tests/trainer/test_plateau.py tests/trainer/test_schedule_free.py tests/trainer/test_training.py \
+	    -k "not 4bit and not torch_8bit and not torchao and not tensor_learning_rates and not compiler \
+	        and not hugging_face and not relative_step_makes_the_learning_rate2 and not lr_is_known1"
+
+# Other versions of Python, where this machine has them: see .ci/test-python.
+test-python:
+	.ci/test-python 3.10 3.12 3.13
+
 # 4.9 GB. torch is linked against CUDA's libraries; cuDNN's parts are opened only when a GPU computes, 1 GB less.
-$(XLA_VENV)/.installed: requirements-xla.txt
+$(XLA_VENV)/.installed: requirements-xla.txt requirements-torch-2.9.txt
 	test -x $(XLA_VENV)/bin/python || $(PYTHON) -m venv $(XLA_VENV)
 	$(XLA_VENV)/bin/python -m pip install --quiet --no-cache-dir --no-deps --no-compile --requirement requirements-xla.txt
 	$(XLA_VENV)/bin/python -m pip install --quiet --no-deps --editable .
 	rm -f $(XLA_VENV)/lib/python*/site-packages/nvidia/cudnn/lib/libcudnn_*
+	touch $@
+
+# 4.7 GB, for the same reason.
+$(OLDEST_VENV)/.installed: requirements-oldest.txt requirements-torch-2.9.txt
+	test -x $(OLDEST_VENV)/bin/python || $(PYTHON) -m venv $(OLDEST_VENV)
+	$(OLDEST_VENV)/bin/python -m pip install --quiet --no-cache-dir --no-deps --no-compile --requirement requirements-oldest.txt
+	$(OLDEST_VENV)/bin/python -m pip install --quiet --no-deps --editable .
+	rm -f $(OLDEST_VENV)/lib/python*/site-packages/nvidia/cudnn/lib/libcudnn_*
 	touch $@
 
 lint: venv
@@ -67,4 +93,4 @@ benchmarks: venv
 	$(BIN)/python benchmarks/optimizers.py
 
 clean:
-	rm -rf $(VENV) $(XLA_VENV) docs/_build docs/generated demo_output
+	rm -rf $(VENV) $(XLA_VENV) $(OLDEST_VENV) $(VENV)-3.* docs/_build docs/generated demo_output

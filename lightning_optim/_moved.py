@@ -31,9 +31,12 @@ _ROOMS = {
     "trainer": "cli expected integration length mixin packages report",
 }
 _FILES = {name: f"{room}._{name}" for room, names in _ROOMS.items() for name in names.split()} | {
+    "callbacks.attached": "trainer.callbacks._detach",
     "callbacks.optim": "trainer._optim_callback",
+    "callbacks.used": "trainer.callbacks._must_build",
     "catalog.layerwise": "table._layerwise",
     "catalog.lean": "table.rows._adafactor_lomo",
+    "command.here": "command._machine",
     "following": "build._module_schedule",
     "optimizers.averaging": "stepping._averaging",
     "optimizers.finite": "stepping._finite",

@@ -14,9 +14,9 @@ import torch
 
 from lightning_optim import __version__
 from lightning_optim.build import rules
-from lightning_optim.command import _here as here
+from lightning_optim.command import _machine as machine
 from lightning_optim.command import _output as output
-from lightning_optim.command._here import Device, Package, Plugin
+from lightning_optim.command._machine import Device, Package, Plugin
 from lightning_optim.command._output import CommandError
 from lightning_optim.table import ROWS, OptimizerSpec, Requirement
 
@@ -97,13 +97,13 @@ def collect() -> Diagnosis:
     """Looks at this machine."""
     plugin_problem = None
     try:
-        specs = here.identifiers()
+        specs = machine.identifiers()
     except CommandError as error:
         # What we bring along can be examined whatever a plugin does.
         plugin_problem = str(error)
         specs = {name: row for row in ROWS for name in (row.name, *row.aliases)}
-    failing = {name: problems for name, spec in specs.items() if (problems := here.problems(spec))}
-    present = here.device_types()
+    failing = {name: problems for name, spec in specs.items() if (problems := machine.problems(spec))}
+    present = machine.device_types()
     elsewhere = {name: failing[name] for name in failing if not present & (specs[name].devices or present)}
     unavailable = {name: failing[name] for name in failing if name not in elsewhere}
     return Diagnosis(
@@ -114,14 +114,14 @@ def collect() -> Diagnosis:
             "lightning": importlib.metadata.version("lightning"),
             "lightning_optim": __version__,
         },
-        devices=tuple(here.devices()),
+        devices=tuple(machine.devices()),
         packages=_packages(specs),
         compiler=Compiler(
-            path=here.compiler(),
+            path=machine.compiler(),
             looked_for=rules.cpp_compiler(),
             identifiers=tuple(name for name, spec in specs.items() if spec.compiles),
         ),
-        plugins=tuple(here.plugins()),
+        plugins=tuple(machine.plugins()),
         plugin_problem=plugin_problem,
         unavailable=unavailable,
         elsewhere=elsewhere,

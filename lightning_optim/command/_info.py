@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from lightning_optim.command import _describe as describe
-from lightning_optim.command import _here as here
+from lightning_optim.command import _machine as machine
 from lightning_optim.command import _output as output
 from lightning_optim.command._describe import Example, Grouping, State
-from lightning_optim.command._here import Package
+from lightning_optim.command._machine import Package
 from lightning_optim.command._output import CommandError
 from lightning_optim.errors import IncompatibleTrainer, MissingDependency, UnknownOptimizer
 from lightning_optim.table import REGISTRY, SUFFIX, OptionInfo
@@ -145,12 +145,12 @@ def collect(name: str) -> Info:
         CommandError: If there is no such optimizer, or a dotted path leads into a package that is not installed.
     """
     # Before the lookup below, which would load the plugins: a broken one is an error of its own.
-    declared = name.removesuffix(SUFFIX) in here.identifiers()
+    declared = name.removesuffix(SUFFIX) in machine.identifiers()
     try:
         spec = REGISTRY.find(name)
     except (UnknownOptimizer, MissingDependency, IncompatibleTrainer) as error:
         raise CommandError(str(error)) from error
-    problems = here.problems(spec)
+    problems = machine.problems(spec)
     return Info(
         identifier=name,
         alias_of=None if name == spec.name else spec.name,

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
 
-from lightning_optim.command import _here as here
+from lightning_optim.command import _machine as machine
 from lightning_optim.command import _output as output
 from lightning_optim.command._output import CommandError
 from lightning_optim.errors import close_names, listing
@@ -41,7 +41,7 @@ class Entry:
     @classmethod
     def of(cls, identifier: str, spec: OptimizerSpec) -> Entry:
         """Describes ``identifier``, a name of ``spec``."""
-        problems = here.problems(spec)
+        problems = machine.problems(spec)
         return cls(
             identifier=identifier,
             alias_of=None if identifier == spec.name else spec.name,
@@ -89,7 +89,7 @@ def collect(patterns: Sequence[str]) -> Listing:
     # What steps during backward under its own name needs no other one for it.
     asked = any("layerwise" in pattern for pattern in patterns)
     specs = {}
-    for name, spec in here.identifiers().items():
+    for name, spec in machine.identifiers().items():
         specs[name] = spec
         if spec.lists_layerwise or (asked and not (spec.coupled or spec.layerwise)):
             specs[name + SUFFIX] = layerwise_row(spec)

@@ -51,7 +51,7 @@ class Clipping:
             torch.nn.utils.clip_grad_value_(bucket, self.limit)
         elif self.kind == "per_parameter":
             for parameter, norm in zip(bucket, norms, strict=True):
-                torch.nn.utils.clip_grads_with_norm_([parameter], self.limit, whole(norm))
+                torch.nn.utils.clip_grads_with_norm_([parameter], self.limit, full_tensor(norm))
         else:
             assert total is not None
             torch.nn.utils.clip_grads_with_norm_(bucket, self.limit, total)
@@ -76,10 +76,10 @@ def total_norm(norms: Sequence[Tensor]) -> Tensor:
     device = norms[0].device
     grouped = _group_tensors_by_device_and_dtype([list(norms)])
     ordered = [norm.to(device) for (lists, _) in grouped.values() for norm in lists[0] if norm is not None]
-    return whole(torch.linalg.vector_norm(torch.stack(ordered)))
+    return full_tensor(torch.linalg.vector_norm(torch.stack(ordered)))
 
 
-def whole(norm: Tensor) -> Tensor:
+def full_tensor(norm: Tensor) -> Tensor:
     """Returns the norm over all shards, a plain tensor."""
     full: Tensor = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
     return full

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from lightning_optim.errors import InvalidOption
-from lightning_optim.optimizers._base import OwnOptimizer, hyperparameters, working, working_dtype, write_back
+from lightning_optim.optimizers._base import OwnOptimizer, compute_dtype, hyperparameters, to_compute_dtype, write_back
 from lightning_optim.optimizers._factored import factored_update, moment_shapes, rms
 from lightning_optim.optimizers._stacks import batches, stack, stacked, unstack
 
@@ -105,12 +105,12 @@ class Adafactor(OwnOptimizer):
 
     def _initial_moments(self, parameter: Tensor, shape: tuple[int, ...], group: dict[str, Any]) -> dict[str, Any]:
         """Returns zeros for what is kept of gradients of ``shape``."""
-        dtype, device = working_dtype(parameter), parameter.device
+        dtype, device = compute_dtype(parameter), parameter.device
         return {name: torch.zeros(size, dtype=dtype, device=device) for name, size in _kept(shape, group).items()}
 
     def _update(self, parameters: list[Tensor], step: int, group: dict[str, Any]) -> None:
         for batch in batches(parameters, _shapes):
-            (values,) = working([stack(batch)])
+            (values,) = to_compute_dtype([stack(batch)])
             gradients = stack([p.grad for p in batch if p.grad is not None]).to(values.dtype).contiguous()
             rate = self._rate(values, step, group)
             update = self._moved(batch, gradients, rate, step, group)

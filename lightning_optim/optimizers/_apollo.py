@@ -12,7 +12,7 @@ from typing import Any, ClassVar, Literal, get_args
 import torch
 from torch import Tensor
 
-from lightning_optim.optimizers._base import gradients, hyperparameters, working, write_back
+from lightning_optim.optimizers._base import gradients, hyperparameters, to_compute_dtype, write_back
 from lightning_optim.optimizers._low_rank import LowRankAdamW, StateDtype, as_matrices, as_stack
 from lightning_optim.optimizers._projection import base_shapes, gaussian, project
 from lightning_optim.optimizers._stacks import stacked, unstack
@@ -109,7 +109,7 @@ class ApolloAdamW(LowRankAdamW):
             scaling *= self._limited(parameters, norm, group["norm_growth_limit"]).unsqueeze(2)
 
         lr = float(group["lr"])
-        weights = working(parameters)
+        weights = to_compute_dtype(parameters)
         stepped = as_stack(weights, stack_dims)
         if group["weight_decay"]:
             stepped.mul_(1 - lr * group["weight_decay"])

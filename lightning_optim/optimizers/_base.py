@@ -160,7 +160,7 @@ class OwnOptimizer(StepsUncompiled):
 
     def _loaded_dtype(self, tensor: Tensor, parameter: Tensor) -> torch.dtype:
         """Returns the dtype that a tensor of a state takes with a parameter: that to compute in, if it was of one."""
-        wide = working_dtype(parameter)
+        wide = compute_dtype(parameter)
         computes = tensor.dtype in (torch.float32, torch.float64) or (
             tensor.is_floating_point() and wide is torch.float64
         )
@@ -211,26 +211,26 @@ def _is_tensor(value: Any) -> bool:
     return isinstance(value, Tensor)
 
 
-def working_dtype(parameter: Tensor) -> torch.dtype:
+def compute_dtype(parameter: Tensor) -> torch.dtype:
     """Returns the dtype to compute in: float32 for bfloat16 and float16, the parameter's own for others."""
     return torch.promote_types(parameter.dtype, torch.float32)
 
 
-def working(tensors: Iterable[Tensor]) -> list[Tensor]:
-    """Returns the tensors in their working dtype and contiguous: themselves where they are so, else copies."""
-    return [_converted(tensor, working_dtype(tensor)) for tensor in tensors]
+def to_compute_dtype(tensors: Iterable[Tensor]) -> list[Tensor]:
+    """Returns the tensors in their compute dtype and contiguous: themselves where they are so, else copies."""
+    return [_converted(tensor, compute_dtype(tensor)) for tensor in tensors]
 
 
 def write_back(parameters: Sequence[Tensor], values: Sequence[Tensor]) -> None:
-    """Rounds ``values``, made of ``parameters`` by :func:`working`, back into them where they are copies."""
+    """Rounds ``values``, made of ``parameters`` by :func:`to_compute_dtype`, back into them where they are copies."""
     for parameter, value in zip(parameters, values, strict=True):
         if parameter.dtype is not value.dtype or not parameter.is_contiguous():
             parameter.copy_(value)
 
 
 def gradients(parameters: Iterable[Tensor]) -> list[Tensor]:
-    """Returns the gradients in their parameters' working dtype, contiguous."""
-    return [_converted(p.grad, working_dtype(p)) for p in parameters if p.grad is not None]
+    """Returns the gradients in their parameters' compute dtype, contiguous."""
+    return [_converted(p.grad, compute_dtype(p)) for p in parameters if p.grad is not None]
 
 
 def _converted(tensor: Tensor, dtype: torch.dtype) -> Tensor:

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
-from lightning_optim.optimizers._base import gradients, hyperparameters, working, write_back
+from lightning_optim.optimizers._base import gradients, hyperparameters, to_compute_dtype, write_back
 from lightning_optim.optimizers._low_rank import LowRankAdamW, StateDtype, as_matrices
 from lightning_optim.optimizers._projection import ProjectionMethod, ProjectionType, products, project
 
@@ -113,7 +113,7 @@ def add_to_weights(
 
     Args:
         parameters: Weights of one shape.
-        update: ``[batch, ...]``, one for each matrix, in the subspace, in the working dtype.
+        update: ``[batch, ...]``, one for each matrix, in the subspace, in the compute dtype.
         left: Left bases or ``None``.
         right: Right bases or ``None``.
         beta: Factor on the weights; a tensor ``[batch, 1, 1]`` has one for each.
@@ -125,7 +125,7 @@ def add_to_weights(
     # The factors of each product, of which one is the update.
     one: Sequence[Tensor] = update.unbind() if left is None else left
     other: Sequence[Tensor] = update.unbind() if right is None else [basis.mT for basis in right]
-    weights = working(parameters)
+    weights = to_compute_dtype(parameters)
     # In one pass over the weights, if all have the same factor.
     for index, (weight, first, second) in enumerate(zip(as_matrices(weights, stack_dims), one, other, strict=True)):
         if isinstance(beta, Tensor):

@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from lightning_optim.optimizers._adafactor import Adafactor, default_lr
-from lightning_optim.optimizers._base import OwnOptimizer, gradients, hyperparameters, working
+from lightning_optim.optimizers._base import OwnOptimizer, gradients, hyperparameters, to_compute_dtype
 from lightning_optim.optimizers._galore import add_to_weights
 from lightning_optim.optimizers._low_rank import LowRankOptimizer, StateDtype, as_matrices, as_stack, state_dtype
 from lightning_optim.optimizers._projection import ProjectionMethod, ProjectionType, project
@@ -82,7 +82,7 @@ class GaLoreAdafactor(LowRankOptimizer, Adafactor):
         stack_dims = group["stack_dims"]
         matrices = as_matrices(gradients(parameters), stack_dims)
         left, right = self._bases(parameters, matrices, step, group)
-        weights = as_stack(working(parameters), stack_dims) if group["scale_parameter"] else None
+        weights = as_stack(to_compute_dtype(parameters), stack_dims) if group["scale_parameter"] else None
         rate = self._rate(weights, step, group)
         update = self._moved(parameters, project(matrices, left, right), rate, step, group, stack_dims)
         beta = 1 - rate * group["weight_decay"]

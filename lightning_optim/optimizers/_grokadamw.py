@@ -15,10 +15,10 @@ from torch import Tensor
 from lightning_optim.optimizers._adamw import adamw_update
 from lightning_optim.optimizers._base import (
     OwnOptimizer,
+    compute_dtype,
     gradients,
     hyperparameters,
-    working,
-    working_dtype,
+    to_compute_dtype,
     write_back,
 )
 
@@ -84,7 +84,7 @@ class GrokAdamW(OwnOptimizer):
         self._positions = {p: index for group in self.param_groups for index, p in enumerate(group["params"])}
 
     def _initial_state(self, parameter: Tensor, group: dict[str, Any]) -> dict[str, Any]:
-        dtype = working_dtype(parameter)
+        dtype = compute_dtype(parameter)
         return {
             name: torch.zeros_like(parameter, dtype=dtype, memory_format=torch.contiguous_format)
             for name in ("exp_avg", "exp_avg_sq", "grok_ema")
@@ -94,7 +94,7 @@ class GrokAdamW(OwnOptimizer):
         states = [self.state[parameter] for parameter in parameters]
         signal = grokking_signal(group["train_loss"], group["eval_loss"])
         beta1, beta2 = group["betas"]
-        values = working(parameters)
+        values = to_compute_dtype(parameters)
         grokadamw_update(
             values,
             gradients(parameters),

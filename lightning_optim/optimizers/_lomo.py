@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_optim.optimizers._base import OwnOptimizer, gradients, hyperparameters, working, write_back
+from lightning_optim.optimizers._base import OwnOptimizer, gradients, hyperparameters, to_compute_dtype, write_back
 
 
 def lomo_update(parameters: Sequence[Tensor], gradients: Sequence[Tensor], *, lr: float, weight_decay: float) -> None:
@@ -48,6 +48,6 @@ class LOMO(OwnOptimizer):
         return {}
 
     def _update(self, parameters: list[Tensor], step: int, group: dict[str, Any]) -> None:
-        values = working(parameters)
+        values = to_compute_dtype(parameters)
         lomo_update(values, gradients(parameters), lr=float(group["lr"]), weight_decay=group["weight_decay"])
         write_back(parameters, values)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lightning_optim.errors import InvalidOption, listing
 from lightning_optim.optimizers._adamw import adamw_update
-from lightning_optim.optimizers._base import OwnOptimizer, gradients, working, working_dtype, write_back
+from lightning_optim.optimizers._base import OwnOptimizer, compute_dtype, gradients, to_compute_dtype, write_back
 from lightning_optim.optimizers._projection import (
     ProjectionMethod,
     ProjectionType,
@@ -109,7 +109,7 @@ class LowRankOptimizer(OwnOptimizer):
             state["skipped"] = state.get("skipped", 0) + 1
         if skipped:
             count = max(self.state[parameter]["skipped"] for parameter in skipped)
-            self._say(f"{len(skipped)} parameters whose gradients are not finite were not stepped", count)
+            self._warn_rarely(f"{len(skipped)} parameters whose gradients are not finite were not stepped", count)
         return [parameter for parameter in parameters if finite[parameter]]
 
     def _update(self, parameters: list[Tensor], step: int, group: dict[str, Any]) -> None:
@@ -148,7 +148,9 @@ class LowRankOptimizer(OwnOptimizer):
             self._search(parameter, gradients[index * each : (index + 1) * each], shapes, group, due=due)
         states = [self.state[parameter] for parameter in parameters]
         left, right = (
-            as_matrices(working(state[name] for state in states), group["stack_dims"]) if name in shapes else None
+            as_matrices(to_compute_dtype(state[name] for state in states), group["stack_dims"])
+            if name in shapes
+            else None
             for name in ("left", "right")
         )
         return left, right
@@ -175,7 +177,7 @@ class LowRankOptimizer(OwnOptimizer):
             chosen = _decomposed(gradient, shapes, group["projection"]) if found[index] else {}
             if found[index] and not chosen:
                 state["kept"] = state.get("kept", 0) + 1
-                self._say("the decomposition of a gradient failed; its last projection stays", state["kept"])
+                self._warn_rarely("the decomposition of a gradient failed; its last projection stays", state["kept"])
             if not chosen and not complete:
                 chosen = any_bases(shapes, gradient)
             for name, basis in chosen.items():
@@ -195,7 +197,7 @@ class LowRankOptimizer(OwnOptimizer):
                 for index, basis in by_index.items():
                     matrices[index].copy_(basis)
 
-    def _say(self, what: str, count: int) -> None:
+    def _warn_rarely(self, what: str, count: int) -> None:
         if math.log2(count).is_integer():
             warnings.warn(
                 f"{type(self).__name__}: {what} (time number {count}; said again when that has doubled)",
@@ -220,7 +222,7 @@ class LowRankAdamW(LowRankOptimizer):
         return {name: torch.zeros(shape, dtype=dtype, device=parameter.device) for name in MOMENTS}
 
     def _step_plainly(self, parameters: list[Tensor], step: int, group: dict[str, Any]) -> None:
-        weights = working(parameters)
+        weights = to_compute_dtype(parameters)
         self._adamw(parameters, weights, gradients(parameters), step, group)
         write_back(parameters, weights)
 
@@ -255,7 +257,7 @@ class LowRankAdamW(LowRankOptimizer):
     ) -> None:
         """Steps ``weights`` in place with the moments that the state keeps for ``parameters``."""
         moments = [[self.state[parameter][name] for parameter in parameters] for name in MOMENTS]
-        first, second = map(working, moments)
+        first, second = map(to_compute_dtype, moments)
         adamw_update(
             weights,
             gradients,
@@ -273,7 +275,7 @@ class LowRankAdamW(LowRankOptimizer):
 
 def state_dtype(parameter: Tensor, group: Mapping[str, Any]) -> torch.dtype:
     """Returns the dtype of a parameter's moments and bases."""
-    return parameter.dtype if group["state_dtype"] == "parameter" else working_dtype(parameter)
+    return parameter.dtype if group["state_dtype"] == "parameter" else compute_dtype(parameter)
 
 
 def as_matrices(tensors: Iterable[Tensor], stack_dims: int = 0) -> list[Tensor]:

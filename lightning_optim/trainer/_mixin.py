@@ -25,8 +25,8 @@ from lightning_optim.trainer import _integration as integration
 from lightning_optim.trainer import _packages as packages
 from lightning_optim.trainer import _report as report
 from lightning_optim.trainer._expected import own_hook
+from lightning_optim.trainer.callbacks._must_build import MustBuildOptim
 from lightning_optim.trainer.callbacks._old_checkpoints import OldCheckpoints, import_torchao, is_old_style
-from lightning_optim.trainer.callbacks._used import OptimIsUsed
 
 if TYPE_CHECKING:
     from lightning.pytorch.utilities.types import OptimizerLRScheduler
@@ -81,6 +81,9 @@ class OptimMixin(_Base):
         MissingDependency: When fit starts, if the optimizer's package is not installed.
     """
 
+    # Of the class, for modules that were pickled before there was such an attribute.
+    _must_build: MustBuildOptim | None = None
+
     def __init__(
         self,
         *args: Any,
@@ -115,7 +118,6 @@ class OptimMixin(_Base):
                 # A module with such an argument of its own: both mean the same.
                 kwargs[name] = value
         super().__init__(*args, **kwargs)
-        self._optim_is_used: OptimIsUsed | None = None
         self.optim_config = OptimConfig(
             optim,
             lr,
@@ -212,12 +214,16 @@ class OptimMixin(_Base):
     def configure_callbacks(self) -> list[Callback]:
         """Adds what reads old-style checkpoints and what checks that ``optim`` is used; call ``super()`` in yours."""
         inherited = super().configure_callbacks()
-        self._optim_is_used = OptimIsUsed(self.optim_config)
-        return [*(inherited if isinstance(inherited, Sequence) else [inherited]), OldCheckpoints(), self._optim_is_used]
+        self._must_build = MustBuildOptim(self.optim_config)
+        return [
+            *(inherited if isinstance(inherited, Sequence) else [inherited]),
+            OldCheckpoints(),
+            self._must_build,
+        ]
 
     def _use_config(self) -> None:
-        if self._optim_is_used is not None:
-            self._optim_is_used.used = True
+        if self._must_build is not None:
+            self._must_build.built = True
 
     # What the module's own code assigns while it is made, or has in its class, is the module's: it may mean another
     # rate than the optimizer's, and the optimizer does not follow it.

@@ -27,7 +27,7 @@ from lightning_optim import (
     build_optimizer,
     option,
 )
-from lightning_optim.command import _here as here
+from lightning_optim.command import _machine as machine
 from lightning_optim.command import main
 from lightning_optim.table._availability import Requirement
 from lightning_optim.table._options import describe, required
@@ -169,7 +169,7 @@ def test_list_tells_each_reason_once_with_the_command_to_type(
 
 
 def test_list_looks_for_a_device_that_the_row_runs_on(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(here, "device_types", lambda: frozenset({"mps"}))
+    monkeypatch.setattr(machine, "device_types", lambda: frozenset({"mps"}))
     entries = {entry["identifier"]: entry for entry in command.json("list")["optimizers"]}
     assert {name for name, entry in entries.items() if not entry["available"]} == {
         name for name in LISTED if REGISTRY[name].devices is not None and "mps" not in (REGISTRY[name].devices or ())
@@ -180,7 +180,7 @@ def test_list_looks_for_a_device_that_the_row_runs_on(command: Command, monkeypa
 
 def test_compiled_rows_need_a_compiler_on_a_cpu(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CXX", "/no/such/compiler")
-    monkeypatch.setattr(here, "device_types", lambda: frozenset({"cpu"}))
+    monkeypatch.setattr(machine, "device_types", lambda: frozenset({"cpu"}))
     entries = command.json("list")["optimizers"]
     unavailable = {e["identifier"]: e["problems"] for e in entries if not e["available"]}
     assert set(unavailable) == {"adamw_torch_4bit", "adamw_torch_8bit", *ELSEWHERE}
@@ -188,7 +188,7 @@ def test_compiled_rows_need_a_compiler_on_a_cpu(command: Command, monkeypatch: p
     diagnosis = command.json("doctor", status=1)
     assert diagnosis["compiler"]["path"] is None
     assert set(diagnosis["unavailable"]) == {"adamw_torch_4bit", "adamw_torch_8bit"}
-    monkeypatch.setattr(here, "device_types", lambda: frozenset({"cpu", "cuda"}))
+    monkeypatch.setattr(machine, "device_types", lambda: frozenset({"cpu", "cuda"}))
     entries = command.json("list")["optimizers"]
     assert {entry["identifier"] for entry in entries if not entry["available"]} == set(ELSEWHERE)
 

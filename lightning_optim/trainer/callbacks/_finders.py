@@ -12,7 +12,7 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 from lightning_optim.build import NamedSchedule, OptimConfig, ResolvedOptimizer, make_multiplier, set_rate
 from lightning_optim.trainer import _packages as packages
 from lightning_optim.trainer._length import Length
-from lightning_optim.trainer.callbacks._attached import detach
+from lightning_optim.trainer.callbacks._detach import detach
 
 _FINDERS = (LearningRateFinder, BatchSizeFinder)
 

@@ -31,7 +31,7 @@ from lightning_optim.errors import IncompatibleTrainer
 from lightning_optim.layerwise import Clipping, Layerwise, OuterScaler
 from lightning_optim.table import LayerwiseOptions
 from lightning_optim.trainer import _packages as packages
-from lightning_optim.trainer.callbacks._attached import detach
+from lightning_optim.trainer.callbacks._detach import detach
 from lightning_optim.trainer.callbacks._gradient_readers import GradientReaders
 
 _KEY = "layerwise_gradient_norms"

@@ -14,7 +14,7 @@ from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from torch.utils.hooks import RemovableHandle
 
 from lightning_optim.errors import IncompatibleTrainer, listing
-from lightning_optim.trainer.callbacks._attached import detach
+from lightning_optim.trainer.callbacks._detach import detach
 
 # By these names a module gets at the schedules, to step them by itself.
 _DOORS = frozenset({"lr_schedulers", "lr_scheduler_configs"})

@@ -12,7 +12,7 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from lightning_optim.errors import InvalidOption, listing
 from lightning_optim.trainer import _packages as packages
-from lightning_optim.trainer.callbacks._attached import detach
+from lightning_optim.trainer.callbacks._detach import detach
 
 _KEY = "plateau_follows_validation"
 

@@ -7,7 +7,7 @@ from lightning_utilities.core.rank_zero import rank_zero_info
 
 from lightning_optim.build import ResolvedOptimizer
 from lightning_optim.trainer import _report as report
-from lightning_optim.trainer.callbacks._attached import detach
+from lightning_optim.trainer.callbacks._detach import detach
 
 
 class ReportCallback(Callback):

@@ -9,7 +9,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch.optim import Optimizer
 
 from lightning_optim.build import INITIAL_LR, LR, SCHEDULE, KnowsItsName, other_schedule, written_by
-from lightning_optim.trainer.callbacks._attached import detach
+from lightning_optim.trainer.callbacks._detach import detach
 
 
 class ResumeCallback(Callback):

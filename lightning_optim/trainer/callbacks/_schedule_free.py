@@ -18,7 +18,7 @@ from torch.utils.hooks import RemovableHandle
 from lightning_optim.errors import IncompatibleTrainer, InvalidOption
 from lightning_optim.stepping import KeepsTrainingPoint
 from lightning_optim.trainer import _packages as packages
-from lightning_optim.trainer.callbacks._attached import detach
+from lightning_optim.trainer.callbacks._detach import detach
 
 
 class ScheduleFreeCallback(Callback):

@@ -9,7 +9,7 @@ from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from lightning_optim.trainer.callbacks._attached import detach
+from lightning_optim.trainer.callbacks._detach import detach
 
 
 class Standstill(Callback):

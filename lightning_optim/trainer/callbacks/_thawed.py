@@ -13,7 +13,7 @@ from lightning_optim.build import OptimConfig, ResolvedOptimizer
 from lightning_optim.groups import GroupPolicy, make_groups, named_parameters
 from lightning_optim.stepping import FORMAT, IDENTIFIER, MEMBERS
 from lightning_optim.trainer import _packages as packages
-from lightning_optim.trainer.callbacks._attached import detach
+from lightning_optim.trainer.callbacks._detach import detach
 
 # Key of a group for the number of the call that added it; groups of one call have one learning rate.
 _CALL = "added_in_call"

@@ -18,7 +18,7 @@ else:
     _Base = object
 
 
-class Alone(_Base):
+class SingleProcess(_Base):
     """Mixin: one device in one process, and an error where the Trainer has more."""
 
     @property
@@ -44,7 +44,7 @@ class Alone(_Base):
             )
 
 
-class OneDevice(Alone):
+class OneDevice(SingleProcess):
     """Mixin for subclasses of ``SingleDeviceStrategy`` that are registered by name.
 
     Lightning builds such a strategy without a device, and would train on the CPU whatever the accelerator. It fills

@@ -19,7 +19,7 @@ from torch import Tensor
 from lightning_optim.errors import IncompatibleTrainer
 from lightning_optim.layerwise import Layerwise, Replicas
 from lightning_optim.trainer.accelerators._pjrt import require_torch_xla
-from lightning_optim.trainer.strategies._one_device import Alone
+from lightning_optim.trainer.strategies._one_device import SingleProcess
 from lightning_optim.trainer.strategies._xla_precision import XLASyncFreePrecision
 
 if TYPE_CHECKING:
@@ -105,7 +105,7 @@ class _OnXLA(_Base):
             )
 
 
-class SingleDeviceXLASyncFreeStrategy(_OnXLA, Alone, SingleDeviceXLAStrategy):
+class SingleDeviceXLASyncFreeStrategy(_OnXLA, SingleProcess, SingleDeviceXLAStrategy):
     """Trains on one XLA device.
 
     Unlike Lightning's ``single_xla`` it can be named in ``Trainer(strategy=...)``, takes any device that

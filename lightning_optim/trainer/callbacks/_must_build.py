@@ -6,10 +6,10 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 from lightning_optim.build import MODULE_SCHEDULE, OptimConfig
 from lightning_optim.errors import IncompatibleTrainer
-from lightning_optim.trainer.callbacks._attached import detach
+from lightning_optim.trainer.callbacks._detach import detach
 
 
-class OptimIsUsed(Callback):
+class MustBuildOptim(Callback):
     """Refuses, at the start of fit, a module whose ``configure_optimizers`` did not look at what it was given.
 
     That is its ``optim``, and its ``lr_scheduler`` where it returns no schedule at all.
@@ -20,11 +20,11 @@ class OptimIsUsed(Callback):
 
     def __init__(self, config: OptimConfig) -> None:
         self._config = config
-        self.used = False
+        self.built = False
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         detach(trainer, self)
-        if self._config.optim != OptimConfig.optim and not self.used:
+        if self._config.optim != OptimConfig.optim and not self.built:
             raise IncompatibleTrainer(
                 f"optim={self._config.optim!r} was given to {type(pl_module).__name__}, but its configure_optimizers "
                 "was replaced (by its own code or by --optimizer) and ignores it. Build the optimizer there with "

@@ -46,13 +46,20 @@ def train(name: str, precision: str, moment: str, directory: Path, **flags: Any)
 
 
 @pytest.fixture(scope="module")
-def outcomes(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], dict[str, Any]]:
-    """Outcomes of a run by file name: uninterrupted ``NAME``, resumed ``NAME@NAME``, all in one fresh process."""
+def outcomes(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[str, str], dict[str, Any]]:
+    """Outcomes of a run by file name: uninterrupted ``NAME``, resumed ``NAME@NAME``, all in one fresh process.
+
+    Those of the names that are tested, all or, with ``-k NAME``, one.
+    """
+    tests = [getattr(item, "callspec", None) for item in request.session.items]
+    asked = {test.params.get("name") for test in tests if test is not None}
 
     @functools.cache
     def all_of(moment: str, precision: str) -> dict[str, Any]:
         directory = tmp_path_factory.mktemp(moment)
-        cases = [BY_NAME[name] for name in RUNS[moment, precision]]
+        cases = [BY_NAME[name] for name in RUNS[moment, precision] if name in asked]
         names = [name for case in cases for name in (case.plain, case.layerwise)]
         uninterrupted = {name: train(name, precision, moment, directory) for name in names}
         for name in names:

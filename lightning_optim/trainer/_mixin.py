@@ -119,19 +119,19 @@ class OptimMixin(_Base):
                 kwargs[name] = value
         super().__init__(*args, **kwargs)
         self.optim_config = OptimConfig(
-            optim,
-            lr,
-            weight_decay,
-            optim_args,
-            optim_target_modules,
-            param_groups,
-            layer_decay,
-            layer_pattern,
-            lr_scheduler,
-            lr_scheduler_args,
-            warmup_steps,
-            optim_fallback,
-            override_on_resume,
+            optim=optim,
+            lr=lr,
+            weight_decay=weight_decay,
+            optim_args=optim_args,
+            optim_target_modules=optim_target_modules,
+            param_groups=param_groups,
+            layer_decay=layer_decay,
+            layer_pattern=layer_pattern,
+            lr_scheduler=lr_scheduler,
+            lr_scheduler_args=lr_scheduler_args,
+            warmup_steps=warmup_steps,
+            optim_fallback=optim_fallback,
+            override_on_resume=override_on_resume,
         )
         if vars(self).get(_OWN_LR) == self.optim_config.lr:
             vars(self).pop(_OWN_LR, None)

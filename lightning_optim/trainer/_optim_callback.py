@@ -98,7 +98,7 @@ class OptimCallback(Callback):
                 "it would be ignored. Name one, for instance optim='adamw_torch', or write OptimCallback()."
             )
         #: What was asked for; ``None`` if the module's own optimizers are kept.
-        self.config = None if optim is None else OptimConfig(optim, **companions)
+        self.config = None if optim is None else OptimConfig(optim=optim, **companions)
         self._old_checkpoints = OldCheckpoints()
         self._active = False
         self._installed_before: Any = None

@@ -526,7 +526,7 @@ def test_memory_that_cannot_be_moved_is_refused() -> None:
 def test_a_maximizing_state_is_refused() -> None:
     weight = nn.Parameter(torch.ones(2, device=NPU))
     state = torch.optim.AdamW([weight], maximize=True).state_dict()
-    with pytest.raises(InvalidOption, match="maximize=True, which optim='adamw_torch_npu_fused' has not"):
+    with pytest.raises(InvalidOption, match="maximize=True, which optim='adamw_torch_npu_fused' lacks"):
         NpuFusedAdamW([weight]).load_state_dict(state)
 
 

@@ -42,7 +42,8 @@ class OptimConfig(Arguments):
     Its attributes are the arguments of :class:`OptimMixin`.
 
     Raises:
-        UnknownOptimizer, UnknownSchedule, InvalidOption, IncompatibleTrainer: See there.
+        UnknownOptimizer, UnknownSchedule, InvalidOption, IncompatibleTrainer: For what cannot
+            work; the text says what to type instead.
     """
 
     # Whether the row was left alone because only a file names it; no field, so that it is nobody's argument.

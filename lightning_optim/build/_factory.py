@@ -71,7 +71,7 @@ class ResolvedOptimizer:
         lr: Learning rate.
         weight_decay: Weight decay of the parameters that decay.
         state_bytes: Bytes of its full state, or ``None`` if the row does not say.
-        not_projected: Modules that ``optim_target_modules`` names in vain, with what they are.
+        not_projected: Modules that ``optim_target_modules`` names but that cannot be projected, with what they are.
         resuming: What it does when a state dict is loaded, and what was asked for.
         parameters: What was divided into groups.
         policy: How it was divided.
@@ -122,7 +122,8 @@ def resolve(
         only: Leaves the other parameters of ``target`` alone.
 
     Raises:
-        UnknownOptimizer, MissingDependency, InvalidOption, InvalidParamGroups, IncompatibleTrainer: See there.
+        UnknownOptimizer, MissingDependency, InvalidOption, InvalidParamGroups, IncompatibleTrainer: For what cannot
+            work; the text says what to type instead.
     """
     parameters = [p for p in named_parameters(target) if only is None or p.parameter in only]
     if not parameters:

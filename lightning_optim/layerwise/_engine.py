@@ -61,7 +61,7 @@ class Layerwise(AfterBackward):
         names: Mapping[Tensor, str] | None = None,
     ) -> None:
         if bucket_mb is not None and not 0 <= bucket_mb < float("inf"):
-            raise InvalidOption(f"bucket_mb={bucket_mb!r} is no size: give MiB, 0 for one parameter at a time, or None")
+            raise InvalidOption(f"bucket_mb={bucket_mb!r} is not a size: give MiB, 0 for single parameters, or None")
         refuse_coupled(optimizer)
         if Layerwise.of(optimizer) is not None:
             raise IncompatibleTrainer(f"this {type(optimizer).__name__} is layerwise already: Layerwise.of(optimizer)")

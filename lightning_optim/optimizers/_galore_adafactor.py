@@ -25,14 +25,14 @@ class GaLoreAdafactor(LowRankOptimizer, Adafactor):
     Args:
         params: Parameters or param groups; all arguments below may differ between groups.
         lr: As of :class:`~lightning_optim.optimizers.Adafactor`, like the arguments up to ``warmup_init``.
-        eps: See there; the least root mean square is that of the weights, not of their projection.
-        clip_threshold: See there; of the update in the subspace.
-        decay_rate: See there.
-        beta1: See there.
-        weight_decay: See there.
-        scale_parameter: See there.
-        relative_step: See there.
-        warmup_init: See there.
+        eps: As in :class:`Adafactor`; the least root mean square is that of the weights, not of their projection.
+        clip_threshold: As in :class:`Adafactor`, but of the update in the subspace.
+        decay_rate: As in :class:`Adafactor`.
+        beta1: As in :class:`Adafactor`.
+        weight_decay: As in :class:`Adafactor`.
+        scale_parameter: As in :class:`Adafactor`.
+        relative_step: As in :class:`Adafactor`.
+        warmup_init: As in :class:`Adafactor`.
         rank: Directions of the subspace; ``None``: the group is not projected.
         update_proj_gap: Steps between two searches for the subspace.
         scale: Factor on the update of projected parameters.
@@ -40,7 +40,7 @@ class GaLoreAdafactor(LowRankOptimizer, Adafactor):
         projection: ``"randomized"`` or ``"svd"``, see :func:`~lightning_optim.optimizers._projection.find_bases`.
         state_dtype: Dtype of bases and first moments, see :class:`~lightning_optim.optimizers.GaLoreAdamW`; the
             factored second moment, small as it is, stays float32: in bfloat16 it would soon stop moving.
-        stack_dims: See there; the update is clipped matrix by matrix.
+        stack_dims: As in :class:`Adafactor`; the update is clipped matrix by matrix.
 
     Raises:
         InvalidOption: If ``rank`` or ``update_proj_gap`` is no whole number of at least 1, or a group has

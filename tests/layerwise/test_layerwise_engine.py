@@ -556,7 +556,7 @@ class TestRefusals:
 
     @pytest.mark.parametrize("size", [-1, -0.001, float("inf"), float("nan")])
     def test_bucket_size(self, size: float) -> None:
-        with pytest.raises(InvalidOption, match=f"bucket_mb={size!r} is no size: give MiB"):
+        with pytest.raises(InvalidOption, match=f"bucket_mb={size!r} is not a size: give MiB"):
             Layerwise(build()[1], size)
 
     @pytest.mark.parametrize(

@@ -37,19 +37,19 @@ class GaLoreAdamW8bit(GaLoreAdamW):
     Args:
         params: Parameters or param groups; all arguments below may differ between groups.
         lr: As of :class:`GaLoreAdamW`, like the arguments up to ``match_galore_torch``.
-        betas: See there.
-        eps: See there.
-        weight_decay: See there.
-        rank: See there.
-        update_proj_gap: See there.
-        scale: See there.
-        proj_type: See there.
-        projection: See there.
-        match_galore_torch: See there.
+        betas: As in :class:`GaLoreAdamW`.
+        eps: As in :class:`GaLoreAdamW`.
+        weight_decay: As in :class:`GaLoreAdamW`.
+        rank: As in :class:`GaLoreAdamW`.
+        update_proj_gap: As in :class:`GaLoreAdamW`.
+        scale: As in :class:`GaLoreAdamW`.
+        proj_type: As in :class:`GaLoreAdamW`.
+        projection: As in :class:`GaLoreAdamW`.
+        match_galore_torch: As in :class:`GaLoreAdamW`.
         min_8bit_size: Moments with fewer elements stay unquantized.
         optim_bits: 8, or 32 where the moments stay unquantized.
-        state_dtype: See there; of what is not quantized.
-        stack_dims: See there.
+        state_dtype: As in :class:`GaLoreAdamW`; of what is not quantized.
+        stack_dims: As in :class:`GaLoreAdamW`.
     """
 
     def __init__(

@@ -88,7 +88,7 @@ class NpuFusedAdamW(StepsUncompiled, optim.NpuFusedAdamW):
         """
         if any(group.get("maximize") for group in state_dict["param_groups"]):
             raise InvalidOption(
-                "the optimizer's state was saved with maximize=True, which optim='adamw_torch_npu_fused' has not. "
+                "the optimizer's state was saved with maximize=True, which optim='adamw_torch_npu_fused' lacks. "
                 "Resume with optim='adamw_torch_fused'."
             )
         super().load_state_dict(state_dict)

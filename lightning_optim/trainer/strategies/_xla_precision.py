@@ -38,7 +38,7 @@ class XLASyncFreePrecision(XLAPrecision):
     def __init__(self, precision: XLAPrecisionName = "32-true") -> None:
         if precision not in get_args(XLAPrecisionName):
             raise IncompatibleTrainer(
-                f"precision={precision!r} on an XLA device: float16 would need loss scaling, which torch_xla has not. "
+                f"precision={precision!r} on an XLA device: float16 would need loss scaling, which torch_xla lacks. "
                 "Use precision='32-true' or 'bf16-true', or plugins=XLASyncFreePrecision('bf16-mixed')."
             )
         require_torch_xla(f"precision={precision!r} on an XLA device")

@@ -15,10 +15,10 @@ from lightning_optim.table.rows._low_rank import MOMENTS, left_elements, right_e
 class ApolloOptions(Options):
     """Options of ``lightning_optim.optimizers.ApolloAdamW``."""
 
-    only_projected: ClassVar = frozenset(
+    only_projected: ClassVar[frozenset[str]] = frozenset(
         {"rank", "update_proj_gap", "scale", "proj_type", "proj", "scale_type", "norm_growth_limit", "seed"}
     )
-    bound_to_state: ClassVar = frozenset({"rank", "proj_type", "proj", "seed"})
+    bound_to_state: ClassVar[frozenset[str]] = frozenset({"rank", "proj_type", "proj", "seed"})
 
     rank: int = option(128, "directions of the subspace", AT_LEAST_ONE)
     update_proj_gap: int = option(200, "steps between two subspaces", AT_LEAST_ONE)

@@ -29,8 +29,10 @@ _NOTE = (
 class GaLoreOptions(Options):
     """Options of the projection."""
 
-    only_projected: ClassVar = frozenset({"rank", "update_proj_gap", "scale", "proj_type", "projection"})
-    bound_to_state: ClassVar = frozenset({"rank", "proj_type"})
+    only_projected: ClassVar[frozenset[str]] = frozenset(
+        {"rank", "update_proj_gap", "scale", "proj_type", "projection"}
+    )
+    bound_to_state: ClassVar[frozenset[str]] = frozenset({"rank", "proj_type"})
 
     rank: int = option(128, "directions of the subspace", AT_LEAST_ONE)
     update_proj_gap: int = option(200, "steps between two searches for the subspace", AT_LEAST_ONE)

@@ -56,7 +56,7 @@ def outcomes(
     Those of the names that are tested, all or, with ``-k NAME``, one.
     """
     tests = [getattr(item, "callspec", None) for item in request.session.items]
-    asked = {test.params.get("name") for test in tests if test is not None}
+    asked = {test.params["name"] for test in tests if test is not None and isinstance(test.params.get("name"), str)}
 
     @functools.cache
     def all_of(moment: str, precision: str) -> dict[str, Any]:

@@ -61,20 +61,17 @@ test-oldest: $(OLDEST_VENV)/.installed
 test-python:
 	.ci/test-python 3.10 3.12 3.13
 
-# 4.9 GB. torch is linked against CUDA's libraries; cuDNN's parts are opened only when a GPU computes, 1 GB less.
-$(XLA_VENV)/.installed: requirements-xla.txt requirements-torch-2.9.txt
-	test -x $(XLA_VENV)/bin/python || $(PYTHON) -m venv $(XLA_VENV)
-	$(XLA_VENV)/bin/python -m pip install --quiet --no-cache-dir --no-deps --no-compile --requirement requirements-xla.txt
-	$(XLA_VENV)/bin/python -m pip install --quiet --no-deps --editable .
-	rm -f $(XLA_VENV)/lib/python*/site-packages/nvidia/cudnn/lib/libcudnn_*
-	touch $@
-
-# 4.7 GB, for the same reason.
-$(OLDEST_VENV)/.installed: requirements-oldest.txt requirements-torch-2.9.txt
-	test -x $(OLDEST_VENV)/bin/python || $(PYTHON) -m venv $(OLDEST_VENV)
-	$(OLDEST_VENV)/bin/python -m pip install --quiet --no-cache-dir --no-deps --no-compile --requirement requirements-oldest.txt
-	$(OLDEST_VENV)/bin/python -m pip install --quiet --no-deps --editable .
-	rm -f $(OLDEST_VENV)/lib/python*/site-packages/nvidia/cudnn/lib/libcudnn_*
+# The environments with torch 2.9, almost 5 GB each. torch is linked against CUDA's libraries; cuDNN's parts are opened
+# only when a GPU computes, 1 GB less.
+$(XLA_VENV)/.installed: REQUIREMENTS := requirements-xla.txt
+$(OLDEST_VENV)/.installed: REQUIREMENTS := requirements-oldest.txt
+$(XLA_VENV)/.installed: requirements-xla.txt
+$(OLDEST_VENV)/.installed: requirements-oldest.txt
+$(XLA_VENV)/.installed $(OLDEST_VENV)/.installed: requirements-torch-2.9.txt
+	test -x $(@D)/bin/python || $(PYTHON) -m venv $(@D)
+	$(@D)/bin/python -m pip install --quiet --no-cache-dir --no-deps --no-compile --requirement $(REQUIREMENTS)
+	$(@D)/bin/python -m pip install --quiet --no-deps --editable .
+	rm -f $(@D)/lib/python*/site-packages/nvidia/cudnn/lib/libcudnn_*
 	touch $@
 
 lint: venv

@@ -30,7 +30,8 @@ _ROOMS = {
     "table": "availability misnomers options registry spec",
     "trainer": "cli expected integration length mixin packages report",
 }
-_FILES = {name: f"{room}._{name}" for room, names in _ROOMS.items() for name in names.split()} | {
+_MOVED = {name: f"{room}._{name}" for room, names in _ROOMS.items() for name in names.split()} | {
+    **_FOLDERS,
     "callbacks.attached": "trainer.callbacks._detach",
     "callbacks.optim": "trainer._optim_callback",
     "callbacks.used": "trainer.callbacks._must_build",
@@ -47,19 +48,19 @@ _FILES = {name: f"{room}._{name}" for room, names in _ROOMS.items() for name in 
     "optimizers.preparing": "stepping._preparing",
     "optimizers.uncompiled": "stepping._uncompiled",
     "quiet": "optimizers.adapters._quiet",
-    "strategies.pytorch_lightning": "pytorch_lightning",
     "rules.stepping": "build.rules._layerwise",
+    "strategies.pytorch_lightning": "pytorch_lightning",
 }
 
 
 def new_path(old: str) -> str | None:
     """Returns the path of the module that ``old`` named in version 0.1, both without the package's name."""
-    if old in _FILES or old in _FOLDERS:
-        return _FILES.get(old) or _FOLDERS[old]
+    if old in _MOVED:
+        return _MOVED[old]
     folder, _, name = old.rpartition(".")
-    if not name or name.startswith("_"):
+    if not folder or name.startswith("_"):
         return None
-    return f"{_FOLDERS[folder]}._{name}" if folder in _FOLDERS else f"{folder}._{name}" if folder else None
+    return f"{_FOLDERS.get(folder, folder)}._{name}"
 
 
 class _Moved(MetaPathFinder, Loader):
@@ -71,20 +72,19 @@ class _Moved(MetaPathFinder, Loader):
         new = new_path(fullname.removeprefix(_ROOT)) if fullname.startswith(_ROOT) else None
         if new is None or importlib.util.find_spec(_ROOT + new) is None:
             return None
-        return importlib.machinery.ModuleSpec(fullname, self, is_package=new in _FOLDERS.values())
+        return importlib.machinery.ModuleSpec(fullname, self, loader_state=new)
 
     def create_module(self, spec: importlib.machinery.ModuleSpec) -> None:
         """Has an empty module made, whose place the real one takes."""
 
     def exec_module(self, module: ModuleType) -> None:
-        new = new_path(module.__name__.removeprefix(_ROOT))
-        assert new is not None
+        assert module.__spec__ is not None
         warnings.warn(
             f"{module.__name__} is not public and has moved; import public names from lightning_optim",
             DeprecationWarning,
             stacklevel=2,
         )
-        sys.modules[module.__name__] = importlib.import_module(_ROOT + new)
+        sys.modules[module.__name__] = importlib.import_module(_ROOT + module.__spec__.loader_state)
 
 
 def keep_old_paths() -> None:

@@ -47,8 +47,7 @@ def made(name: str) -> LitTokens:
 
 def fit(model: LitTokens, steps: int, checkpoint: Path | None = None) -> Any:
     """Trains up to ``steps`` and returns the Trainer."""
-    run = trainer(max_steps=steps, enable_checkpointing=True, callbacks=[])
-    run.checkpoint_callbacks.clear()
+    run = trainer(max_steps=steps)
     run.fit(model, loader(batches=5), loader(batches=1, seed=1), ckpt_path=checkpoint, weights_only=True)
     return run
 

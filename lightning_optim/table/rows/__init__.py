@@ -7,53 +7,31 @@ from __future__ import annotations
 
 from lightning_optim.table._spec import OptimizerSpec
 from lightning_optim.table.rows import (
-    _adafactor_lomo as lean,
-)
-from lightning_optim.table.rows import (
-    _adamw_variants as adamw_variants,
-)
-from lightning_optim.table.rows import (
-    _apex as apex,
-)
-from lightning_optim.table.rows import (
-    _apollo as apollo,
-)
-from lightning_optim.table.rows import (
-    _bitsandbytes as bitsandbytes,
-)
-from lightning_optim.table.rows import (
-    _low_rank as low_rank,
-)
-from lightning_optim.table.rows import (
-    _npu as npu,
-)
-from lightning_optim.table.rows import (
-    _optimi as optimi,
-)
-from lightning_optim.table.rows import (
-    _schedulefree as schedulefree,
-)
-from lightning_optim.table.rows import (
-    _torch_optim as torch_optim,
-)
-from lightning_optim.table.rows import (
-    _torchao as torchao,
-)
-from lightning_optim.table.rows import (
-    _xla as xla,
+    _adafactor_lomo,
+    _adamw_variants,
+    _apex,
+    _apollo,
+    _bitsandbytes,
+    _low_rank,
+    _npu,
+    _optimi,
+    _schedulefree,
+    _torch_optim,
+    _torchao,
+    _xla,
 )
 
 ROWS: tuple[OptimizerSpec, ...] = (
-    *torch_optim.ROWS,
-    *xla.ROWS,
-    *npu.ROWS,
-    *apex.ROWS,
-    *torchao.ROWS,
-    *bitsandbytes.ROWS,
-    *adamw_variants.ROWS,
-    *low_rank.ROWS,
-    *apollo.ROWS,
-    *lean.ROWS,
-    *optimi.ROWS,
-    *schedulefree.ROWS,
+    *_torch_optim.ROWS,
+    *_xla.ROWS,
+    *_npu.ROWS,
+    *_apex.ROWS,
+    *_torchao.ROWS,
+    *_bitsandbytes.ROWS,
+    *_adamw_variants.ROWS,
+    *_low_rank.ROWS,
+    *_apollo.ROWS,
+    *_adafactor_lomo.ROWS,
+    *_optimi.ROWS,
+    *_schedulefree.ROWS,
 )

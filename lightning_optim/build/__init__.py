@@ -9,7 +9,12 @@ from __future__ import annotations
 from lightning_optim.build import _trust as trust
 from lightning_optim.build import rules
 from lightning_optim.build._arguments import (
+    ARGUMENTS,
+    Argument,
+    Companions,
     OptimArguments,
+    OptimizerArguments,
+    takes_arguments,
 )
 from lightning_optim.build._config import (
     OptimConfig,
@@ -66,6 +71,7 @@ from lightning_optim.build.rules import (
 )
 
 __all__ = [
+    "ARGUMENTS",
     "INITIAL_LR",
     "KERNEL",
     "LR",
@@ -73,11 +79,14 @@ __all__ = [
     "SCHEDULE",
     "SCHEDULES",
     "WATCHERS",
+    "Argument",
+    "Companions",
     "FollowingSchedule",
     "KnowsItsName",
     "NamedSchedule",
     "OptimArguments",
     "OptimConfig",
+    "OptimizerArguments",
     "PlateauOptions",
     "ResolvedOptimizer",
     "TrainerFacts",
@@ -100,6 +109,7 @@ __all__ = [
     "set_rate",
     "state_bytes",
     "storable",
+    "takes_arguments",
     "trust",
     "written_by",
 ]

@@ -1,15 +1,97 @@
-"""The arguments of a request: what a user may ask for, wherever it is asked."""
+"""The arguments of a request: declared here, with their types, defaults and texts, for wherever they are given.
+
+One that is new is a field of :class:`Arguments` and a line of a ``TypedDict`` below it, for type checkers derive none
+from the other. :func:`takes_arguments` and the command line read the fields. Only ``OptimMixin.__init__`` repeats them:
+Lightning looks for every parameter of a module's signature among the local variables of its frame.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, TypedDict
+import inspect
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from typing import Any, TypedDict, TypeVar, get_type_hints
 
 from lightning_optim.groups import TargetModules
 
+T = TypeVar("T")
 
-class OptimArguments(TypedDict, total=False):
+
+def _argument(default: Any, text: str) -> Any:
+    return field(default=default, metadata={"help": text})
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """The arguments of a request, not yet checked."""
+
+    optim: str = _argument("adamw_torch", "Identifier, alias or dotted path; ``lightning-optim list`` shows them.")
+    lr: float | None = _argument(None, "Learning rate; ``None`` takes the row's default.")
+    weight_decay: float | None = _argument(
+        None,
+        "Weight decay of the parameters that decay (not biases, norms and others with fewer than two dimensions); "
+        "``None`` takes the row's default.",
+    )
+    optim_args: Mapping[str, Any] | str | None = _argument(
+        None, 'The row\'s options, a mapping or ``"name=value,..."``; ``lightning-optim info NAME`` shows them.'
+    )
+    optim_target_modules: TargetModules = _argument(
+        None,
+        'Modules whose weights are projected, for optimizers that project: ``"all-linear"``, a regular expression over '
+        'names, or a list of parts of names; ``None`` means ``"all-linear"``.',
+    )
+    param_groups: Mapping[str, Mapping[str, Any]] | None = _argument(
+        None, "Hyperparameters by regular expression over parameter names; the first match wins."
+    )
+    layer_decay: float | None = _argument(None, "The learning rate is multiplied by this once per layer below the top.")
+    layer_pattern: str | None = _argument(
+        None, "Regular expression whose one group is a layer's number; ``None`` finds the layers."
+    )
+    lr_scheduler: str | None = _argument(
+        None,
+        'Name of the learning-rate schedule; ``None`` for none, ``"module"`` for the one that the module\'s own '
+        "``configure_optimizers`` makes, at its learning rate unless ``lr`` is given.",
+    )
+    lr_scheduler_args: Mapping[str, Any] | str | None = _argument(
+        None, 'Options of the schedule, a mapping or ``"name=value,..."``.'
+    )
+    warmup_steps: int | float = _argument(0, "Optimizer steps of warm-up, or a fraction of the training below 1.")
+    optim_fallback: bool = _argument(
+        False,
+        "Whether the nearest identifier that can run here takes the place of one that cannot, with a warning; "
+        "``optim`` is saved as it was given.",
+    )
+    override_on_resume: Sequence[str] | str | None = _argument(
+        None,
+        "Names of arguments and options whose values win over those of the checkpoint that training goes on from, such "
+        'as ``["lr", "weight_decay", "betas", "lr_scheduler"]``; all others come from there.',
+    )
+
+
+class OptimizerArguments(TypedDict, total=False):
+    """What an optimizer that has been named takes with it."""
+
+    lr: float | None
+    weight_decay: float | None
+    optim_args: Mapping[str, Any] | str | None
+    optim_target_modules: TargetModules
+    param_groups: Mapping[str, Mapping[str, Any]] | None
+    layer_decay: float | None
+    layer_pattern: str | None
+    warmup_steps: int | float
+    optim_fallback: bool
+    override_on_resume: Sequence[str] | str | None
+
+
+class Companions(OptimizerArguments, total=False):
+    """What goes with a name where the schedule is made, too."""
+
+    lr_scheduler: str | None
+    lr_scheduler_args: Mapping[str, Any] | str | None
+
+
+class OptimArguments(Companions, total=False):
     """What ``**optim`` collects. Type checkers then find a misspelt name or a wrong type where a module is made.
 
     Example::
@@ -22,54 +104,65 @@ class OptimArguments(TypedDict, total=False):
     """
 
     optim: str
-    lr: float | None
-    weight_decay: float | None
-    optim_args: Mapping[str, Any] | str | None
-    optim_target_modules: TargetModules
-    param_groups: Mapping[str, Mapping[str, Any]] | None
-    layer_decay: float | None
-    layer_pattern: str | None
-    lr_scheduler: str | None
-    lr_scheduler_args: Mapping[str, Any] | str | None
-    warmup_steps: int | float
-    optim_fallback: bool
-    override_on_resume: Sequence[str] | str | None
 
 
 @dataclass(frozen=True)
-class Arguments:
-    """The same arguments with their defaults, not yet checked.
+class Argument:
+    """One of the arguments.
 
     Attributes:
-        optim: Identifier, alias or dotted path.
-        lr: Learning rate; ``None`` takes the row's default.
-        weight_decay: Weight decay of the parameters that decay; ``None`` takes the row's default.
-        optim_args: Options of the optimizer, a mapping or ``"name=value,..."``. ``weight_decay`` is understood here,
-            too.
-        optim_target_modules: Modules whose weights are projected, for optimizers that project: ``"all-linear"``, a
-            regular expression over names, or a list of parts of names; ``None`` means ``"all-linear"``.
-        param_groups: Hyperparameters by regular expression over parameter names; the first match wins.
-        layer_decay: The learning rate is multiplied by this once per layer below the top.
-        layer_pattern: Regular expression whose one group is a layer's number.
-        lr_scheduler: Name of the learning-rate schedule; ``None`` for none, ``"module"`` for the one of the module's
-            own ``configure_optimizers``.
-        lr_scheduler_args: Options of the schedule.
-        warmup_steps: Optimizer steps of warm-up, or a fraction of the training.
-        optim_fallback: Whether the nearest identifier that can run here takes the place of one that cannot.
-        override_on_resume: Names of what is asked for here and wins over a checkpoint: ``"lr"``, ``"weight_decay"``,
-            options such as ``"betas"``, ``"lr_scheduler"``.
+        name: Its name.
+        type: Its type.
+        default: Its default.
+        help: What it means, in one sentence of reStructuredText.
     """
 
-    optim: str = "adamw_torch"
-    lr: float | None = None
-    weight_decay: float | None = None
-    optim_args: Mapping[str, Any] | str | None = None
-    optim_target_modules: TargetModules = None
-    param_groups: Mapping[str, Mapping[str, Any]] | None = None
-    layer_decay: float | None = None
-    layer_pattern: str | None = None
-    lr_scheduler: str | None = None
-    lr_scheduler_args: Mapping[str, Any] | str | None = None
-    warmup_steps: int | float = 0
-    optim_fallback: bool = False
-    override_on_resume: Sequence[str] | str | None = None
+    name: str
+    type: Any
+    default: Any
+    help: str
+
+
+_TYPES = get_type_hints(Arguments)
+ARGUMENTS: Mapping[str, Argument] = {
+    one.name: Argument(one.name, _TYPES[one.name], one.default, one.metadata["help"]) for one in fields(Arguments)
+}
+
+
+def takes_arguments(kind: type | None = None) -> Callable[[T], T]:
+    """Makes the arguments that a function collects visible at run time: to ``inspect``, ``help``, jsonargparse, Sphinx.
+
+    Args:
+        kind: The ``TypedDict`` of the function's ``**``. In its signature and its docstring (a class's, for its
+            ``__init__``) the ``**`` gives way to the arguments. ``None`` for a class whose signature has them
+            already: its docstring alone gets them, before ``**kwargs``.
+    """
+
+    def decorate(target: T) -> T:
+        subject: Any = target
+        names = ARGUMENTS if kind is None else kind.__annotations__
+        taken = [argument for name, argument in ARGUMENTS.items() if name in names]
+        if kind is not None:
+            _sign(vars(subject)["__init__"] if isinstance(subject, type) else subject, taken)
+        if subject.__doc__:
+            subject.__doc__ = _document(subject.__doc__, taken, replace=kind is not None)
+        return target
+
+    return decorate
+
+
+def _sign(function: Any, taken: Sequence[Argument]) -> None:
+    signature = inspect.signature(function)
+    *own, _ = signature.parameters.values()
+    added = [
+        inspect.Parameter(one.name, inspect.Parameter.KEYWORD_ONLY, default=one.default, annotation=one.type)
+        for one in taken
+    ]
+    function.__signature__ = signature.replace(parameters=[*own, *added])
+
+
+def _document(text: str, taken: Sequence[Argument], replace: bool) -> str:
+    collector = re.search(r"^( +)\*\*\w+:.*\n", text, re.MULTILINE)
+    assert collector, "a line for the arguments that are collected"
+    entries = "".join(f"{collector[1]}{one.name}: {one.help}\n" for one in taken)
+    return text[: collector.start()] + entries + text[collector.end() if replace else collector.start() :]

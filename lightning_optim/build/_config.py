@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 
 from lightning_optim.build import _trust as trust
 from lightning_optim.build import rules
-from lightning_optim.build._arguments import Arguments
+from lightning_optim.build._arguments import ARGUMENTS, Arguments
 from lightning_optim.build._curves import get_schedule
 from lightning_optim.build._plain import plain
 from lightning_optim.build._resume import as_overrides
@@ -50,8 +50,8 @@ class OptimConfig(Arguments):
     _withheld: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
-        for field in dataclasses.fields(self):
-            object.__setattr__(self, field.name, plain(getattr(self, field.name)))
+        for name in ARGUMENTS:
+            object.__setattr__(self, name, plain(getattr(self, name)))
         for name, bounds in (("lr", NON_NEGATIVE), ("weight_decay", NON_NEGATIVE), ("layer_decay", _LAYER_DECAY)):
             object.__setattr__(self, name, as_number(name, getattr(self, name), bounds))
         object.__setattr__(self, "warmup_steps", parse_warmup(self.warmup_steps))

@@ -12,21 +12,22 @@ from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from typing import Any, NoReturn
 
 from torch import Tensor
 from torch.optim import Optimizer
+from typing_extensions import Unpack
 
 from lightning_optim.build import rules
+from lightning_optim.build._arguments import OptimizerArguments, takes_arguments
 from lightning_optim.build._config import OptimConfig
 from lightning_optim.build._memory import state_bytes
 from lightning_optim.build._resume import Resuming, mark
+from lightning_optim.build._schedules import resolve_warmup
 from lightning_optim.errors import IncompatibleTrainer, InvalidOption, InvalidParamGroups, MissingDependency
 from lightning_optim.groups import (
     GroupPolicy,
     NamedParameter,
     Target,
-    TargetModules,
     device_types,
     left_out,
     make_groups,
@@ -213,43 +214,18 @@ def _build(
     )
 
 
-def build_optimizer(
-    target: Target,
-    optim: str = "adamw_torch",
-    *,
-    lr: float | None = None,
-    weight_decay: float | None = None,
-    optim_args: Mapping[str, Any] | str | None = None,
-    optim_target_modules: TargetModules = None,
-    param_groups: Mapping[str, Mapping[str, Any]] | None = None,
-    layer_decay: float | None = None,
-    layer_pattern: str | None = None,
-    warmup_steps: int = 0,
-    optim_fallback: bool = False,
-    override_on_resume: Sequence[str] | str | None = None,
-    **unknown: NoReturn,
-) -> Optimizer:
+@takes_arguments(OptimizerArguments)
+def build_optimizer(target: Target, optim: str = "adamw_torch", **arguments: Unpack[OptimizerArguments]) -> Optimizer:
     """Builds an optimizer by name, for plain PyTorch, Fabric and manual optimization.
+
+    It makes no schedule: ``warmup_steps``, in steps, is for optimizers that warm up themselves, and refused for others,
+    whose warm-up is :func:`build_schedule`'s. What wins by ``override_on_resume`` does so when a state dict is loaded.
 
     Args:
         target: A module, its parameters or (name, parameter) pairs. From a module, biases, norms and embeddings are
             recognized; from bare parameters only the number of dimensions is known.
         optim: Identifier, alias or dotted path such as ``"torch.optim.NAdam"``.
-        lr: Learning rate; ``None`` takes the row's default.
-        weight_decay: Weight decay of the parameters that decay; ``None`` takes the row's default.
-        optim_args: The row's options, a mapping or ``"name=value,..."``.
-        optim_target_modules: Modules whose weights are projected, for optimizers that project: ``"all-linear"``, a
-            regular expression over names, or a list of parts of names; ``None`` means ``"all-linear"``.
-        param_groups: Hyperparameters by regular expression over parameter names; the first match wins.
-        layer_decay: The learning rate is multiplied by this once per layer below the top.
-        layer_pattern: Regular expression whose one group is a layer's number.
-        warmup_steps: Warm-up in steps, for optimizers that warm up themselves (``schedule_free_adamw``,
-            ``schedule_free_sgd``); refused for others, whose warm-up is :func:`build_schedule`'s.
-        optim_fallback: Whether the nearest identifier that can run here takes the place of one that cannot, with a
-            warning.
-        override_on_resume: Hyperparameters, such as ``["lr", "weight_decay"]``, of which the values given here win when
-            a state dict is loaded; all others come from there.
-        **unknown: Refused, with what to write.
+        **arguments: Those of :class:`OptimArguments`, without the schedule's.
 
     Returns:
         An ordinary ``torch.optim.Optimizer``. If the name ends in ``_layerwise``, :class:`Layerwise` is attached to it:
@@ -269,29 +245,20 @@ def build_optimizer(
         >>> [group["name"] for group in optimizer.param_groups]
         ['decay', 'no_decay']
     """
-    refuse_unknown("build_optimizer", unknown, inspect.signature(build_optimizer).parameters, optim)
+    taken = inspect.signature(build_optimizer).parameters
+    unknown = {name: value for name, value in arguments.items() if name not in taken}
+    refuse_unknown("build_optimizer", unknown, taken, optim)
+    warmup_steps = arguments.get("warmup_steps", 0)
     if warmup_steps and REGISTRY.find(optim).warmup != "optimizer":
         raise IncompatibleTrainer(
             f"warmup_steps={warmup_steps} beside optim={optim!r}: build_optimizer makes no schedule. Leave it out and "
             f"call build_schedule(optimizer, 'constant_with_warmup', warmup_steps={warmup_steps})."
         )
-    config = OptimConfig(
-        optim=optim,
-        lr=lr,
-        weight_decay=weight_decay,
-        optim_args=optim_args,
-        optim_target_modules=optim_target_modules,
-        param_groups=param_groups,
-        layer_decay=layer_decay,
-        layer_pattern=layer_pattern,
-        warmup_steps=warmup_steps,
-        optim_fallback=optim_fallback,
-        override_on_resume=override_on_resume,
-    )
+    config = OptimConfig(optim=optim, **arguments)
     builder = _BUILDER.get()
     if builder is not None:
         return builder(target, config)
-    resolved = resolve(target, config, warmup_steps=warmup_steps)
+    resolved = resolve(target, config, warmup_steps=resolve_warmup(config.warmup_steps, None))
     substitution = resolved.substitution(optim)
     if substitution:
         warnings.warn(substitution, stacklevel=2)

@@ -19,7 +19,7 @@ from lightning.pytorch.trainer.connectors.accelerator_connector import _Accelera
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning_utilities.core.rank_zero import rank_zero_info
 
-from lightning_optim.build import OptimConfig, trust
+from lightning_optim.build import ARGUMENTS, Argument, OptimConfig, trust
 from lightning_optim.errors import (
     IncompatibleTrainer,
     InvalidOption,
@@ -50,32 +50,17 @@ def _mapping(text: Any) -> dict[str, Any]:
 
 register_type(OptionText, serializer=dict, deserializer=_mapping, fail_already_registered=False)
 
-_ARGUMENTS: dict[str, tuple[Any, str]] = {
-    "optim": (str | None, "Optimizer by name; `lightning-optim list` shows all. Without it the model decides."),
-    "lr": (float | None, "Learning rate (default: the optimizer's)."),
-    "weight_decay": (float | None, "Weight decay of weights, not of biases and norms (default: the optimizer's)."),
-    "optim_args": (
-        dict[str, Any] | OptionText | None,
-        "Options of the optimizer: --optim_args.eps 1e-6, a mapping in YAML, or 'name=value,...'.",
-    ),
-    "optim_target_modules": (
-        list[str] | str | None,
-        "Modules whose weights are projected: all-linear, a regular expression over names, or a list of their parts.",
-    ),
-    "param_groups": (
-        dict[str, dict[str, Any]] | None,
-        "Hyperparameters by regular expression over parameter names, for instance {'embed.*': {'lr': 1e-4}}.",
-    ),
-    "layer_decay": (float | None, "The learning rate is multiplied by this once per layer below the top."),
-    "layer_pattern": (str | None, "Regular expression whose one group is a layer's number."),
-    "lr_scheduler": (str | None, "Learning-rate schedule by name: linear, cosine, ..."),
-    "lr_scheduler_args": (dict[str, Any] | OptionText | None, "Options of the schedule."),
-    "warmup_steps": (int | float | None, "Warm-up in optimizer steps, or a fraction of the training below 1."),
-    "optim_fallback": (bool | None, "Whether the nearest identifier that can run here may take the place of another."),
-    "override_on_resume": (
-        list[str] | str | None,
-        "What wins over the checkpoint of --ckpt_path: lr, weight_decay, options such as betas, lr_scheduler.",
-    ),
+
+def _type(argument: Argument) -> Any:
+    """Returns the type on the command line, where every argument may be left out."""
+    return (dict[str, Any] | OptionText if argument.name.endswith("_args") else argument.type) | None
+
+
+# What is said otherwise on a command line.
+_HELP = {
+    "optim": "Optimizer by name; `lightning-optim list` shows all. Without it the model decides.",
+    "optim_args": "Options of the optimizer: --optim_args.eps 1e-6, a mapping in YAML, or 'name=value,...'.",
+    "lr_scheduler_args": "Options of the schedule, in the same ways.",
 }
 
 
@@ -181,8 +166,9 @@ class OptimCLI(LightningCLI):
             )
         # Not in add_arguments_to_parser: users override that one without calling super().
         super().add_core_arguments_to_parser(parser)
-        for name, (annotation, help) in _ARGUMENTS.items():
-            parser.add_argument(f"--{name}", type=annotation, default=None, help=help)
+        for name, argument in ARGUMENTS.items():
+            help = _HELP.get(name, argument.help.replace("``", ""))
+            parser.add_argument(f"--{name}", type=_type(argument), default=None, help=help)
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         super().parse_arguments(parser, args)
@@ -208,7 +194,7 @@ class OptimCLI(LightningCLI):
             self.model.optim_config = self.optim_config
             if self.model.hparams:
                 # So that load_from_checkpoint gives back the optimizer that trained.
-                told = {name for name in _ARGUMENTS if name in self.model.hparams} | self._given().keys()
+                told = {name for name in ARGUMENTS if name in self.model.hparams} | self._given().keys()
                 self.model._update_hyperparameters({name: getattr(self.optim_config, name) for name in told})
             return
         callback = OptimCallback(**dataclasses.asdict(self.optim_config))
@@ -247,7 +233,7 @@ class OptimCLI(LightningCLI):
 
     def _given(self) -> dict[str, Any]:
         """Returns the optimizer arguments that were given, as plain values."""
-        values = {name: self._section().get(name) for name in _ARGUMENTS}
+        values = {name: self._section().get(name) for name in ARGUMENTS}
         return {
             name: value.as_dict() if isinstance(value, Namespace) else value
             for name, value in values.items()
@@ -295,4 +281,4 @@ class OptimCLI(LightningCLI):
             return {}
         parser = ArgumentParser()
         parser.add_class_arguments(model_class, fail_untyped=False)
-        return {name: value for name, value in parser.get_defaults().items() if name in _ARGUMENTS}
+        return {name: value for name, value in parser.get_defaults().items() if name in ARGUMENTS}

@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
 import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
 from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch.utilities.model_helpers import _restricted_classmethod
 from torch import nn
 from torch.optim import Optimizer
-from typing_extensions import Self
+from typing_extensions import Self, Unpack
 
-from lightning_optim.build import OptimConfig, storable, trust
+from lightning_optim.build import ARGUMENTS, OptimConfig, OptimizerArguments, storable, takes_arguments, trust
 from lightning_optim.errors import IncompatibleTrainer
 from lightning_optim.groups import Target, TargetModules
 from lightning_optim.table import refuse_unknown
@@ -36,14 +35,13 @@ else:
     _Base = object
 
 
-# The arguments of the mixin.
-_ARGUMENTS = tuple(field.name for field in dataclasses.fields(OptimConfig))
 _LIGHTNING = ("lightning", packages.OTHER, "lightning_fabric", "torch")
 _NOT_SCRIPTED = "__jit_unused_properties__"
 # Where the value of an attribute ``lr`` of the module's own is kept.
 _OWN_LR = "_own_lr"
 
 
+@takes_arguments()
 class OptimMixin(_Base):
     """Adds ``optim`` and its companions to the arguments of a LightningModule and resolves ``configure_optimizers``.
 
@@ -54,26 +52,10 @@ class OptimMixin(_Base):
                 super().__init__(**optim)
                 ...
 
+    ``self.lr`` reads and sets ``lr``, for ``Tuner.lr_find``.
+
     Args:
         *args: Handed on to the next class.
-        optim: Identifier, alias or dotted path; ``lightning-optim list`` shows them.
-        lr: Learning rate; ``None`` takes the row's default. ``self.lr`` reads and sets it, for ``Tuner.lr_find``.
-        weight_decay: Weight decay of the parameters that decay (not biases, norms and others with fewer than two
-            dimensions); ``None`` takes the row's default.
-        optim_args: The row's options, a mapping or ``"name=value,..."``; ``lightning-optim info NAME`` shows them.
-        optim_target_modules: Modules whose weights are projected, for optimizers that project: ``"all-linear"``, a
-            regular expression over names, or a list of parts of names; ``None`` means ``"all-linear"``.
-        param_groups: Hyperparameters by regular expression over parameter names; the first match wins.
-        layer_decay: The learning rate is multiplied by this once per layer below the top.
-        layer_pattern: Regular expression whose one group is a layer's number; ``None`` finds the layers.
-        lr_scheduler: Name of the learning-rate schedule; ``None`` for none, ``"module"`` for the one that the next
-            class's ``configure_optimizers`` makes, at its learning rate unless ``lr`` says otherwise.
-        lr_scheduler_args: Options of the schedule, a mapping or ``"name=value,..."``.
-        warmup_steps: Optimizer steps of warm-up, or a fraction of the training below 1.
-        optim_fallback: Whether the nearest identifier that can run here takes the place of one that cannot, with a
-            warning; ``optim`` is saved as it was given.
-        override_on_resume: What wins over the checkpoint that ``fit(ckpt_path=...)`` goes on from: names of arguments
-            and options, such as ``["lr", "weight_decay", "betas", "lr_scheduler"]``. All others come from there.
         **kwargs: Handed on to the next class.
 
     Raises:
@@ -102,6 +84,7 @@ class OptimMixin(_Base):
         override_on_resume: Sequence[str] | str | None = None,
         **kwargs: Any,
     ) -> None:
+        ours = {name: value for name, value in locals().items() if name in ARGUMENTS}
         if trust.is_reading():
             # The outermost got them out of the file; what it hands on may be words of its own.
             *_, outermost = _init_frames(self)
@@ -112,33 +95,19 @@ class OptimMixin(_Base):
         if not any(arguments.collects for arguments in following):
             taken = {name for arguments in following for name in arguments.names}
             unknown = {name: value for name, value in kwargs.items() if name not in taken}
-            refuse_unknown(type(self).__name__, unknown, _ARGUMENTS, optim)
+            refuse_unknown(type(self).__name__, unknown, ARGUMENTS, optim)
         for name, value in (("lr", lr), ("weight_decay", weight_decay)):
             if value is not None and any(name in arguments.names for arguments in following):
                 # A module with such an argument of its own: both mean the same.
                 kwargs[name] = value
         super().__init__(*args, **kwargs)
-        self.optim_config = OptimConfig(
-            optim=optim,
-            lr=lr,
-            weight_decay=weight_decay,
-            optim_args=optim_args,
-            optim_target_modules=optim_target_modules,
-            param_groups=param_groups,
-            layer_decay=layer_decay,
-            layer_pattern=layer_pattern,
-            lr_scheduler=lr_scheduler,
-            lr_scheduler_args=lr_scheduler_args,
-            warmup_steps=warmup_steps,
-            optim_fallback=optim_fallback,
-            override_on_resume=override_on_resume,
-        )
+        self.optim_config = OptimConfig(**ours)
         if vars(self).get(_OWN_LR) == self.optim_config.lr:
             vars(self).pop(_OWN_LR, None)
         if self.hparams:
             # The next class has saved its own arguments: with these, load_from_checkpoint gives back this optimizer.
-            ours = {name: getattr(self.optim_config, name) for name in _ARGUMENTS}
-            given = {name: value for name, value in ours.items() if value != getattr(OptimConfig, name)}
+            asked = {name: getattr(self.optim_config, name) for name in ARGUMENTS}
+            given = {name: value for name, value in asked.items() if value != ARGUMENTS[name].default}
             self._update_hyperparameters({name: value for name, value in given.items() if name not in self.hparams})
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -181,7 +150,7 @@ class OptimMixin(_Base):
         saved.update(values)
         for name in [name for name, value in saved.items() if report.is_report(name, value)]:
             del saved[name]
-        saved.update({name: storable(saved[name]) for name in _ARGUMENTS if name in saved})
+        saved.update({name: storable(saved[name]) for name in ARGUMENTS if name in saved})
         self._hparams_initial = copy.deepcopy(self._hparams)
 
     # Lightning's own kind of class method, which refuses to be called on an instance.
@@ -251,61 +220,29 @@ class OptimMixin(_Base):
         self._use_config()
         return integration.configure(self, self.optim_config, own_hook(super().configure_optimizers))
 
+    @takes_arguments(OptimizerArguments)
     def build_optimizer(
-        self,
-        target: Target | None = None,
-        optim: str | None = None,
-        *,
-        lr: float | None = None,
-        weight_decay: float | None = None,
-        optim_args: Mapping[str, Any] | str | None = None,
-        optim_target_modules: TargetModules = None,
-        param_groups: Mapping[str, Mapping[str, Any]] | None = None,
-        layer_decay: float | None = None,
-        layer_pattern: str | None = None,
-        warmup_steps: int | float = 0,
-        optim_fallback: bool | None = None,
-        override_on_resume: Sequence[str] | str | None = None,
-        **unknown: NoReturn,
+        self, target: Target | None = None, optim: str | None = None, **arguments: Unpack[OptimizerArguments]
     ) -> Optimizer:
         """Builds an optimizer by name inside your own ``configure_optimizers``, for GANs and manual optimization.
 
-        It makes no schedule; :func:`lightning_optim.build_schedule` does.
+        It makes no schedule; :func:`lightning_optim.build_schedule` does. ``warmup_steps`` is for an optimizer that
+        warms up itself.
 
         Args:
             target: A module, parameters or (name, parameter) pairs; ``None`` means this module.
             optim: Identifier. Without one, this module's own arguments are the defaults of those below.
-            lr: Learning rate.
-            weight_decay: Weight decay of the parameters that decay.
-            optim_args: The row's options.
-            optim_target_modules: Modules whose weights are projected, for optimizers that project.
-            param_groups: Hyperparameters by regular expression over parameter names.
-            layer_decay: Factor on the learning rate per layer below the top.
-            layer_pattern: Regular expression whose one group is a layer's number.
-            warmup_steps: Warm-up of an optimizer that warms up itself.
-            optim_fallback: Whether the nearest identifier that can run here takes the place of one that cannot.
-            override_on_resume: Names of what wins over a checkpoint, such as ``["lr", "weight_decay"]``.
-            **unknown: Refused, with what to write.
+            **arguments: Those of :class:`OptimArguments`, without the schedule's.
 
         Returns:
             The optimizer; what it needs from the Trainer (mode switches, the report) is taken care of.
 
         It raises what :func:`lightning_optim.build_optimizer` raises.
         """
-        options = {
-            "lr": lr,
-            "weight_decay": weight_decay,
-            "optim_args": optim_args,
-            "optim_target_modules": optim_target_modules,
-            "param_groups": param_groups,
-            "layer_decay": layer_decay,
-            "layer_pattern": layer_pattern,
-            "warmup_steps": warmup_steps or None,
-            "optim_fallback": optim_fallback,
-            "override_on_resume": override_on_resume,
-        }
-        refuse_unknown("self.build_optimizer", unknown, options, optim or self.optim_config.optim)
-        given: dict[str, Any] = {name: value for name, value in options.items() if value is not None}
+        taken = OptimizerArguments.__annotations__
+        unknown = {name: value for name, value in arguments.items() if name not in taken}
+        refuse_unknown("self.build_optimizer", unknown, taken, optim or self.optim_config.optim)
+        given: dict[str, Any] = {name: value for name, value in arguments.items() if value is not None}
         if optim in (None, self.optim_config.optim):
             self._use_config()
         if optim is not None:

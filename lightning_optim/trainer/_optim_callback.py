@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import fields
 from functools import partial
-from typing import Any, NoReturn
+from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import LearningRateFinder
 from lightning_utilities.core.rank_zero import rank_zero_info
+from typing_extensions import Unpack
 
-from lightning_optim.build import OptimConfig
+from lightning_optim.build import ARGUMENTS, Companions, OptimConfig, takes_arguments
 from lightning_optim.errors import IncompatibleTrainer, InvalidOption
-from lightning_optim.groups import TargetModules
 from lightning_optim.table import refuse_unknown
 from lightning_optim.trainer import _integration as integration
 from lightning_optim.trainer import _packages as packages
@@ -22,6 +20,7 @@ from lightning_optim.trainer._mixin import OptimMixin
 from lightning_optim.trainer.callbacks._old_checkpoints import OldCheckpoints
 
 
+@takes_arguments(Companions)
 class OptimCallback(Callback):
     """Gives any LightningModule the optimizer named, in place of its own ``configure_optimizers``, while fit runs.
 
@@ -37,68 +36,23 @@ class OptimCallback(Callback):
 
     Args:
         optim: Identifier, alias or dotted path; ``None`` keeps what the module builds.
-        lr: Learning rate; ``None`` takes the row's default.
-        weight_decay: Weight decay of the parameters that decay; ``None`` takes the row's default.
-        optim_args: The row's options, a mapping or ``"name=value,..."``.
-        optim_target_modules: Modules whose weights are projected, for optimizers that project: ``"all-linear"``, a
-            regular expression over names, or a list of parts of names; ``None`` means ``"all-linear"``.
-        param_groups: Hyperparameters by regular expression over parameter names; the first match wins.
-        layer_decay: The learning rate is multiplied by this once per layer below the top.
-        layer_pattern: Regular expression whose one group is a layer's number.
-        lr_scheduler: Name of the learning-rate schedule; ``"module"`` keeps the module's own around the named
-            optimizer, at the module's own learning rate unless ``lr`` says otherwise.
-        lr_scheduler_args: Options of the schedule.
-        warmup_steps: Optimizer steps of warm-up, or a fraction of the training.
-        optim_fallback: Whether the nearest identifier that can run here takes the place of one that cannot, with a
-            warning.
-        override_on_resume: Names of what wins over the checkpoint that ``fit(ckpt_path=...)`` goes on from, such as
-            ``["lr", "weight_decay", "betas", "lr_scheduler"]``.
-        **unknown: Refused, with what to write.
+        **arguments: Those of :class:`OptimArguments`.
 
     Raises:
         UnknownOptimizer, UnknownSchedule, InvalidOption, IncompatibleTrainer: At once, when the request is wrong.
     """
 
-    def __init__(
-        self,
-        optim: str | None = None,
-        lr: float | None = None,
-        weight_decay: float | None = None,
-        optim_args: Mapping[str, Any] | str | None = None,
-        optim_target_modules: TargetModules = None,
-        param_groups: Mapping[str, Mapping[str, Any]] | None = None,
-        layer_decay: float | None = None,
-        layer_pattern: str | None = None,
-        lr_scheduler: str | None = None,
-        lr_scheduler_args: Mapping[str, Any] | str | None = None,
-        warmup_steps: int | float = 0,
-        optim_fallback: bool = False,
-        override_on_resume: Sequence[str] | str | None = None,
-        **unknown: NoReturn,
-    ) -> None:
-        refuse_unknown("OptimCallback", unknown, (field.name for field in fields(OptimConfig)), optim)
-        companions: dict[str, Any] = {
-            "lr": lr,
-            "weight_decay": weight_decay,
-            "optim_args": optim_args,
-            "optim_target_modules": optim_target_modules,
-            "param_groups": param_groups,
-            "layer_decay": layer_decay,
-            "layer_pattern": layer_pattern,
-            "lr_scheduler": lr_scheduler,
-            "lr_scheduler_args": lr_scheduler_args,
-            "warmup_steps": warmup_steps,
-            "optim_fallback": optim_fallback,
-            "override_on_resume": override_on_resume,
-        }
-        given = [f"{name}={value!r}" for name, value in companions.items() if value not in (None, 0)]
+    def __init__(self, optim: str | None = None, **arguments: Unpack[Companions]) -> None:
+        unknown = {name: value for name, value in arguments.items() if name not in ARGUMENTS}
+        refuse_unknown("OptimCallback", unknown, ARGUMENTS, optim)
+        given = [f"{name}={value!r}" for name, value in arguments.items() if value not in (None, 0)]
         if optim is None and given:
             raise InvalidOption(
                 f"OptimCallback({', '.join(given)}) without optim, which keeps the optimizers that the module builds: "
                 "it would be ignored. Name one, for instance optim='adamw_torch', or write OptimCallback()."
             )
         #: What was asked for; ``None`` if the module's own optimizers are kept.
-        self.config = None if optim is None else OptimConfig(optim=optim, **companions)
+        self.config = None if optim is None else OptimConfig(optim=optim, **arguments)
         self._old_checkpoints = OldCheckpoints()
         self._active = False
         self._installed_before: Any = None

@@ -23,7 +23,6 @@ from lightning_optim import (
     IncompatibleTrainer,
     InvalidOption,
     MissingDependency,
-    OptimArguments,
     OptimCallback,
     OptimMixin,
     UnknownOptimizer,
@@ -250,23 +249,6 @@ class TestMixin:
         run.fit(Late(lr=0.1, lr_scheduler="linear"), loader())
         # 20 steps, of which the schedule has taken all; the group's own peak is 1.
         assert learning_rates(run) == pytest.approx([0.0, 0.0, 0.0])
-
-    def test_the_arguments_are_spelled_alike_everywhere(self) -> None:
-        import inspect
-
-        from lightning_optim import OptimConfig
-        from lightning_optim.trainer._cli import _ARGUMENTS
-
-        def defaults(function: Any) -> dict[str, Any]:
-            parameters = inspect.signature(function).parameters.values()
-            return {p.name: p.default for p in parameters if p.default is not p.empty}
-
-        assert defaults(OptimMixin.__init__) == defaults(OptimConfig)
-        # Without a name the callback keeps what the module builds.
-        assert defaults(OptimCallback.__init__) == {**defaults(OptimConfig), "optim": None}
-        assert list(_ARGUMENTS) == list(OptimArguments.__annotations__) == list(defaults(OptimConfig))
-        common = defaults(build_optimizer)
-        assert {name: defaults(OptimConfig)[name] for name in common} == common
 
 
 class TestReport:

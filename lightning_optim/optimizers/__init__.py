@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from lightning_optim.errors import MissingDependency
 from lightning_optim.optimizers._adafactor import (
     Adafactor,
 )
@@ -56,7 +57,13 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     # It needs bitsandbytes, an optional package.
     if name == "GaLoreAdamW8bit":
-        from lightning_optim.optimizers.adapters import _galore
-
-        return _galore.GaLoreAdamW8bit
+        try:
+            from lightning_optim.optimizers.adapters._galore import GaLoreAdamW8bit
+        except ModuleNotFoundError as error:
+            if error.name != "bitsandbytes":
+                raise
+            raise MissingDependency(
+                f"{name} needs bitsandbytes, which is not installed. pip install 'lightning-optim[bitsandbytes]'"
+            ) from error
+        return GaLoreAdamW8bit
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

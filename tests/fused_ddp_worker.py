@@ -1,6 +1,6 @@
 """Fits under DDP and fused_ddp in float16, all in the same two processes; each writes ``rank<n>.pt``.
 
-``test_fused_ddp.py`` starts it and compares. Lightning starts the second process: it runs this file once more.
+``test_fused_ddp.py`` starts both and compares.
 """
 
 from __future__ import annotations

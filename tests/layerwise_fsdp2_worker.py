@@ -1,6 +1,6 @@
 """Fits under ModelParallelStrategy and layerwise_fsdp2, all in the same two processes; writes ``rank<n>.pt``.
 
-``test_layerwise_fsdp2.py`` starts it and compares. Lightning starts the second process: it runs this file once more.
+``test_layerwise_fsdp2.py`` starts both and compares.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Processes of their own on the stand-in device "npu"; see test_npu.py.
 
-``python -m tests.npu_worker resume DIR`` and ``python -m tests.npu_worker ddp DIR PORT ...``.
+``python -m tests.npu_worker train DIR``, ``... resume DIR`` and ``... ddp DIR PORT ...``.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from typing import Any
 import lightning as L
 import torch
 import torch.distributed as dist
+from lightning.pytorch.callbacks import ModelCheckpoint
 
 from tests.models import LitTokens, loader, trainer
 
@@ -20,6 +21,29 @@ from tests.models import LitTokens, loader, trainer
 def on_npu(**flags: Any) -> L.Trainer:
     """A quiet Trainer on one NPU."""
     return trainer(**{"accelerator": "npu", "strategy": "npu", "devices": 1, **flags})
+
+
+FUSED = "adamw_torch_npu_fused"
+RESUMED = [("adamw_torch", "32-true"), ("adamw_torch_layerwise", "16-mixed"), (FUSED, "32-true"), (FUSED, "16-mixed")]
+
+
+def train(name: str, folder: Path, **flags: Any) -> LitTokens:
+    """Trains 20 steps; step 10 is saved as ``NAME.ckpt``."""
+    torch.manual_seed(0)
+    model = LitTokens(optim=name, lr=1e-3)
+    saver = ModelCheckpoint(folder, filename=f"{name}-{{step}}", every_n_train_steps=10, save_top_k=-1)
+    on_npu(max_steps=20, callbacks=[saver], enable_checkpointing=True, **flags).fit(model, loader())
+    (folder / f"{name}-step=10.ckpt").rename(folder / f"{name}.ckpt")
+    (folder / f"{name}-step=20.ckpt").unlink()
+    return model
+
+
+def train_all(folder: Path) -> None:
+    """Trains each of ``RESUMED``; leaves ``NAME@PRECISION.ckpt``, and the last weights as ``NAME@PRECISION.whole``."""
+    for name, precision in RESUMED:
+        model = train(name, folder, precision=precision, gradient_clip_val=0.5)
+        torch.save(model.state_dict(), folder / f"{name}@{precision}.whole")
+        (folder / f"{name}.ckpt").rename(folder / f"{name}@{precision}.ckpt")
 
 
 def resume(folder: Path) -> None:
@@ -46,6 +70,7 @@ def ddp(folder: Path, ports: list[str]) -> None:
 
     Two nodes, because torch asks the device for the number of its queues, and a device in Python has but one.
     """
+    os.environ |= {"NODE_RANK": os.environ["LOCAL_RANK"], "LOCAL_RANK": "0"}
     for (accelerator, strategy, optim), port in zip(DDP_RUNS, ports, strict=True):
         os.environ["MASTER_PORT"] = port
         torch.manual_seed(0)
@@ -67,7 +92,8 @@ def ddp(folder: Path, ports: list[str]) -> None:
 if __name__ == "__main__":
     # As in the tests: several threads round sums differently.
     torch.set_num_threads(1)
-    if sys.argv[1] == "resume":
-        resume(Path(sys.argv[2]))
+    task, folder, *ports = sys.argv[1:]
+    if task == "ddp":
+        ddp(Path(folder), ports)
     else:
-        ddp(Path(sys.argv[2]), sys.argv[3:])
+        {"train": train_all, "resume": resume}[task](Path(folder))

@@ -12,11 +12,13 @@ import json
 import os
 import runpy
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
 import time
 import traceback
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any
@@ -24,15 +26,24 @@ from typing import IO, Any
 ROOT = Path(__file__).parents[1]
 
 
-def run_fresh(*words: str, path: Path | None = None, timeout: int = 300) -> subprocess.CompletedProcess[str]:
+def run_fresh(
+    *words: str,
+    path: Path | None = None,
+    timeout: int = 300,
+    ranks: int = 1,
+    environment: Mapping[str, str] | None = None,
+) -> subprocess.CompletedProcess[str]:
     """Runs ``python WORDS`` in a process that has imported ``lightning_optim`` and no more; waits for what it starts.
 
     Args:
         words: ``-c CODE ...``, ``-m MODULE ...`` or ``SCRIPT ...``.
         path: Where packages are looked for first.
         timeout: Seconds after which it is killed.
+        ranks: Runs it in so many processes at once, for Trainers with as many devices: the ranks of one job, as a
+            cluster would start them. If one fails, the others are killed. Their outputs are one.
+        environment: Variables that were set before it imported anything.
     """
-    server = _server()
+    server, port = _server(tuple((environment or {}).items())), _free_port()
     assert server.stdin is not None
     assert server.stdout is not None
     with tempfile.TemporaryDirectory() as folder:
@@ -41,7 +52,7 @@ def run_fresh(*words: str, path: Path | None = None, timeout: int = 300) -> subp
             "words": words,
             "path": str(path) if path else None,
             "timeout": timeout,
-            "environment": {**os.environ, "PYTHONPATH": os.pathsep.join((str(ROOT), os.environ.get("PYTHONPATH", "")))},
+            "environments": [_variables(environment or {}, rank, ranks, port) for rank in range(ranks)],
             "folder": os.getcwd(),
             "files": [str(file) for file in files],
         }
@@ -51,10 +62,29 @@ def run_fresh(*words: str, path: Path | None = None, timeout: int = 300) -> subp
         return subprocess.CompletedProcess(words, status, *(file.read_text() for file in files))
 
 
+def _variables(given: Mapping[str, str], rank: int, ranks: int, port: int) -> dict[str, str]:
+    variables = {**os.environ, "PYTHONPATH": os.pathsep.join((str(ROOT), os.environ.get("PYTHONPATH", ""))), **given}
+    if ranks > 1:
+        variables |= {"LOCAL_RANK": str(rank), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    return variables
+
+
+def _free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port: int = server.getsockname()[1]
+    return port
+
+
 @functools.cache
-def _server() -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "tests.processes"]
-    server = subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+def _server(environment: tuple[tuple[str, str], ...]) -> subprocess.Popen[str]:
+    server = subprocess.Popen(
+        [sys.executable, "-m", "tests.processes"],
+        cwd=ROOT,
+        env={**os.environ, **dict(environment)},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
     atexit.register(server.terminate)
     return server
 
@@ -67,30 +97,47 @@ def _serve(requests: IO[str], answers: IO[str]) -> None:
     torch.set_num_threads(1)  # a fork keeps no other thread
     for line in requests:
         request = json.loads(line)
-        child = os.fork()
-        if not child:
-            _become(request)
-        _, status = os.waitpid(child, 0)
-        # What it has started belongs to its group, and may still be at work.
+        children: list[int] = []
+        for environment in request["environments"]:
+            child = os.fork()
+            if not child:
+                _become(request, environment, children[0] if children else 0)
+            children.append(child)
+            os.setpgid(child, children[0])
+        group, statuses = children[0], []
+        while len(statuses) < len(children) and not any(statuses):
+            statuses.append(_reap(group))
+        # What they have started belongs to their group, and may still be at work; so may ranks that wait for one.
         with suppress(ProcessLookupError):
             for _ in range(100):
-                os.killpg(child, 0)
+                os.killpg(group, 0)
+                with suppress(ChildProcessError):
+                    os.waitpid(-group, os.WNOHANG)
                 time.sleep(0.1)
-            os.killpg(child, signal.SIGKILL)
-        answers.write(f"{os.waitstatus_to_exitcode(status)}\n")
+            os.killpg(group, signal.SIGKILL)
+        with suppress(ChildProcessError):
+            while True:
+                _reap(group)
+        answers.write(f"{statuses[-1]}\n")
         answers.flush()
 
 
-def _become(request: dict[str, Any]) -> None:
+def _reap(group: int) -> int:
+    """Waits for a child of the group to end; returns its exit status."""
+    _, status = os.waitpid(-group, 0)
+    return os.waitstatus_to_exitcode(status)
+
+
+def _become(request: dict[str, Any], environment: dict[str, str], group: int) -> None:
     """Does what is asked, as the interpreter does with its command line, and exits."""
     status = 1
     try:
-        os.setpgrp()
+        os.setpgid(0, group)
         os.chdir(request["folder"])
         os.environ.clear()
-        os.environ.update(request["environment"])
+        os.environ.update(environment)
         for file, descriptor in zip(request["files"], (1, 2), strict=True):
-            os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT), descriptor)
+            os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND), descriptor)
         sys.stdout, sys.stderr = (open(descriptor, "w", 1, closefd=False) for descriptor in (1, 2))  # noqa: SIM115
         signal.alarm(request["timeout"])
         if request["path"]:

@@ -18,7 +18,7 @@ PAIRS = [f"{optim}, {clipping}" for optim in OPTIMS for clipping in (*CLIPPING, 
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, dict[str, Any]]]:
     """All pairs of runs by name, of each process."""
     directory = tmp_path_factory.mktemp("fused_ddp")
-    done = run_fresh("-m", "tests.fused_ddp_worker", str(directory))
+    done = run_fresh("-m", "tests.fused_ddp_worker", str(directory), ranks=2)
     assert done.returncode == 0, done.stderr[-3000:]
     return [torch.load(directory / f"rank{rank}.pt", weights_only=True) for rank in (0, 1)]
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import pickle
 import subprocess
+from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
 from typing import Any
 
@@ -12,15 +14,15 @@ from torch import Tensor
 
 from lightning_optim import LayerwiseDDPStrategy
 from tests.layerwise_ddp_worker import ACCUMULATED_NORM, BUCKETS, CHAINED, COMPARED, HOWS, LAYOUTS, OVERFLOWS, leg
-from tests.models import TOKENS
+from tests.models import TOKENS, LitTokens, trainer
 from tests.processes import run_fresh
 
 MIB = 2**20
 Run = dict[str, Any]
 
 
-def start(task: str, argument: object, timeout: int = 300) -> subprocess.CompletedProcess[str]:
-    return run_fresh("-m", "tests.layerwise_ddp_worker", task, str(argument), timeout=timeout)
+def start(task: str, argument: object, timeout: int = 300, ranks: int = 2) -> subprocess.CompletedProcess[str]:
+    return run_fresh("-m", "tests.layerwise_ddp_worker", task, str(argument), timeout=timeout, ranks=ranks)
 
 
 @pytest.fixture(scope="module")
@@ -73,11 +75,19 @@ def test_equals_ddp(ranks: list[dict[str, Any]], name: str, setting: str) -> Non
     assert_equals_ddp(ranks, f"{name}, {setting}")
 
 
-def test_spawned_processes_do_the_same(ranks: list[dict[str, Any]], tmp_path: Path) -> None:
-    done = start("spawn", tmp_path / "spawned.pt", timeout=120)
+def test_forked_processes_do_the_same(ranks: list[dict[str, Any]], tmp_path: Path) -> None:
+    done = start("notebook", tmp_path / "forked.pt", timeout=120, ranks=1)
     assert done.returncode == 0, done.stderr[-3000:]
-    spawned = torch.load(tmp_path / "spawned.pt", weights_only=True)
-    assert equal(spawned["weights"], ranks[0][f"adamw_8bit, {ACCUMULATED_NORM}"]["ddp"]["weights"])
+    forked = torch.load(tmp_path / "forked.pt", weights_only=True)
+    assert equal(forked["weights"], ranks[0][f"adamw_8bit, {ACCUMULATED_NORM}"]["ddp"]["weights"])
+
+
+def test_what_is_sent_to_spawned_processes() -> None:
+    run, model = trainer(strategy="layerwise_ddp_spawn", devices=2), LitTokens(optim="adamw_8bit_layerwise", lr=0.5)
+    arrived, module = pickle.loads(ForkingPickler.dumps((run, model)))
+    assert isinstance(arrived.strategy, LayerwiseDDPStrategy)
+    assert arrived.strategy.launcher._start_method == "spawn"
+    assert module.optim_config == model.optim_config
 
 
 def test_all_take_the_first_processs_weights_at_the_start(ranks: list[dict[str, Any]]) -> None:

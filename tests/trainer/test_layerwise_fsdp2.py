@@ -18,7 +18,7 @@ MIB = 2**20
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """All runs by name, of each process."""
     directory = tmp_path_factory.mktemp("layerwise_fsdp2")
-    done = run_fresh("-m", "tests.layerwise_fsdp2_worker", str(directory))
+    done = run_fresh("-m", "tests.layerwise_fsdp2_worker", str(directory), ranks=2)
     assert done.returncode == 0, done.stderr[-3000:]
     return [torch.load(directory / f"rank{rank}.pt", weights_only=True) for rank in (0, 1)]
 

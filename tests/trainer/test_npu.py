@@ -10,7 +10,6 @@ import ast
 import importlib.metadata
 import os
 import socket
-import subprocess
 import sys
 import types
 import zipfile
@@ -32,7 +31,8 @@ from lightning_optim import (
     build_optimizer,
 )
 from tests.models import LitTokens, loader, trainer
-from tests.npu_worker import DDP_RUNS
+from tests.npu_worker import DDP_RUNS, RESUMED
+from tests.processes import run_fresh
 
 FUSED = "adamw_torch_npu_fused"
 ROOT = Path(__file__).parents[2]
@@ -135,16 +135,32 @@ def with_npu(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     if not hasattr(backend_registration, "_setup_privateuseone_for_python_backend"):
         pytest.skip(f"torch {torch.__version__} takes no device in Python: needs torch 2.13")
     path = [str(STAND_IN), str(installed(tmp_path_factory.mktemp("site"))), str(ROOT)]
-    return {**os.environ, "PYTHONPATH": os.pathsep.join(path), "TORCH_DEVICE_BACKEND_AUTOLOAD": "1"}
+    return {"PYTHONPATH": os.pathsep.join(path), "TORCH_DEVICE_BACKEND_AUTOLOAD": "1"}
 
 
 def test_the_suite_passes_on_the_stand_in(with_npu: dict[str, str]) -> None:
-    command = [sys.executable, "-m", "pytest", "tests/npu_suite.py", "-q", "-p", "no:cacheprovider", "-p", "no:xdist"]
-    done = subprocess.run(command, cwd=ROOT, env=with_npu, capture_output=True, text=True, check=False)
+    suite = str(ROOT / "tests" / "npu_suite.py")
+    done = run_fresh("-m", "pytest", suite, "-q", "-p", "no:cacheprovider", "-p", "no:xdist", environment=with_npu)
     assert done.returncode == 0, done.stdout + done.stderr
     summary = done.stdout.splitlines()[-1]
     assert "skipped" not in summary
     assert int(summary.split(" passed")[0].split()[-1]) > 80, summary
+
+
+@pytest.fixture(scope="module")
+def resumed(with_npu: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where one fresh process has trained 20 steps of each, and another the last ten from the checkpoints."""
+    folder = tmp_path_factory.mktemp("resume")
+    for task in ("train", "resume"):
+        done = run_fresh("-m", "tests.npu_worker", task, str(folder), environment=with_npu)
+        assert done.returncode == 0, done.stderr
+    return folder
+
+
+@pytest.mark.parametrize(("name", "precision"), RESUMED)
+def test_a_resumed_run_is_exact(name: str, precision: str, resumed: Path) -> None:
+    whole, outcome = (torch.load(resumed / f"{name}@{precision}.{end}", weights_only=True) for end in ("whole", "out"))
+    assert all(torch.equal(outcome[key], value) for key, value in whole.items())
 
 
 def test_npu_ddp_is_lightnings_ddp(with_npu: dict[str, str], tmp_path: Path) -> None:
@@ -153,19 +169,8 @@ def test_npu_ddp_is_lightnings_ddp(with_npu: dict[str, str], tmp_path: Path) -> 
     ports = [str(server.getsockname()[1]) for server in sockets]
     for server in sockets:
         server.close()
-    nodes = [
-        subprocess.Popen(
-            [sys.executable, "-m", "tests.npu_worker", "ddp", str(tmp_path), *ports],
-            cwd=ROOT,
-            env={**with_npu, "MASTER_ADDR": "127.0.0.1", "NODE_RANK": str(rank), "LOCAL_RANK": "0"},
-            stderr=subprocess.PIPE,
-            stdout=subprocess.DEVNULL,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    errors = [node.communicate(timeout=300)[1] for node in nodes]
-    assert [node.returncode for node in nodes] == [0, 0], "\n".join(errors)
+    done = run_fresh("-m", "tests.npu_worker", "ddp", str(tmp_path), *ports, ranks=2, environment=with_npu)
+    assert done.returncode == 0, done.stderr
 
     outcomes = [
         [torch.load(tmp_path / f"{strategy}-{optim}.{rank}", weights_only=True) for rank in range(2)]

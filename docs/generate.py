@@ -10,15 +10,14 @@ import dataclasses
 import itertools
 import re
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from lightning_optim import OptimizerSpec, Options
-from lightning_optim.build import SCHEDULES, parameter_bytes
-from lightning_optim.table import ROWS, describe
+from lightning_optim import OptimizerSpec
+from lightning_optim.build import SCHEDULES
+from lightning_optim.command import Facts, describe_options, markdown_table, view
+from lightning_optim.table import ROWS
 
-SIDE = 1024
-ELEMENTS, ELEMENT_SIZE = SIDE * SIDE, 4
 PROVIDERS = {
     "torch": "PyTorch",
     "torch_xla": "torch_xla",
@@ -47,13 +46,15 @@ def formats() -> Iterator[str]:
     for spec in ROWS:
         names.setdefault(spec.format, []).extend((spec.name, *spec.aliases))
     lines = ((_code(key), ", ".join(map(_code, same))) for key, same in sorted(names.items()))
-    yield from _table(("format", "identifiers"), lines)
+    yield from markdown_table(("format", "identifiers"), lines)
 
 
 def identifiers() -> Iterator[str]:
     """Yields the lines of the overview and of every row's section."""
     header = ("identifier", "class", "lr", "weight decay", "extra", "state")
-    yield from _table(header, (_overview(name, spec) for spec in ROWS for name in (spec.name, *spec.aliases)))
+    yield from markdown_table(
+        header, (_overview(view(name, spec)) for spec in ROWS for name in (spec.name, *spec.aliases))
+    )
     for package, provider in itertools.groupby(ROWS, key=lambda spec: spec.implementation.partition(".")[0]):
         yield from ("", f"## {PROVIDERS[package]}")
         for spec in provider:
@@ -63,29 +64,30 @@ def identifiers() -> Iterator[str]:
 def schedules() -> Iterator[str]:
     """Yields the lines of the overview and of every schedule's options."""
     header = ("name", "what it does", "warm-up", "needs the length of the training")
-    yield from _table(
+    yield from markdown_table(
         header,
         ((_code(spec.name), spec.summary, _yes(spec.warms_up), _yes(spec.needs_total)) for spec in SCHEDULES.values()),
     )
     for spec in SCHEDULES.values():
         if dataclasses.fields(spec.options):
             yield from ("", f"Options of `{spec.name}`:", "")
-            yield from _options(spec.options, with_scope=False)
+            yield from _options(describe_options(spec.options), with_scope=False)
 
 
-def _overview(name: str, spec: OptimizerSpec) -> tuple[str, ...]:
-    identifier = f"[`{name}`](#optim-{spec.name})"
+def _overview(facts: Facts) -> tuple[str, ...]:
+    identifier = f"[`{facts['identifier']}`](#optim-{facts['alias_of'] or facts['identifier']})"
     return (
-        identifier if name == spec.name else f"{identifier}, alias of `{spec.name}`",
-        _code(spec.implementation),
-        _number(spec.default_lr),
-        _number(spec.default_weight_decay) if spec.decays else "none",
-        _code(spec.extra) if spec.extra else "",
-        _state(spec),
+        f"{identifier}, alias of `{facts['alias_of']}`" if facts["alias_of"] else identifier,
+        _code(facts["implementation"]),
+        "must be given" if facts["lr"] is None else f"{facts['lr']:g}",
+        "none" if facts["weight_decay"] is None else f"{facts['weight_decay']:g}",
+        _code(facts["extra"]) if facts["extra"] else "",
+        _state(facts),
     )
 
 
 def _row(spec: OptimizerSpec) -> Iterator[str]:
+    facts = view(spec.name, spec)
     summary = spec.summary[0].upper() + spec.summary[1:]
     yield from ("", f"(optim-{spec.name})=", f"### {spec.name}", "", f"{summary}.", "")
     yield f"- Class: `{spec.implementation}`"
@@ -93,13 +95,13 @@ def _row(spec: OptimizerSpec) -> Iterator[str]:
         yield f"- Also called: {', '.join(map(_code, spec.aliases))}"
     if spec.fixed:
         yield f"- Fixed arguments: {', '.join(_code(f'{name}={value!r}') for name, value in spec.fixed.items())}"
-    yield f"- Install: {_install(spec)}"
+    yield f"- Install: {_install(facts)}"
     yield f"- Devices: {_devices(spec)}"
     if spec.choices:
         yield f"- Builds the first that can run of: {', '.join(map(_code, spec.choices))}"
     if spec.fallbacks:
         yield f"- `optim_fallback=True` takes the first that can run of: {', '.join(map(_code, spec.fallbacks))}"
-    yield f"- State of a {SIDE}x{SIDE} float32 parameter: {_state(spec)} bytes per element"
+    yield f"- State of a 1024x1024 float32 parameter: {_state(facts)} bytes per element"
     yield f"- Warm-up: {_warmup(spec)}"
     yield f"- Gradients and parameters: {_abilities(spec)}"
     if spec.coupled:
@@ -108,43 +110,40 @@ def _row(spec: OptimizerSpec) -> Iterator[str]:
         yield f"- Note: {spec.note}"
     yield f"- Source: {_linked(spec.source)}"
     yield ""
-    yield from _options(spec.options)
+    yield from _options(facts["options"])
 
 
-def _options(options: type[Options], with_scope: bool = True) -> Iterator[str]:
-    infos = describe(options)
-    if not infos:
+def _options(options: Sequence[Facts], with_scope: bool = True) -> Iterator[str]:
+    if not options:
         yield "No options."
         return
     header = ("option", "type", "default", "range", "meaning", "one value per")
     rows = (
         (
-            _code(info.name),
-            _code(info.type),
-            "required" if info.default is dataclasses.MISSING else _code(repr(info.default)),
-            info.range,
-            info.help,
-            SCOPES[info.scope],
+            _code(option["name"]),
+            _code(option["type"]),
+            "required" if option["required"] else _code(repr(option["default"])),
+            option["range"] or "",
+            option["help"],
+            SCOPES[option["scope"]],
         )
-        for info in infos
+        for option in options
     )
     width = len(header) if with_scope else len(header) - 1
-    yield from _table(header[:width], (row[:width] for row in rows))
+    yield from markdown_table(header[:width], (row[:width] for row in rows))
 
 
-def _state(spec: OptimizerSpec) -> str:
-    if spec.state is None:
-        return "unknown"
-    return f"{parameter_bytes(spec, spec.options(), (SIDE, SIDE), ELEMENT_SIZE) / ELEMENTS:.2f}"
+def _state(facts: Facts) -> str:
+    return "unknown" if facts["state"] is None else f"{facts['state']['bytes_per_element']:.2f}"
 
 
-def _install(spec: OptimizerSpec) -> str:
-    if not spec.requirements:
+def _install(facts: Facts) -> str:
+    if not facts["packages"]:
         return "nothing beyond torch"
-    packages = ", ".join(_code(requirement.distribution + requirement.versions) for requirement in spec.requirements)
-    if not spec.extra:
-        return f"{packages}: {'; '.join(requirement.install_command for requirement in spec.requirements)}"
-    return f"the extra `{spec.extra}` ({packages})"
+    packages = ", ".join(_code(package["distribution"] + package["versions"]) for package in facts["packages"])
+    if facts["extra"]:
+        return f"the extra `{facts['extra']}` ({packages})"
+    return f"{packages}: {'; '.join(package['install'] for package in facts['packages'])}"
 
 
 def _devices(spec: OptimizerSpec) -> str:
@@ -178,24 +177,8 @@ def _linked(source: str) -> str:
     return re.sub(r"https://[^\s;,]+", r"<\g<0>>", source)
 
 
-def _table(header: Iterable[str], rows: Iterable[Iterable[str]]) -> Iterator[str]:
-    header = tuple(header)
-    yield _line(header)
-    yield _line("---" for _ in header)
-    for row in rows:
-        yield _line(cell.replace("|", r"\|") for cell in row)
-
-
-def _line(cells: Iterable[str]) -> str:
-    return f"| {' | '.join(cells)} |"
-
-
 def _code(text: str) -> str:
     return f"`{text}`"
-
-
-def _number(value: float | None) -> str:
-    return "must be given" if value is None else f"{value:g}"
 
 
 def _yes(value: bool) -> str:

@@ -10,7 +10,8 @@ from lightning_optim import __version__
 from lightning_optim.command import _doctor as doctor
 from lightning_optim.command import _info as info
 from lightning_optim.command import _listing as listing
-from lightning_optim.command._output import CommandError
+from lightning_optim.command import _render as render
+from lightning_optim.command._machine import CommandError
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -22,17 +23,43 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         The exit status: 0 if all is well, 1 if ``doctor`` found a problem or a plugin is broken, 2 for a wrong request.
     """
+    arguments = _parser().parse_args(argv)
+    try:
+        report = arguments.subcommand_module.collect(arguments)
+    except CommandError as error:
+        print(f"lightning-optim {arguments.subcommand}: error: {error}", file=sys.stderr)
+        return error.status
+    print(render.as_json(report) if arguments.json else arguments.subcommand_module.as_text(report))
+    return 0 if report.get("ok", True) else 1
+
+
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="lightning-optim", description="Any optimizer for any LightningModule, by name."
     )
     parser.add_argument("--version", action="version", version=f"lightning_optim {__version__}")
     subparsers = parser.add_subparsers(dest="subcommand", required=True, metavar="SUBCOMMAND")
-    for subcommand in (listing, info, doctor):
-        subcommand.add_parser(subparsers)
-    arguments = parser.parse_args(argv)
-    try:
-        status: int = arguments.run(arguments)
-    except CommandError as error:
-        print(f"lightning-optim {arguments.subcommand}: error: {error}", file=sys.stderr)
-        return error.status
-    return status
+
+    shown = "the identifiers, and whether they can run here"
+    subparser = subparsers.add_parser("list", help=shown, description=f"Lists {shown}.")
+    subparser.add_argument(
+        "patterns", nargs="*", metavar="PATTERN", help="identifiers, or wildcards such as '*8bit*' (quote them)"
+    )
+    subparser.set_defaults(subcommand_module=listing)
+
+    shown = "one identifier: options, defaults, grouping, state bytes, an example"
+    subparser = subparsers.add_parser("info", help=shown, description=f"Describes {shown}.")
+    subparser.add_argument("name", metavar="NAME", help="identifier, alias or dotted path such as torch.optim.NAdam")
+    subparser.set_defaults(subcommand_module=info)
+
+    subparser = subparsers.add_parser(
+        "doctor",
+        help="versions, devices and packages here, and what to install",
+        description="Shows versions, devices and packages here. Exits with 1 if an identifier for these devices cannot "
+        "run.",
+    )
+    subparser.set_defaults(subcommand_module=doctor)
+
+    for subparser in subparsers.choices.values():
+        subparser.add_argument("--json", action="store_true", help="print JSON for scripts instead of text")
+    return parser

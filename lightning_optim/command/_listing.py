@@ -4,88 +4,27 @@ from __future__ import annotations
 
 import argparse
 import re
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable
 from fnmatch import fnmatchcase
-from typing import Any
 
 from lightning_optim.command import _machine as machine
-from lightning_optim.command import _output as output
-from lightning_optim.command._output import CommandError
+from lightning_optim.command import _render as render
+from lightning_optim.command._machine import CommandError, Facts
+from lightning_optim.command._view import view
 from lightning_optim.errors import close_names, listing
-from lightning_optim.table import SUFFIX, OptimizerSpec, layerwise_row
+from lightning_optim.table import SUFFIX, layerwise_row
+
+# What of a view is shown.
+_SHOWN = ("identifier", "alias_of", "summary", "implementation", "extra", "available", "problems")
 
 
-@dataclass(frozen=True)
-class Entry:
-    """One identifier.
-
-    Attributes:
-        identifier: The name.
-        alias_of: The row's name if this is an alias, else ``None``.
-        summary: One line.
-        implementation: The class whose algorithm runs.
-        extra: The extra of our distribution that installs what it needs, or ``None``.
-        available: Whether it can run here.
-        problems: Why not, each with its remedy.
-    """
-
-    identifier: str
-    alias_of: str | None
-    summary: str
-    implementation: str
-    extra: str | None
-    available: bool
-    problems: tuple[str, ...]
-
-    @classmethod
-    def of(cls, identifier: str, spec: OptimizerSpec) -> Entry:
-        """Describes ``identifier``, a name of ``spec``."""
-        problems = machine.problems(spec)
-        return cls(
-            identifier=identifier,
-            alias_of=None if identifier == spec.name else spec.name,
-            summary=spec.summary,
-            implementation=spec.implementation,
-            extra=spec.extra or None,
-            available=not problems,
-            problems=problems,
-        )
-
-
-@dataclass(frozen=True)
-class Listing:
-    """What ``list`` shows."""
-
-    optimizers: tuple[Entry, ...]
-
-
-def add_parser(subparsers: argparse._SubParsersAction[Any]) -> None:
-    """Adds the subcommand ``list``."""
-    parser = subparsers.add_parser(
-        "list",
-        help="the identifiers, and whether they can run here",
-        description="Lists the identifiers, and whether they can run here.",
-    )
-    parser.add_argument(
-        "patterns", nargs="*", metavar="PATTERN", help="identifiers, or wildcards such as '*8bit*' (quote them)"
-    )
-    output.add_json_flag(parser)
-    parser.set_defaults(run=run)
-
-
-def run(arguments: argparse.Namespace) -> int:
-    """Runs ``list``."""
-    output.show(collect(arguments.patterns), render, arguments.json)
-    return 0
-
-
-def collect(patterns: Sequence[str]) -> Listing:
-    """Describes the identifiers that match one of ``patterns``; all if there are none.
+def collect(arguments: argparse.Namespace) -> Facts:
+    """Describes the identifiers that match one of the patterns; all if there are none.
 
     Raises:
         CommandError: If a pattern matches nothing.
     """
+    patterns = arguments.patterns
     # What steps during backward under its own name needs no other one for it.
     asked = any("layerwise" in pattern for pattern in patterns)
     specs = {}
@@ -98,13 +37,12 @@ def collect(patterns: Sequence[str]) -> Listing:
             near = _close(pattern, specs)
             hint = f" Close names: {listing(near)}." if near else ""
             raise CommandError(f"no identifier matches {pattern!r}.{hint} `lightning-optim list` shows all.")
-    return Listing(
-        tuple(
-            Entry.of(name, spec)
-            for name, spec in specs.items()
-            if not patterns or any(fnmatchcase(name, pattern) for pattern in patterns)
-        )
+    views = (
+        view(name, spec)
+        for name, spec in specs.items()
+        if not patterns or any(fnmatchcase(name, pattern) for pattern in patterns)
     )
+    return {"optimizers": [{key: facts[key] for key in _SHOWN} for facts in views]}
 
 
 def _close(pattern: str, names: Iterable[str]) -> list[str]:
@@ -115,22 +53,18 @@ def _close(pattern: str, names: Iterable[str]) -> list[str]:
     return close_names(typed, names) or [name for name in names if set(words) & set(name.split("_"))][:5]
 
 
-def render(report: Listing) -> str:
+def as_text(report: Facts) -> str:
     """Returns the table; reasons stand below it, each once."""
-    reasons = list(dict.fromkeys(problem for entry in report.optimizers for problem in entry.problems))
+    entries = report["optimizers"]
+    reasons = list(dict.fromkeys(problem for entry in entries for problem in entry["problems"]))
     rows = [["identifier", "summary", "extra", "available"]]
-    for entry in report.optimizers:
-        notes = ", ".join(str(reasons.index(problem) + 1) for problem in entry.problems)
-        rows.append(
-            [entry.identifier, entry.summary, entry.extra or "-", "yes" if entry.available else f"no ({notes})"]
-        )
-    lines = output.table(rows, flexible=1)
-    lines.append("")
-    for number, reason in enumerate(reasons, start=1):
-        lines += [*output.wrap(f"({number}) {reason}", hanging="    "), ""]
-    available = sum(entry.available for entry in report.optimizers)
-    lines += output.wrap(
-        f"{available} of {len(report.optimizers)} can run here. `lightning-optim info NAME` describes one of them; "
-        f"NAME{SUFFIX} steps it during backward and frees each gradient at once."
+    for entry in entries:
+        notes = ", ".join(str(reasons.index(problem) + 1) for problem in entry["problems"])
+        available = "yes" if entry["available"] else f"no ({notes})"
+        rows.append([entry["identifier"], entry["summary"], entry["extra"] or "-", available])
+    numbered = (render.wrap(f"({number}) {reason}", hanging="    ") for number, reason in enumerate(reasons, start=1))
+    count = render.wrap(
+        f"{sum(entry['available'] for entry in entries)} of {len(entries)} can run here. `lightning-optim info NAME` "
+        f"describes one of them; NAME{SUFFIX} steps it during backward and frees each gradient at once."
     )
-    return "\n".join(lines)
+    return render.sections(render.table(rows, flexible=1), *numbered, count)

@@ -6,68 +6,23 @@ import importlib.metadata
 import os
 import platform
 import shutil
-from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 from lightning_optim.build import rules
-from lightning_optim.command._output import CommandError
 from lightning_optim.table import ENTRY_POINT_GROUP, REGISTRY, XLA, OptimizerSpec, Requirement, availability
 
-
-@dataclass(frozen=True)
-class Package:
-    """An optional package and whether it can be used here.
-
-    Attributes:
-        distribution: Name on PyPI.
-        module: Name that ``import`` takes.
-        versions: PEP 440 specifier of the versions needed.
-        installed: The version found, or ``None``.
-        ok: Whether it can be used.
-        problem: Why it cannot, and the command that helps; ``None`` if it can.
-        install: The command that installs it.
-    """
-
-    distribution: str
-    module: str
-    versions: str
-    installed: str | None
-    ok: bool
-    problem: str | None
-    install: str
-
-    @classmethod
-    def of(cls, requirement: Requirement) -> Package:
-        """Looks up what is installed."""
-        problem = requirement.problem()
-        return cls(
-            distribution=requirement.distribution,
-            module=requirement.module,
-            versions=requirement.versions,
-            installed=requirement.installed_version(),
-            ok=problem is None,
-            problem=problem,
-            install=requirement.install_command,
-        )
+#: What is known of something, as ``--json`` shows it.
+Facts = dict[str, Any]
 
 
-@dataclass(frozen=True)
-class Device:
-    """A device that torch can compute on."""
+class CommandError(Exception):
+    """What ends the command with a text on stderr and an exit status other than 0."""
 
-    type: str
-    index: int | None
-    name: str
-
-
-@dataclass(frozen=True)
-class Plugin:
-    """An entry point that adds identifiers."""
-
-    name: str
-    value: str
-    distribution: str | None
+    def __init__(self, message: str, status: int = 2) -> None:
+        super().__init__(message)
+        self.status = status
 
 
 def identifiers() -> dict[str, OptimizerSpec]:
@@ -82,6 +37,20 @@ def identifiers() -> dict[str, OptimizerSpec]:
         raise CommandError(str(error), status=1) from error
 
 
+def package(requirement: Requirement) -> Facts:
+    """Returns what is installed of an optional package, and whether it can be used."""
+    problem = requirement.problem()
+    return {
+        "distribution": requirement.distribution,
+        "module": requirement.module,
+        "versions": requirement.versions,
+        "installed": requirement.installed_version(),
+        "ok": problem is None,
+        "problem": problem,
+        "install": requirement.install_command,
+    }
+
+
 def device_types() -> frozenset[str]:
     """Returns the types of device found here, without starting any of them."""
     accelerator = torch.accelerator.current_accelerator(check_available=True)
@@ -90,18 +59,18 @@ def device_types() -> frozenset[str]:
     return frozenset(found | {"xla"} if availability.check(XLA) else found)
 
 
-def devices() -> list[Device]:
+def devices() -> list[Facts]:
     """Returns the devices found here, with their names."""
-    found = [Device("cpu", None, platform.processor() or platform.machine())]
+    found: list[tuple[str, int | None, str]] = [("cpu", None, platform.processor() or platform.machine())]
     accelerator = torch.accelerator.current_accelerator(check_available=True)
     if accelerator is not None:
         # MPS knows no names.
         name_of = getattr(torch.get_device_module(accelerator), "get_device_name", lambda index: "")
-        found += [Device(accelerator.type, index, name_of(index)) for index in range(torch.accelerator.device_count())]
+        found += [(accelerator.type, index, name_of(index)) for index in range(torch.accelerator.device_count())]
     if "xla" in device_types():
         chosen = os.environ.get("PJRT_DEVICE", "not set")
-        found.append(Device("xla", None, f"what torch_xla finds (PJRT_DEVICE: {chosen})"))
-    return found
+        found.append(("xla", None, f"what torch_xla finds (PJRT_DEVICE: {chosen})"))
+    return [{"type": kind, "index": index, "name": name} for kind, index, name in found]
 
 
 def compiler() -> str | None:
@@ -131,9 +100,9 @@ def problems(spec: OptimizerSpec) -> tuple[str, ...]:
     return tuple(found)
 
 
-def plugins() -> list[Plugin]:
+def plugins() -> list[Facts]:
     """Returns the entry points that add identifiers, without loading them."""
     return [
-        Plugin(point.name, point.value, point.dist.name if point.dist else None)
+        {"name": point.name, "value": point.value, "distribution": point.dist.name if point.dist else None}
         for point in importlib.metadata.entry_points(group=ENTRY_POINT_GROUP)
     ]

@@ -39,7 +39,7 @@ test-npu-contract: venv
 # Some files of the ordinary tests show that the package works with that torch, too.
 test-xla: $(XLA_VENV)/.installed
 	CUDA_VISIBLE_DEVICES= LIGHTNING_OPTIM_XLA_TESTS=1 $(XLA_VENV)/bin/python -m pytest tests/xla \
-	    tests/test_imports.py tests/table/test_registry.py tests/build/test_config.py \
+	    tests/test_imports.py tests/compat tests/table/test_registry.py tests/build/test_config.py \
 	    tests/optimizers/test_anyprecision.py tests/optimizers/test_adafactor.py \
 	    tests/trainer/test_schedule_free.py tests/trainer/test_fused.py tests/trainer/test_xla_absent.py \
 	    tests/layerwise/test_layerwise.py::TestClipping tests/layerwise/test_layerwise.py::TestLiveGradients
@@ -48,7 +48,8 @@ test-xla: $(XLA_VENV)/.installed
 # transformers, and of thirty steps the longer half.
 test-oldest: $(OLDEST_VENV)/.installed
 	CUDA_VISIBLE_DEVICES= $(OLDEST_VENV)/bin/python -m pytest \
-	    tests/test_imports.py tests/table/test_registry.py tests/table/test_table.py tests/groups/test_param_groups.py \
+	    tests/test_imports.py tests/compat tests/table/test_registry.py tests/table/test_table.py \
+	    tests/groups/test_param_groups.py \
 	    tests/build/test_config.py tests/build/test_rules.py tests/build/test_schedules.py \
 	    tests/layerwise/test_layerwise_engine.py tests/trainer/test_cli.py tests/trainer/test_doors.py \
 	    tests/trainer/test_finders.py tests/trainer/test_mixin.py tests/trainer/test_packages.py \

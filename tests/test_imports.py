@@ -27,6 +27,9 @@ RANK = {room: rank for rank, room in enumerate(ROOMS)}
 OUTSIDE = {"", "__main__", "_moved", "pytorch_lightning"}
 #: May look into another room past its front door: a row into the file of the algorithm that it describes.
 LOOKS_INSIDE = {("table.rows", "optimizers")}
+#: The room for what is not ours.
+COMPAT = "_compat"
+LIGHTNING = "_compat.lightning"
 PUBLIC = ("", "optimizers", "layerwise")
 OPTIONAL = {"bitsandbytes", "torchao", "schedulefree", "optimi", "torch_xla", "torch_npu", "apex", "amp_C"}
 # Where an optional package is imported at all: an adapter, at its top; or a function that cannot do without.
@@ -88,6 +91,11 @@ def foreign_imports(module: str) -> set[str]:
     return names - {"lightning_optim"}
 
 
+def door(module: str) -> str:
+    """The module that hands out what other rooms take: a room's ``__init__``, in ``_compat`` one for each package."""
+    return module if room(module) == COMPAT and module != COMPAT else room(module)
+
+
 def exported(module: str) -> list[str]:
     """The names of ``__all__``, read from the source."""
     for node in tree(module).body:
@@ -120,7 +128,7 @@ def test_rooms_are_entered_by_the_front_door() -> None:
         for other, name in own_imports(module)
         if not {module, other} & {*OUTSIDE, "errors"}
         and room(other) != room(module)
-        and (other != room(other) or name not in exported(other))
+        and (other != door(other) or name not in exported(other))
         and not (not name and other.rpartition(".")[2] in exported(room(other)))
         and not any(module.startswith(inside) and room(other) == to for inside, to in LOOKS_INSIDE)
     ]
@@ -152,7 +160,8 @@ def test_a_room_says_what_it_is_and_hands_out(name: str) -> None:
 
 def test_modules_that_nobody_else_may_use_begin_with_an_underscore() -> None:
     named = {module.rpartition(".")[2] for module in MODULES if file(module).name != "__init__.py"}
-    assert {name for name in named if not name.startswith("_")} == {"errors", "pytorch_lightning"}
+    doors = {module.rpartition(".")[2] for module in MODULES if module.startswith(f"{COMPAT}.")}
+    assert {name for name in named - doors if not name.startswith("_")} == {"errors", "pytorch_lightning"}
     assert {module for module in MODULES if file(module).name == "__init__.py"} == {
         *({""} | set(ROOMS) - {"errors"}),
         *("optimizers.adapters", "table.rows", "build.rules"),
@@ -167,7 +176,15 @@ def test_no_module_is_longer_than_400_lines() -> None:
 def test_nothing_above_the_trainer_knows_lightning() -> None:
     above = [module for module in MODULES if module not in OUTSIDE and RANK[room(module)] < RANK["trainer"]]
     lightning = {"lightning", "pytorch_lightning", "lightning_fabric", "lightning_utilities"}
-    assert not [module for module in above if foreign_imports(module) & lightning]
+    assert {module for module in above if foreign_imports(module) & lightning} <= {LIGHTNING}
+    assert {room(m) for m in MODULES for other, _ in own_imports(m) if other == LIGHTNING} <= {"trainer"}
+
+
+def test_a_door_to_another_package_needs_no_room() -> None:
+    for module in (module for module in MODULES if module.startswith(f"{COMPAT}.")):
+        assert exported(module), module
+        # errors.py, or the names of the same room.
+        assert {room(other) for other, _ in own_imports(module)} <= {"errors"}, module
 
 
 def test_adapters_are_imported_by_the_table_only() -> None:

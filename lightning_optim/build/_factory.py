@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from typing_extensions import Unpack
 
+from lightning_optim._compat.torch import SCALES
 from lightning_optim.build import rules
 from lightning_optim.build._arguments import OptimizerArguments, takes_arguments
 from lightning_optim.build._config import OptimConfig
@@ -35,7 +36,7 @@ from lightning_optim.groups import (
 )
 from lightning_optim.layerwise import Layerwise
 from lightning_optim.optimizers import OwnOptimizer
-from lightning_optim.stepping import SCALES, keep_kernel, say_if_not_finite
+from lightning_optim.stepping import keep_kernel, say_if_not_finite
 from lightning_optim.table import REGISTRY, SUFFIX, OptimizerSpec, Options, availability, parse, refuse_unknown
 
 # Wrong wherever it runs, if it is said of the identifier that was asked for.

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+from lightning_optim._compat.torch import mark_as_stepped
 from lightning_optim.errors import IncompatibleTrainer
 
 # Beside the state of the other schedule, whose keys are its own.
@@ -43,7 +44,7 @@ class FollowingSchedule(LRScheduler):
         self.followed = followed
         self._replaced = replaced
         # Otherwise torch warns of a schedule that is stepped before its optimizer.
-        replaced._opt_called = True  # type: ignore[attr-defined]
+        mark_as_stepped(replaced)
         self._peak = peak_rate(replaced)
         self._group_of = {p: group for group in replaced.param_groups for p in group["params"]}
         for group in optimizer.param_groups:

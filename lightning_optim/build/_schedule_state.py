@@ -10,26 +10,13 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
+from lightning_optim._compat.torch import STEP_SCHEDULE_STATE
 from lightning_optim.errors import InvalidOption
 
 _NAME = "name"
 PLATEAU = "reduce_lr_on_plateau"
 # What is of this run alone.
 _TRANSIENT = frozenset({"resumed", "replaces"})
-# What the state of a schedule that is stepped after every step holds in any version, also LambdaLR's, which Hugging
-# Face's schedules are.
-_OF_STEPS = frozenset(
-    {
-        "base_lrs",
-        "last_epoch",
-        "verbose",
-        "lr_lambdas",
-        "_step_count",
-        "_is_initial",
-        "_get_lr_called_within_step",
-        "_last_lr",
-    }
-)
 _SETTINGS = (
     "mode",
     "factor",
@@ -49,7 +36,7 @@ def written_by(state: Mapping[str, Any]) -> str | None:
         return str(state[_NAME])
     if "num_bad_epochs" in state:
         return PLATEAU
-    others = sorted(set(state) - _OF_STEPS)
+    others = sorted(set(state) - STEP_SCHEDULE_STATE)
     return f"another scheduler's ({', '.join(others)})" if others else None
 
 

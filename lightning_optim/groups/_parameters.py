@@ -8,12 +8,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.parameter import is_lazy
 
+from lightning_optim._compat.torch import NormWithStatistics
 from lightning_optim.errors import InvalidParamGroups
 
-_NORMS = (_NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
+_NORMS = (NormWithStatistics, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
 _EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)
 
 Target = nn.Module | Iterable[Any]
@@ -115,9 +115,10 @@ def _walk(target: Target) -> Iterator[tuple[str, Tensor, nn.Module | None]]:
     """Yields (name, parameter, owner), tied parameters once per name."""
     if isinstance(target, nn.Module):
         for prefix, module in target.named_modules(remove_duplicate=False):
-            for name, parameter in module._parameters.items():
-                if parameter is not None:
-                    yield f"{prefix}.{name}" if prefix else name, parameter, module
+            # Whatever the module makes of the method of this name.
+            own = nn.Module.named_parameters(module, recurse=False, remove_duplicate=False)
+            for name, parameter in own:
+                yield f"{prefix}.{name}" if prefix else name, parameter, module
         return
     if isinstance(target, (Tensor, str, Mapping)) or not isinstance(target, Iterable):
         raise InvalidParamGroups(

@@ -20,9 +20,9 @@ from functools import partial
 from typing import Any
 
 from torch import nn
-from torch.nn.modules.conv import _ConvNd
 from torch.nn.utils.parametrize import ParametrizationList
 
+from lightning_optim._compat.torch import AnyConvolution
 from lightning_optim.errors import InvalidOption, InvalidParamGroups, listing
 from lightning_optim.groups._parameters import NamedParameter
 
@@ -144,7 +144,7 @@ def _stack_dims(place: _Place, siblings: Sequence[_Place], by_its_name: bool = F
     owner, dims = place.owner, place.parameter.parameter.ndim
     if not place.parameter.decays or place.parameter.is_embedding or isinstance(owner, ParametrizationList):
         return None
-    if isinstance(owner, _ConvNd):
+    if isinstance(owner, AnyConvolution):
         return 0
     if owner is None:
         # Nothing tells experts from a convolution's kernels but that layers call theirs weight.
@@ -186,7 +186,7 @@ def _named(owned: _Owned, setting: TargetModules) -> Iterator[tuple[_Place, bool
     """Yields what ``setting`` names, in the model's order, with whether only the parameter's own name matches."""
     places = [place for each in owned.values() for place in each]
     if setting is None or _is_all_linear(setting):
-        yield from ((place, False) for place in places if not isinstance(place.owner, _ConvNd))
+        yield from ((place, False) for place in places if not isinstance(place.owner, AnyConvolution))
         return
     tests = _tests(setting)
     matched = {

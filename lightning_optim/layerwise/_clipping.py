@@ -8,8 +8,9 @@ from typing import Literal, get_args
 
 import torch
 from torch import Tensor
-from torch.utils._foreach_utils import _group_tensors_by_device_and_dtype
 
+from lightning_optim._compat import kernels
+from lightning_optim._compat.torch import group_by_device_and_dtype
 from lightning_optim.errors import InvalidOption, listing
 
 Kind = Literal["value", "norm", "previous", "per_parameter"]
@@ -62,7 +63,7 @@ def norms_of(bucket: Iterable[Tensor]) -> list[Tensor]:
     gradients = [parameter.grad for parameter in bucket if parameter.grad is not None]
     if all(type(gradient) is Tensor for gradient in gradients):
         # What torch.nn.utils.get_total_norm calls.
-        return list(torch._foreach_norm(gradients)) if gradients else []
+        return list(kernels.foreach_norm(gradients)) if gradients else []
     return [torch.linalg.vector_norm(gradient) for gradient in gradients]
 
 
@@ -74,8 +75,7 @@ def total_norm(norms: Sequence[Tensor]) -> Tensor:
     if not norms:
         return torch.zeros(())
     device = norms[0].device
-    grouped = _group_tensors_by_device_and_dtype([list(norms)])
-    ordered = [norm.to(device) for (lists, _) in grouped.values() for norm in lists[0] if norm is not None]
+    ordered = [norm.to(device) for alike in group_by_device_and_dtype(norms) for norm in alike]
     return full_tensor(torch.linalg.vector_norm(torch.stack(ordered)))
 
 

@@ -199,4 +199,4 @@ def _has_gradient(parameter: Tensor) -> bool:
         return False
     if hasattr(gradient, "to_local"):
         gradient = gradient.to_local()
-    return bool((gradient._values() if gradient.is_sparse else gradient).any())
+    return bool((gradient.coalesce().values() if gradient.is_sparse else gradient).any())

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.amp import GradScaler
 from torch.optim import Optimizer
 
+from lightning_optim._compat.torch import SCALES, mark_as_stepped, mark_as_wrapped
 from lightning_optim.errors import IncompatibleTrainer, InvalidOption
 from lightning_optim.layerwise._after_backward import AfterBackward
 from lightning_optim.layerwise._buckets import AgreedBuckets, ArrivalBuckets, Buckets
@@ -21,7 +22,7 @@ from lightning_optim.layerwise._coupled import refuse_coupled
 from lightning_optim.layerwise._hooks import GradientHooks
 from lightning_optim.layerwise._passes import Measurement, Observation, Pass, Step
 from lightning_optim.layerwise._replicas import AgreedOrder, Replicas, refuse_separate_processes, refuse_unused
-from lightning_optim.stepping import SCALES, KeepsTrainingPoint, uncompiled
+from lightning_optim.stepping import KeepsTrainingPoint, uncompiled
 
 
 class Layerwise(AfterBackward):
@@ -151,7 +152,9 @@ class Layerwise(AfterBackward):
             IncompatibleTrainer: If a parameter gets a gradient twice, or none where processes average it; if there are
                 several processes and nothing averages; if ``backward`` scales the loss by itself.
         """
-        if getattr(getattr(getattr(backward, "__self__", None), "_precision", None), "scaler", None) is not None:
+        fabric = getattr(backward, "__self__", None)
+        precision = getattr(getattr(fabric, "strategy", None), "precision", None)
+        if getattr(precision, "scaler", None) is not None:
             raise IncompatibleTrainer(
                 "Fabric with precision='16-mixed' scales the loss inside fabric.backward, where gradients would be "
                 "stepped before they are unscaled. Use precision='bf16-mixed', or step after backward: "
@@ -323,8 +326,7 @@ class Layerwise(AfterBackward):
 
     def _outer_step(self, closure: Callable[[], Any] | None) -> Any:
         """What ``optimizer.step`` does: the closure, then the gradients that are alive."""
-        # A scheduler that wrapped the optimizer's own step looks for these.
-        vars(self.optimizer)["_opt_called"] = True
+        mark_as_stepped(self.optimizer)
         loss = None
         if closure is not None:
             if isinstance(self.optimizer, KeepsTrainingPoint):
@@ -393,5 +395,4 @@ def _step(optimizer: Optimizer, closure: Callable[[], Any] | None = None) -> Any
     return layerwise._outer_step(closure)
 
 
-# torch's schedulers warn about a step that they did not wrap and that replaced one that they did.
-_step._wrapped_by_lr_sched = True  # type: ignore[attr-defined]
+mark_as_wrapped(_step)

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import inspect
-from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from functools import partial
 from typing import Any
@@ -13,14 +11,12 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from lightning_optim._compat.torch import HOOK_ATTRIBUTES, bare_optimizer, unhooked
 from lightning_optim.layerwise._coupled import ATTRIBUTES, Watch, differ, merged
 from lightning_optim.stepping import preparations
 
 # Attributes of the outer optimizer that its parts do not share: what is restricted, and what runs once per step.
-_HOOKS = ("_optimizer_step_pre_hooks", "_optimizer_step_post_hooks")
-_NOT_SHARED = ("param_groups", "step", "_layerwise", *_HOOKS)
-# What torch wraps around the step of every class, to run the hooks.
-_HOOKED = Optimizer.profile_hook_step(lambda optimizer: None).__code__
+_NOT_SHARED = ("param_groups", "step", "_layerwise", *HOOK_ATTRIBUTES)
 
 
 class SplitStep:
@@ -131,13 +127,10 @@ class SplitStep:
 
     def _make(self, members: Mapping[int, list[Tensor]]) -> Optimizer:
         """Returns an inner optimizer with these parameters by index of their group."""
-        # Not copy.copy: Optimizer.__getstate__ leaves out the attributes that bitsandbytes needs.
-        inner: Optimizer = object.__new__(type(self._optimizer))
-        vars(inner).update(self._shared)
+        inner = bare_optimizer(type(self._optimizer), self._shared)
         # A counter that is changed in place must not advance once per part.
         numbers = {name: value for name, value in self._shared.items() if isinstance(value, Tensor)}
         vars(inner).update({name: value.clone() for name, value in numbers.items() if _is_number(value)})
-        vars(inner).update({name: OrderedDict() for name in _HOOKS})
         inner.param_groups = []
         indices = sorted(members)
         for index in indices:
@@ -156,7 +149,7 @@ class SplitStep:
         members = {index: group["params"] for index, group in zip(indices, inner.param_groups, strict=True)}
         if self._watch is not None:
             self._watch.before(members)
-        result = _unhooked(type(inner).step)(inner, *args, **kwargs)
+        result = unhooked(type(inner).step)(inner, *args, **kwargs)
         for index, group in zip(indices, inner.param_groups, strict=True):
             self._advanced.setdefault(index, []).append(group)
         self._attributes.append({name: value for name, value in vars(inner).items() if name not in _NOT_SHARED})
@@ -174,9 +167,3 @@ def _is_number(value: Any) -> bool:
     if isinstance(value, Tensor):
         return type(value) is Tensor and value.numel() == 1 and not value.requires_grad
     return isinstance(value, (bool, int, float, complex))
-
-
-def _unhooked(step: Callable[..., Any]) -> Callable[..., Any]:
-    """Returns a class's ``step`` without the hooks for all optimizers: they run once per step, with the outer's own."""
-    unhooked: Callable[..., Any] = inspect.unwrap(step, stop=lambda f: getattr(f, "__code__", None) is not _HOOKED)
-    return unhooked

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from lightning_optim._compat import kernels
 from lightning_optim.errors import InvalidOption
 
 # Where torch has the kernel that reads and writes everything once.
@@ -53,7 +54,7 @@ def adamw_update(
     device = parameters[0].device
     if device.type in _FUSED:
         count = torch.full((), float(step), dtype=torch.float32, device=device)
-        torch._fused_adamw_(
+        kernels.fused_adamw_(
             list(parameters),
             list(gradients),
             list(exp_avgs),
@@ -70,14 +71,14 @@ def adamw_update(
         )
         return
     if weight_decay:
-        torch._foreach_mul_(list(parameters), 1 - lr * weight_decay)
-    torch._foreach_lerp_(list(exp_avgs), list(gradients), 1 - beta1)
-    torch._foreach_mul_(list(exp_avg_sqs), beta2)
-    torch._foreach_addcmul_(list(exp_avg_sqs), list(gradients), list(gradients), 1 - beta2)
-    denominators = torch._foreach_sqrt(list(exp_avg_sqs))
-    torch._foreach_div_(denominators, math.sqrt(1 - beta2**step))
-    torch._foreach_add_(denominators, eps)
-    torch._foreach_addcdiv_(list(parameters), list(exp_avgs), denominators, -lr / (1 - beta1**step))
+        kernels.foreach_mul_(list(parameters), 1 - lr * weight_decay)
+    kernels.foreach_lerp_(list(exp_avgs), list(gradients), 1 - beta1)
+    kernels.foreach_mul_(list(exp_avg_sqs), beta2)
+    kernels.foreach_addcmul_(list(exp_avg_sqs), list(gradients), list(gradients), 1 - beta2)
+    denominators = kernels.foreach_sqrt(list(exp_avg_sqs))
+    kernels.foreach_div_(denominators, math.sqrt(1 - beta2**step))
+    kernels.foreach_add_(denominators, eps)
+    kernels.foreach_addcdiv_(list(parameters), list(exp_avgs), denominators, -lr / (1 - beta1**step))
 
 
 def check_moment(gradient: Tensor, moment: Tensor) -> None:

@@ -12,6 +12,7 @@ from typing import Any, ClassVar, Literal, get_args
 import torch
 from torch import Tensor
 
+from lightning_optim._compat import kernels
 from lightning_optim.errors import InvalidOption, listing
 from lightning_optim.optimizers._base import OwnOptimizer, hyperparameters
 
@@ -129,22 +130,22 @@ def anyprecision_update(
         _scale_(parameters, 1 - lr * weight_decay)
     # Products and sums round one after the other: a lerp would round once, and give other bits in bfloat16.
     _scale_(exp_avgs, beta1)
-    torch._foreach_add_(exp_avgs, gradients, alpha=1 - beta1)
+    kernels.foreach_add_(exp_avgs, gradients, alpha=1 - beta1)
     _scale_(exp_avg_sqs, beta2)
-    torch._foreach_addcmul_(exp_avg_sqs, gradients, gradients, 1 - beta2)
+    kernels.foreach_addcmul_(exp_avg_sqs, gradients, gradients, 1 - beta2)
 
-    denominators = torch._foreach_sqrt(exp_avg_sqs)
-    torch._foreach_div_(denominators, math.sqrt(1 - beta2**step))
-    torch._foreach_add_(denominators, eps)
+    denominators = kernels.foreach_sqrt(exp_avg_sqs)
+    kernels.foreach_div_(denominators, math.sqrt(1 - beta2**step))
+    kernels.foreach_add_(denominators, eps)
     step_size = lr / (1 - beta1**step)
     if compensations is None:
-        torch._foreach_addcdiv_(parameters, exp_avgs, denominators, -step_size)
+        kernels.foreach_addcdiv_(parameters, exp_avgs, denominators, -step_size)
         return
-    torch._foreach_addcdiv_(compensations, exp_avgs, denominators, -step_size)
-    arrived = torch._foreach_neg(parameters)
-    torch._foreach_add_(parameters, compensations)
-    torch._foreach_add_(arrived, parameters)
-    torch._foreach_sub_(compensations, arrived)
+    kernels.foreach_addcdiv_(compensations, exp_avgs, denominators, -step_size)
+    arrived = kernels.foreach_neg(parameters)
+    kernels.foreach_add_(parameters, compensations)
+    kernels.foreach_add_(arrived, parameters)
+    kernels.foreach_sub_(compensations, arrived)
 
 
 def check_epsilon(eps: float, variance_dtype: str) -> None:
@@ -161,7 +162,7 @@ def check_epsilon(eps: float, variance_dtype: str) -> None:
 def _scale_(tensors: list[Tensor], factor: float) -> None:
     # On a CPU, _foreach_mul_ rounds a Python number to the tensors' dtype first, where 0.999 may be 1.
     dtype, device = torch.promote_types(tensors[0].dtype, torch.float32), tensors[0].device
-    torch._foreach_mul_(tensors, torch.full((), factor, dtype=dtype, device=device))
+    kernels.foreach_mul_(tensors, torch.full((), factor, dtype=dtype, device=device))
 
 
 def _with_dtype_names(group: dict[str, Any]) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from lightning_optim._compat import kernels
 from lightning_optim.optimizers._adamw import adamw_update
 from lightning_optim.optimizers._base import (
     OwnOptimizer,
@@ -161,8 +162,8 @@ def grokadamw_update(
         alpha: Decay rate of the gradients' averages.
         lamb: How many times the average is added to the gradient.
     """
-    torch._foreach_lerp_(grok_emas, gradients, 1 - alpha)
-    amplified = torch._foreach_add(gradients, grok_emas, alpha=lamb)
+    kernels.foreach_lerp_(grok_emas, gradients, 1 - alpha)
+    amplified = kernels.foreach_add(gradients, grok_emas, alpha=lamb)
     # One by one, because decay rates differ: a kernel that reads and writes everything once gains more than lists do.
     for tensors in zip(beta1s, parameters, amplified, exp_avgs, exp_avg_sqs, strict=True):
         beta1, lists = tensors[0], [[tensor] for tensor in tensors[1:]]

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
+from lightning_optim._compat import kernels
 from lightning_optim.optimizers._base import OwnOptimizer, gradients, hyperparameters, to_compute_dtype, write_back
 
 
@@ -21,8 +21,8 @@ def lomo_update(parameters: Sequence[Tensor], gradients: Sequence[Tensor], *, lr
         weight_decay: Decoupled weight decay.
     """
     if weight_decay:
-        torch._foreach_mul_(list(parameters), 1 - lr * weight_decay)
-    torch._foreach_add_(list(parameters), list(gradients), alpha=-lr)
+        kernels.foreach_mul_(list(parameters), 1 - lr * weight_decay)
+    kernels.foreach_add_(list(parameters), list(gradients), alpha=-lr)
 
 
 class LOMO(OwnOptimizer):

@@ -11,6 +11,7 @@ from typing import Any, ClassVar, Literal, get_args
 import torch
 from torch import Tensor
 
+from lightning_optim._compat import kernels
 from lightning_optim.errors import InvalidOption, listing
 from lightning_optim.optimizers._adamw import adamw_update
 from lightning_optim.optimizers._base import OwnOptimizer, compute_dtype, gradients, to_compute_dtype, write_back
@@ -96,7 +97,7 @@ class LowRankOptimizer(OwnOptimizer):
 
     def _steppable(self, parameters: list[Tensor]) -> list[Tensor]:
         found = [parameter.grad for parameter in parameters if parameter.grad is not None]
-        norms = torch._foreach_norm(found)
+        norms = kernels.foreach_norm(found)
         device = norms[0].device
         # One answer from the device for all of them.
         if bool(torch.stack([norm if norm.device == device else norm.to(device) for norm in norms]).isfinite().all()):

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_optim._compat import kernels
+
 # A larger tensor keeps the machine busy by itself, and stacking would copy it.
 _LARGEST = 2**15
 # Kernels choose their path by alignment. Where each slice of a stack is aligned as a tensor of its own is, it gets the
@@ -48,7 +50,7 @@ def stack(tensors: Sequence[Tensor]) -> Tensor:
 def unstack(stacked: Tensor, tensors: Sequence[Tensor]) -> None:
     """Writes a changed :func:`stack` back into the tensors it was made of."""
     if len(tensors) > 1:
-        torch._foreach_copy_(list(tensors), list(stacked.unbind()))
+        kernels.foreach_copy_(list(tensors), list(stacked.unbind()))
 
 
 @contextmanager

@@ -15,12 +15,9 @@ from lightning_optim.stepping._finite import (
 )
 from lightning_optim.stepping._fused import (
     HALF,
-    SCALES,
     FusedStep,
     fused_class,
-    has_kernel,
     is_packed,
-    sgd_is_wrong_on_half,
 )
 from lightning_optim.stepping._kernels import (
     keep_kernel,
@@ -54,13 +51,11 @@ __all__ = [
     "IDENTIFIER",
     "MARKS",
     "MEMBERS",
-    "SCALES",
     "FusedStep",
     "KeepsTrainingPoint",
     "StepsUncompiled",
     "check_state",
     "fused_class",
-    "has_kernel",
     "is_packed",
     "is_sharded",
     "keep_kernel",
@@ -69,6 +64,5 @@ __all__ = [
     "preparations",
     "refuse_foreign",
     "say_if_not_finite",
-    "sgd_is_wrong_on_half",
     "uncompiled",
 ]

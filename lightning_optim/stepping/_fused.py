@@ -7,22 +7,17 @@ asking the device first. Which of torch's classes have one is read from torch it
 from __future__ import annotations
 
 import inspect
-from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim import SGD, Optimizer
-from torch.optim.sgd import sgd
-from torch.utils._foreach_utils import _get_fused_kernels_supported_devices
 
+from lightning_optim._compat.torch import SCALES
 from lightning_optim.stepping._kernels import keep_kernel, lay_out_states
 from lightning_optim.stepping._preparing import prepare_step
 
 HALF = (torch.bfloat16, torch.float16)
-
-# By this attribute a GradScaler knows optimizers that unscale and skip by themselves.
-SCALES = "_step_supports_amp_scaling"
 
 
 def fused_class(optimizer: Optimizer) -> type[Optimizer] | None:
@@ -32,15 +27,6 @@ def fused_class(optimizer: Optimizer) -> type[Optimizer] | None:
     own_step = inspect.unwrap(type(optimizer).step) is not inspect.unwrap(base.step)
     takes_fused = "fused" in inspect.signature(base).parameters
     return base if takes_fused and not own_step else None
-
-
-def has_kernel(torch_class: type[Optimizer], device: torch.device) -> bool:
-    """Whether torch has the fused kernel of one of its classes for a type of device."""
-    if device.type not in _get_fused_kernels_supported_devices():
-        return False
-    operator = f"aten::_fused_{torch_class.__name__.lower()}_"
-    key = torch._C._dispatch_key_for_device(device.type)
-    return bool(torch._C._dispatch_has_kernel_for_dispatch_key(operator, key))
 
 
 def is_packed(parameter: Tensor) -> bool:
@@ -59,33 +45,6 @@ def is_packed(parameter: Tensor) -> bool:
     return True
 
 
-@cache
-def sgd_is_wrong_on_half() -> bool:
-    """Whether this torch's fused SGD on a CPU leaves bfloat16 or float16 parameters as they are, or moves them wrong.
-
-    torch 2.9 to 2.13 do, for every complete vector of elements: https://github.com/pytorch/pytorch/issues/191763.
-    """
-    return not all(_two_steps_are_right(dtype) for dtype in HALF)
-
-
-def _two_steps_are_right(dtype: torch.dtype) -> bool:
-    parameter, velocity = torch.zeros(2, 64, dtype=dtype, device="cpu").unbind()
-    for _ in range(2):
-        sgd(
-            [parameter],
-            [torch.ones_like(parameter)],
-            [velocity],
-            fused=True,
-            lr=1.0,
-            momentum=0.5,
-            weight_decay=0.0,
-            dampening=0.0,
-            nesterov=False,
-            maximize=False,
-        )
-    return bool((parameter == -2.5).all())
-
-
 class FusedStep:
     """Has an optimizer of torch's stepped by its fused kernel until :meth:`detach`, whatever checkpoint it loads.
 
@@ -96,8 +55,7 @@ class FusedStep:
     Checkpoints say nothing of it: they are those of the optimizer as it was built.
 
     Args:
-        optimizer: With a :func:`fused_class` and parameters on a device where it :func:`has_kernel`; it may have
-            stepped before.
+        optimizer: With a :func:`fused_class` and parameters on a device with the kernel; it may have stepped before.
     """
 
     def __init__(self, optimizer: Optimizer) -> None:

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
+from lightning_optim._compat.torch import load_hooks
 from lightning_optim.stepping._preparing import prepare_step
 
 # What torch keeps in the param groups although it says how a step is computed, not what.
@@ -31,7 +32,7 @@ def keep_kernel(optimizer: Optimizer) -> list[RemovableHandle]:
     """
     if not any(key in optimizer.defaults for key in _KERNEL):
         return []
-    if _with_own_kernel in optimizer._optimizer_load_state_dict_pre_hooks.values():
+    if _with_own_kernel in load_hooks(optimizer)[0]:
         return []
     return [
         optimizer.register_load_state_dict_pre_hook(_with_own_kernel),

@@ -13,6 +13,8 @@ from typing import Any
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
+from lightning_optim._compat.torch import step_pre_hooks
+
 Prepare = Callable[[Optimizer], None]
 
 
@@ -33,8 +35,7 @@ def prepare_step(optimizer: Optimizer, prepare: Prepare) -> RemovableHandle:
 
 def preparations(optimizer: Optimizer) -> tuple[Prepare, ...]:
     """Returns what :func:`prepare_step` has registered, for who steps without running the optimizer's hooks."""
-    hooks = optimizer._optimizer_step_pre_hooks.values()
-    return tuple(hook.prepare for hook in hooks if isinstance(hook, _Preparation))
+    return tuple(hook.prepare for hook in step_pre_hooks(optimizer) if isinstance(hook, _Preparation))
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,8 @@ from typing import Any, ParamSpec, TypeVar
 import torch
 from torch.optim import Optimizer
 
+from lightning_optim._compat.torch import unhooked
+
 _Arguments = ParamSpec("_Arguments")
 _Result = TypeVar("_Result")
 
@@ -42,8 +44,5 @@ class StepsUncompiled(Optimizer):
     def _step(self) -> None:
         """Steps; by default as the class does that this one is mixed into."""
         upstream: Any = super().step
-        if getattr(upstream, "hooked", False):
-            # torch wraps the step of every class that was instantiated: the hooks would run twice.
-            upstream.__wrapped__(self)
-        else:
-            upstream()
+        # torch wraps the step of every class that was instantiated: the hooks would run twice.
+        unhooked(upstream.__func__)(self)

@@ -29,8 +29,9 @@ from lightning_optim import (
     OptimMixin,
     build_optimizer,
 )
+from lightning_optim._compat.torch import has_fused_kernel, sgd_is_wrong_on_half
 from lightning_optim.build.rules import Fusing, check_fused
-from lightning_optim.stepping._fused import FusedStep, fused_class, has_kernel, is_packed, sgd_is_wrong_on_half
+from lightning_optim.stepping._fused import FusedStep, fused_class, is_packed
 from tests.models import ForeignTokens, LitTokens, fp16_mixed, loader, trainer
 
 CPU = torch.device("cpu")
@@ -625,9 +626,9 @@ def test_which_classes_have_a_kernel() -> None:
     assert fused_class(build_optimizer(weight, "grokadamw")) is None
     for kind in (Adam, AdamW, SGD, Adagrad):
         assert fused_class(kind(weight)) is kind  # type: ignore[arg-type]
-        assert has_kernel(kind, CPU)
-        assert not has_kernel(kind, torch.device("meta"))
-        assert not has_kernel(kind, torch.device("xla"))
+        assert has_fused_kernel(kind, CPU)
+        assert not has_fused_kernel(kind, torch.device("meta"))
+        assert not has_fused_kernel(kind, torch.device("xla"))
 
 
 # --- Trainer ----------------------------------------------------------------------------------------------------------

@@ -12,9 +12,9 @@ from torch import nn
 from torch.optim import SGD, AdamW, Optimizer, RMSprop
 
 from lightning_optim import IncompatibleTrainer
+from lightning_optim._compat.torch import sgd_is_wrong_on_half
 from lightning_optim.build import rules
 from lightning_optim.build.rules import _fused as fused
-from lightning_optim.stepping._fused import sgd_is_wrong_on_half
 from tests.models import ForeignTokens, LitTokens, fp16_mixed, loader, trainer
 
 Rule = Callable[[rules.Fusing], str | None]

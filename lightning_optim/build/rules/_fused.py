@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 from torch.optim import SGD, Adagrad, AdamW, Optimizer
 
+from lightning_optim._compat.torch import has_fused_kernel, sgd_is_wrong_on_half
 from lightning_optim.errors import listing
 from lightning_optim.layerwise import Layerwise
-from lightning_optim.stepping import HALF, fused_class, has_kernel, is_packed, sgd_is_wrong_on_half
+from lightning_optim.stepping import HALF, fused_class, is_packed
 
 # By the identifiers under which they are offered.
 _CLASSES: Mapping[str, type[Optimizer]] = {"adamw": AdamW, "sgd": SGD, "adagrad": Adagrad}
@@ -63,10 +64,10 @@ class Fusing:
 def _kernel_exists(fusing: Fusing) -> str | None:
     torch_class = fused_class(fusing.optimizer)
     devices = {parameter.device for parameter in fusing.parameters}
-    lacking = [device for device in devices if torch_class is None or not has_kernel(torch_class, device)]
+    lacking = [device for device in devices if torch_class is None or not has_fused_kernel(torch_class, device)]
     if not lacking:
         return None
-    offered = [name for name, other in _CLASSES.items() if all(has_kernel(other, device) for device in devices)]
+    offered = [name for name, other in _CLASSES.items() if all(has_fused_kernel(other, device) for device in devices)]
     instead = f"Use one of optim={listing(offered)}, or {fusing.plainly}" if offered else f"Use {fusing.plainly}"
     return (
         f"{fusing.combination}: torch has no fused kernel of {type(fusing.optimizer).__name__} for "

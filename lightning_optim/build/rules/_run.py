@@ -12,12 +12,12 @@ from typing import Any
 import torch
 from torch import nn
 from torch.optim import SGD
-from torch.optim.optimizer import _get_capturable_supported_devices
 
+from lightning_optim._compat.torch import capturable_devices, is_flattened, sgd_is_wrong_on_half
 from lightning_optim.build.rules._fused import half_sgd
 from lightning_optim.build.rules._request import Request
 from lightning_optim.groups import NamedParameter, device_types
-from lightning_optim.stepping import HALF, is_packed, is_sharded, sgd_is_wrong_on_half
+from lightning_optim.stepping import HALF, is_packed, is_sharded
 from lightning_optim.table import OptimizerSpec
 
 
@@ -89,7 +89,7 @@ def _xla(run: Run) -> str | None:
 
 
 def _capturable(run: Run) -> str | None:
-    unfit = sorted(run.devices - set(_get_capturable_supported_devices()))
+    unfit = sorted(run.devices - set(capturable_devices()))
     settings = [run.request.options.select("group"), *run.groups]
     if run.is_fused or not (unfit and any(setting.get("capturable") for setting in settings)):
         return None
@@ -169,7 +169,7 @@ def _sharded_parameters(run: Run) -> str | None:
 
 
 def _flattened_parameters(run: Run) -> str | None:
-    if not any(hasattr(parameter.parameter, "_fsdp_flattened") for parameter in run.parameters):
+    if not any(is_flattened(parameter.parameter) for parameter in run.parameters):
         return None
     return (
         "Trainer(strategy='fsdp') flattens the parameters, so that biases and norms cannot be told from weights and "

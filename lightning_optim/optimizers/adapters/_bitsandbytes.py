@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_optim._compat.torch import load_hooks
 from lightning_optim.errors import InvalidOption
 from lightning_optim.optimizers.adapters._quiet import BITSANDBYTES_CPU, without_records
 from lightning_optim.stepping import StepsUncompiled
@@ -55,12 +56,12 @@ class _BitsPerGroup(StepsUncompiled):
 
     def load_state_dict(self, state_dict: dict[str, Any], *args: Any, **kwargs: Any) -> None:
         """Loads as upstream does, and runs the hooks that torch runs and upstream leaves out."""
-        optimizer: Any = self
-        for before in optimizer._optimizer_load_state_dict_pre_hooks.values():
-            state_dict = before(self, state_dict) or state_dict
+        before, after = load_hooks(self)
+        for hook in before:
+            state_dict = hook(self, state_dict) or state_dict
         super().load_state_dict(state_dict, *args, **kwargs)
-        for after in optimizer._optimizer_load_state_dict_post_hooks.values():
-            after(self)
+        for hook in after:
+            hook(self)
 
 
 def _override(parameter: Tensor) -> dict[str, Any]:

@@ -11,9 +11,10 @@ import torch
 from lightning.pytorch import Trainer
 from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor
-from torch.overrides import TorchFunctionMode, _get_current_function_mode, _pop_mode_temporarily
+from torch.overrides import TorchFunctionMode
 from torch.utils.hooks import RemovableHandle
 
+from lightning_optim._compat.torch import current_function_mode, without_current_function_mode
 from lightning_optim.trainer import _packages as packages
 
 #: What tells of a hook (``"Class.name"``) that found no gradient of the parameter with a name.
@@ -92,9 +93,9 @@ class GradientReaders:
         changes: AbstractContextManager[Any] = nullcontext()
         if hook and not outer:
             changes = self._mode
-        elif outer and not hook and _get_current_function_mode() is self._mode:  # type: ignore[no-untyped-call]
+        elif outer and not hook and current_function_mode() is self._mode:
             # A step of the model is not to be compiled once more for the mode that the hook around it needs.
-            changes = _pop_mode_temporarily()
+            changes = without_current_function_mode()
         with self._profile(action_name) as value, changes:
             self._hook = hook
             try:

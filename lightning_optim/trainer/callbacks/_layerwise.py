@@ -22,10 +22,10 @@ from lightning.pytorch.strategies.xla import XLAStrategy
 from lightning.pytorch.utilities import GradClipAlgorithmType
 from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor, nn
-from torch._functorch import config as functorch_config
 from torch.amp import GradScaler
 from torch.optim import Optimizer
 
+from lightning_optim._compat.torch import set_buffer_donation
 from lightning_optim.build import rules
 from lightning_optim.errors import IncompatibleTrainer
 from lightning_optim.layerwise import Clipping, Layerwise, OuterScaler
@@ -109,8 +109,7 @@ class LayerwiseCallback(Callback):
         clippings = [_clipping(trainer, options) for options in self._options.values()]
         retains_graph = any(clipping and clipping.kind in ("norm", "previous") for clipping in clippings)
         if retains_graph or any(layerwise.replicas or layerwise.skips_whole_steps for layerwise in self._options):
-            self._donates = functorch_config.donated_buffer
-            functorch_config.donated_buffer = False
+            self._donates = set_buffer_donation(False)
         precision = trainer.precision_plugin
         self._readers = self._watch(trainer)
         own_clipping = precision.clip_gradients
@@ -271,7 +270,7 @@ class LayerwiseCallback(Callback):
         precision = trainer.precision_plugin
         vars(precision).pop("clip_gradients", None)
         if self._donates is not None:
-            functorch_config.donated_buffer = self._donates
+            set_buffer_donation(self._donates)
             self._donates = None
         if self._scaler is not None:
             precision.scaler = self._scaler  # type: ignore[attr-defined]

@@ -14,13 +14,14 @@ from lightning.fabric.plugins import CheckpointIO
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.plugins.io.wrapper import _WrappingCheckpointIO
 
+from lightning_optim._compat.torch import refuses_wrapper_subclass
 from lightning_optim.table import TORCHAO, availability
 from lightning_optim.trainer.callbacks._detach import detach
 
 
 def is_old_style(error: BaseException) -> bool:
     """Whether reading a checkpoint failed because of torchao's tensors."""
-    return "torchao" in str(error) or "_rebuild_wrapper_subclass" in str(error)
+    return "torchao" in str(error) or refuses_wrapper_subclass(error)
 
 
 def import_torchao() -> None:

@@ -12,9 +12,9 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import CombinedLoader
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.hooks import RemovableHandle
 
+from lightning_optim._compat.torch import AnyBatchNorm
 from lightning_optim.errors import IncompatibleTrainer, InvalidOption
 from lightning_optim.stepping import KeepsTrainingPoint
 from lightning_optim.trainer import _packages as packages
@@ -167,8 +167,8 @@ def _second_reading(trainer: Trainer) -> CombinedLoader:
     return CombinedLoader(data.iterables if isinstance(data, packages.kin(CombinedLoader)) else data, "max_size_cycle")
 
 
-def _batch_norms(module: nn.Module) -> Iterator[_BatchNorm]:
-    return (m for m in module.modules() if isinstance(m, _BatchNorm) and m.track_running_stats)
+def _batch_norms(module: nn.Module) -> Iterator[AnyBatchNorm]:
+    return (m for m in module.modules() if isinstance(m, AnyBatchNorm) and m.track_running_stats)
 
 
 @contextmanager

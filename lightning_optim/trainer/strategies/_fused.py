@@ -15,9 +15,10 @@ from lightning_utilities.core.rank_zero import rank_zero_info
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from lightning_optim._compat.torch import SCALES
 from lightning_optim.build import rules
 from lightning_optim.errors import IncompatibleTrainer
-from lightning_optim.stepping import SCALES, FusedStep
+from lightning_optim.stepping import FusedStep
 from lightning_optim.trainer import _packages as packages
 from lightning_optim.trainer.strategies._movable import Movable
 from lightning_optim.trainer.strategies._one_device import OneDevice

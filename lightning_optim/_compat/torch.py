@@ -15,6 +15,7 @@ from torch._functorch import config as functorch_config
 from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 from torch.nn.modules.conv import _ConvNd
 from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
 from torch.optim.optimizer import _get_capturable_supported_devices
 from torch.optim.sgd import sgd
 from torch.overrides import TorchFunctionMode, _get_current_function_mode, _pop_mode_temporarily
@@ -38,6 +39,8 @@ __all__ = [
     "mark_as_wrapped",
     "refuses_wrapper_subclass",
     "set_buffer_donation",
+    "set_last_rates",
+    "set_step_count",
     "sgd_is_wrong_on_half",
     "step_pre_hooks",
     "unhooked",
@@ -116,6 +119,16 @@ def mark_as_stepped(optimizer: Optimizer) -> None:
 def mark_as_wrapped(step: Callable[..., Any]) -> None:
     """Tells schedules that a ``step`` counts its calls, else torch warns where it takes the place of one that did."""
     step._wrapped_by_lr_sched = True  # type: ignore[attr-defined]
+
+
+def set_last_rates(schedule: LRScheduler, rates: Sequence[float]) -> None:
+    """Sets what ``get_last_lr`` returns, for a schedule that goes on from other peaks: loggers would show the old."""
+    schedule._last_lr = list(rates)
+
+
+def set_step_count(schedule: LRScheduler, count: int) -> None:
+    """Sets how often a schedule was stepped: 1 would have torch take it for new, and warn."""
+    schedule._step_count = count
 
 
 # --- kernels ---------------------------------------------------------------------------------------------------------

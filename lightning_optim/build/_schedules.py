@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
+from lightning_optim._compat.torch import set_last_rates, set_step_count
 from lightning_optim.build._curves import MODULE_SCHEDULE, SCHEDULES, get_schedule
 from lightning_optim.build._schedule_state import KnowsItsName, Plateau, set_rate
 from lightning_optim.errors import InvalidOption, listing
@@ -89,11 +90,11 @@ class NamedSchedule(KnowsItsName):
             set_rate(group, peak * factor)
             group["initial_lr"] = peak
         self.base_lrs = list(peaks)
-        self._last_lr = [peak * factor for peak in peaks]
+        set_last_rates(self, [peak * factor for peak in peaks])
 
     def begin(self, step: int) -> None:
         self.last_epoch = step
-        self._step_count = step + 1
+        set_step_count(self, step + 1)
         # A checkpoint written without a schedule has taken the peaks away: its rates are theirs.
         peaks = [float(group.get("initial_lr", group["lr"])) for group in self.optimizer.param_groups]
         self.start_anew(self._multiplier, peaks)
@@ -101,8 +102,8 @@ class NamedSchedule(KnowsItsName):
     def _follow_added_groups(self) -> None:
         """Makes the peak of an added group, whose rate somebody has set since the last step, what gives that rate."""
         for index, group in enumerate(self.optimizer.param_groups[self._first :], self._first):
-            known = index < len(self._last_lr) and "initial_lr" in group
-            if not known or float(group["lr"]) != float(self._last_lr[index]):
+            known = index < len(self.get_last_lr()) and "initial_lr" in group
+            if not known or float(group["lr"]) != float(self.get_last_lr()[index]):
                 # A factor of 0, at the start of a warm-up, says nothing of the peak.
                 group["initial_lr"] = group["lr"] / (self._multiplier(self.last_epoch - 1) or 1.0)
 

@@ -15,10 +15,11 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.accelerators import AcceleratorRegistry
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, LRSchedulerTypeTuple
 from lightning.pytorch.strategies import DDPStrategy
-from lightning.pytorch.trainer.connectors.accelerator_connector import _AcceleratorConnector
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning_utilities.core.rank_zero import rank_zero_info
 
+from lightning_optim._compat.jsonargparse import actions
+from lightning_optim._compat.lightning import chosen_strategy, is_start_method_popen, subcommand_parser
 from lightning_optim.build import ARGUMENTS, Argument, OptimConfig, trust
 from lightning_optim.errors import (
     IncompatibleTrainer,
@@ -84,10 +85,10 @@ def _for_accelerator(config: dict[str, Any]) -> str | None:
 def _for_layerwise(config: dict[str, Any]) -> str | None:
     """Returns the strategy that steps during backward where the Trainer would choose one that does not, or ``None``."""
     choosing = ("accelerator", "devices", "num_nodes")
-    chosen = _AcceleratorConnector(**{name: config[name] for name in choosing if name in config}).strategy
+    chosen = chosen_strategy({name: config[name] for name in choosing if name in config})
     if not isinstance(chosen, DDPStrategy):
         return None
-    return "layerwise_ddp" if chosen._start_method == "popen" else "layerwise_ddp_notebook"
+    return "layerwise_ddp" if is_start_method_popen(chosen) else "layerwise_ddp_notebook"
 
 
 class OptimArgumentParser(LightningArgumentParser):
@@ -115,9 +116,9 @@ class OptimArgumentParser(LightningArgumentParser):
 
     @contextmanager
     def _not_required(self) -> Iterator[None]:
-        before = set(self._actions)
+        before = set(actions(self))
         yield
-        for action in self._actions:
+        for action in actions(self):
             if action.required and action not in before:
                 action.required = False
                 self.needed_without_optim.add(action.dest)
@@ -158,9 +159,9 @@ class OptimCLI(LightningCLI):
         super().__init__(*args, **{"parser_class": OptimArgumentParser, **kwargs})
 
     def add_core_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        if packages.is_others(self._model_class):
+        if self.model_class is not None and packages.is_others(self.model_class):
             raise IncompatibleTrainer(
-                f"OptimCLI builds the Trainer of lightning.pytorch, and {self._model_class.__name__} is a module of "
+                f"OptimCLI builds the Trainer of lightning.pytorch, and {self.model_class.__name__} is a module of "
                 f"{packages.OTHER}. Use that package's LightningCLI: with OptimMixin before its LightningModule the "
                 "model takes --model.optim NAME, --model.lr and so on. Or write `import lightning as L`."
             )
@@ -204,7 +205,7 @@ class OptimCLI(LightningCLI):
         self.trainer.callbacks.insert(0, callback)  # type: ignore[attr-defined]
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
-        config = {**self._get(self.config_init, "trainer", default={}), **kwargs}
+        config = {**self._section(self.config_init).get("trainer", {}), **kwargs}
         chosen = self._chosen_config()
         try:
             if config.get("strategy", "auto") == "auto":
@@ -226,14 +227,14 @@ class OptimCLI(LightningCLI):
             return self.optim_config
         return self.model.optim_config if isinstance(self.model, OptimMixin) else None
 
-    def _section(self) -> Namespace:
+    def _section(self, config: Namespace) -> Namespace:
         """Returns the configuration of the subcommand, or the whole where there are none."""
-        section: Namespace = self.config.get(str(self.config.get("subcommand")), self.config)
+        section: Namespace = config.get(str(self.config.get("subcommand")), config)
         return section
 
     def _given(self) -> dict[str, Any]:
         """Returns the optimizer arguments that were given, as plain values."""
-        values = {name: self._section().get(name) for name in ARGUMENTS}
+        values = {name: self._section(self.config).get(name) for name in ARGUMENTS}
         return {
             name: value.as_dict() if isinstance(value, Namespace) else value
             for name, value in values.items()
@@ -241,7 +242,11 @@ class OptimCLI(LightningCLI):
         }
 
     def _checked_config(self) -> OptimConfig | None:
-        given, config, parser = self._given(), self._section(), self._parser(self.config.get("subcommand"))
+        given, config, parser = (
+            self._given(),
+            self._section(self.config),
+            subcommand_parser(self, self.config.get("subcommand")),
+        )
         if "optim" not in given:
             if given:
                 first = next(iter(given))

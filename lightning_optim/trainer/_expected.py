@@ -11,12 +11,12 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from lightning.pytorch import LightningModule
-from lightning.pytorch.core.optimizer import _configure_optimizers
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
+from lightning_optim._compat.lightning import take_apart
 from lightning_optim.build import MODULE_SCHEDULE, FollowingSchedule, OptimConfig, built_by, peak_rate, resolve
 from lightning_optim.errors import IncompatibleTrainer
 from lightning_optim.groups import Target
@@ -69,7 +69,7 @@ class Expected:
         with isolate_rng(), built_by(build):
             try:
                 returned = own()
-                optimizers, schedules, monitor = ([], [], None) if returned is None else _configure_optimizers(returned)
+                optimizers, schedules, monitor = ([], [], None) if returned is None else take_apart(returned)
             except Exception as raised:
                 # It may be what the named optimizer is to get around.
                 error: Exception | None = raised

@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, Any
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
-from lightning.pytorch.core.optimizer import _configure_optimizers
 from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
+from lightning_optim._compat.lightning import take_apart
 from lightning_optim.build import (
     MODULE_SCHEDULE,
     OptimConfig,
@@ -58,7 +58,7 @@ def configure(module: LightningModule, config: OptimConfig, own: OwnHook | None 
     It raises what :func:`lightning_optim.build_optimizer` and :func:`lightning_optim.build_schedule` raise, and
     :class:`IncompatibleTrainer` if the module's loop expects what this does not give.
     """
-    trainer = module._trainer
+    trainer = trainer_of(module)
     expected = Expected.ask(module, own)
     expected.check(config)
     name = config.lr_scheduler
@@ -84,7 +84,7 @@ def _scheduled(
     module: LightningModule, resolved: ResolvedOptimizer, config: OptimConfig, length: Length
 ) -> OptimizerLRScheduler:
     """Returns the optimizer with its named schedule, as Lightning takes them."""
-    trainer, name = module._trainer, config.lr_scheduler
+    trainer, name = trainer_of(module), config.lr_scheduler
     if name is None:
         _resume(trainer, resolved, None, config)
         if trainer is not None:
@@ -114,13 +114,13 @@ def _scheduled(
 
 def attend(module: LightningModule, own: OwnHook) -> Any:
     """Has what the module's own ``configure_optimizers`` builds reported, and attaches what it needs."""
-    trainer = module._trainer
+    trainer = trainer_of(module)
     with built_by(partial(build, module)):
         configured = own()
     if trainer is None or configured is None:
         return configured
     # Built before, for instance in the module's __init__.
-    for optimizer in _configure_optimizers(configured)[0]:
+    for optimizer in take_apart(configured)[0]:
         if isinstance(optimizer, KeepsTrainingPoint):
             ScheduleFreeCallback.attach(trainer)
         layerwise = Layerwise.of(optimizer)
@@ -128,6 +128,15 @@ def attend(module: LightningModule, own: OwnHook) -> Any:
             options = LayerwiseOptions(bucket_mb=layerwise.bucket_mb)
             LayerwiseCallback.attach(trainer, optimizer, options, f"the module's layerwise {type(optimizer).__name__}")
     return configured
+
+
+def trainer_of(module: LightningModule) -> Trainer | None:
+    """Returns the Trainer that the module is attached to, if there is one; Fabric's stand-in is none."""
+    try:
+        trainer = module.trainer
+    except RuntimeError:
+        return None
+    return trainer if isinstance(trainer, packages.kin(Trainer)) else None
 
 
 def _resume(trainer: Trainer | None, resolved: ResolvedOptimizer, schedule: Any, config: OptimConfig) -> None:
@@ -138,7 +147,7 @@ def _resume(trainer: Trainer | None, resolved: ResolvedOptimizer, schedule: Any,
 
 def build(module: LightningModule, target: Target, config: OptimConfig) -> Optimizer:
     """Builds one optimizer for (a part of) ``module``, without a schedule; reports it and attaches what it needs."""
-    trainer = module._trainer
+    trainer = trainer_of(module)
     length = Length.of(trainer, config)
     resolved = _resolve(trainer, target, config, length)
     _announce(trainer, resolved, config, "none", length)

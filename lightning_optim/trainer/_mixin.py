@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -11,11 +10,11 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 from lightning.pytorch import Callback, LightningModule
-from lightning.pytorch.utilities.model_helpers import _restricted_classmethod
 from torch import nn
 from torch.optim import Optimizer
 from typing_extensions import Self, Unpack
 
+from lightning_optim._compat.lightning import note_hyperparameters, restricted_classmethod
 from lightning_optim.build import ARGUMENTS, OptimConfig, OptimizerArguments, storable, takes_arguments, trust
 from lightning_optim.errors import IncompatibleTrainer
 from lightning_optim.groups import Target, TargetModules
@@ -151,10 +150,10 @@ class OptimMixin(_Base):
         for name in [name for name, value in saved.items() if report.is_report(name, value)]:
             del saved[name]
         saved.update({name: storable(saved[name]) for name in ARGUMENTS if name in saved})
-        self._hparams_initial = copy.deepcopy(self._hparams)
+        note_hyperparameters(self)
 
     # Lightning's own kind of class method, which refuses to be called on an instance.
-    @_restricted_classmethod
+    @restricted_classmethod
     def load_from_checkpoint(
         cls,  # noqa: N805
         checkpoint_path: Any,

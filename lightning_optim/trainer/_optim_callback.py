@@ -10,6 +10,7 @@ from lightning.pytorch.callbacks import LearningRateFinder
 from lightning_utilities.core.rank_zero import rank_zero_info
 from typing_extensions import Unpack
 
+from lightning_optim._compat.lightning import finder_sets_rate
 from lightning_optim.build import ARGUMENTS, Companions, OptimConfig, takes_arguments
 from lightning_optim.errors import IncompatibleTrainer, InvalidOption
 from lightning_optim.table import refuse_unknown
@@ -98,7 +99,7 @@ class OptimCallback(Callback):
                 "optim to the module."
             )
         finders = (callback for callback in callbacks if isinstance(callback, packages.kin(LearningRateFinder)))
-        if any(finder._update_attr for finder in finders):
+        if any(map(finder_sets_rate, finders)):
             raise IncompatibleTrainer(
                 "the learning-rate finder sets an attribute of the module, which OptimCallback does not read. Use "
                 "Tuner.lr_find(..., update_attr=False) and pass its suggestion as OptimCallback(lr=...)."

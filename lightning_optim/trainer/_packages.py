@@ -56,6 +56,11 @@ def of(owner: object, ours: type[_T]) -> type[_T]:
     return found
 
 
+def set_inherited(cls: type, owner: object, name: str, value: Any) -> None:
+    """Sets a property of ``owner`` as the classes behind ``cls`` do, which overrides it."""
+    getattr(super(cls, type(owner)), name).__set__(owner, value)
+
+
 def is_overridden(method: str, module: object) -> bool:
     """Whether a module, of either package, has an implementation of its own of a method of LightningModule."""
     return _is_overridden(method, module, of(module, LightningModule))

@@ -9,6 +9,7 @@ from lightning.pytorch.callbacks import BatchSizeFinder, LearningRateFinder
 from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
+from lightning_optim._compat.lightning import finder_sets_rate, loaded_checkpoint
 from lightning_optim.build import NamedSchedule, OptimConfig, ResolvedOptimizer, make_multiplier, set_rate
 from lightning_optim.trainer import _packages as packages
 from lightning_optim.trainer._length import Length
@@ -100,7 +101,7 @@ class AfterFinders(Callback):
         for finder in trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(finder, packages.kin(LearningRateFinder)) and finder.optimal_lr is not self._seen.get(finder):
                 self._seen[finder] = finder.optimal_lr
-                if finder.optimal_lr is not None and finder._update_attr:
+                if finder.optimal_lr is not None and finder_sets_rate(finder):
                     found = finder.optimal_lr.suggestion()
         return found
 
@@ -115,7 +116,7 @@ def forgetful_finder(trainer: Trainer) -> str:
 
     It restores a file of its own, and Lightning forgets the checkpoint before optimizer and progress are read.
     """
-    if not trainer._checkpoint_connector._loaded_checkpoint:
+    if not loaded_checkpoint(trainer):
         return ""
     hooks = {finder.on_fit_start for finder in packages.kin(*_FINDERS)}
     callbacks = trainer.callbacks  # type: ignore[attr-defined]

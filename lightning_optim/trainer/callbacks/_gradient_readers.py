@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import sys
+import inspect
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
@@ -128,7 +128,7 @@ class GradientReaders:
         hook = self._hook
         if hook is None or hook in self._told or not self.stepped or before is not None:
             return
-        if parameter not in self._arrived or _is_housekeeping(sys._getframe(2).f_globals.get("__name__", "")):
+        if parameter not in self._arrived or _is_housekeeping(_reader()):
             return
         if written and written[0] is None and hook.rpartition(".")[2] not in _BEFORE_STEP:
             return
@@ -149,6 +149,14 @@ class _SeesGradients(TorchFunctionMode):
         if func in (_READ, _WRITE):
             self._saw(args[0], args[0].grad, args[1:] if func == _WRITE else ())
         return func(*args, **(kwargs or {}))
+
+
+def _reader() -> str:
+    """Returns the module of the code that reads or sets a gradient, four frames from here."""
+    frame = inspect.currentframe()
+    for _ in range(3):
+        frame = frame and frame.f_back
+    return str(frame.f_globals.get("__name__", "")) if frame else ""
 
 
 def _is_housekeeping(module: str) -> bool:

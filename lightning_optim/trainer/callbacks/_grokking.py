@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
+from lightning_optim._compat.lightning import logged_results
 from lightning_optim.errors import IncompatibleTrainer, listing
 from lightning_optim.optimizers import GrokAdamW
 
@@ -83,5 +84,5 @@ def _grokking(trainer: Trainer) -> list[GrokAdamW]:
 
 def _appears_later(trainer: Trainer) -> set[str]:
     """Returns the names of what training logs per epoch; the first appears when the epoch ends, after validation."""
-    metas = [result.meta for result in trainer.fit_loop.epoch_loop._results.values()]
+    metas = [result.meta for result in logged_results(trainer.fit_loop.epoch_loop).values()]
     return {name for meta in metas if meta.on_epoch for name in (meta.name, meta.forked_name(on_step=False))}

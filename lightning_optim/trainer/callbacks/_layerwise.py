@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from torch.amp import GradScaler
 from torch.optim import Optimizer
 
+from lightning_optim._compat.lightning import is_accumulating, loaded_checkpoint
 from lightning_optim._compat.torch import set_buffer_donation
 from lightning_optim.build import rules
 from lightning_optim.errors import IncompatibleTrainer
@@ -77,7 +78,7 @@ class LayerwiseCallback(Callback):
         callback = next((callback for callback in callbacks if isinstance(callback, cls)), None)
         if callback is None:
             callback = cls()
-            callback._restore(trainer._checkpoint_connector._loaded_checkpoint)
+            callback._restore(loaded_checkpoint(trainer))
             # Before the user's callbacks, who find the step done.
             callbacks.insert(0, callback)
         layerwise = Layerwise.of(optimizer)
@@ -226,7 +227,7 @@ class LayerwiseCallback(Callback):
         """Whether the backward that starts is followed by a step of this optimizer."""
         if self._scaler is None:
             return layerwise.in_closure
-        return self._may_step and not trainer.fit_loop._should_accumulate()
+        return self._may_step and not is_accumulating(trainer)
 
     def _clip_alive(
         self, trainer: Trainer, own_clipping: Callable[..., None], optimizer: Optimizer, *args: Any, **kwargs: Any

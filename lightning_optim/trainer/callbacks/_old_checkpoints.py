@@ -12,8 +12,8 @@ from typing import Any
 
 from lightning.fabric.plugins import CheckpointIO
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.plugins.io.wrapper import _WrappingCheckpointIO
 
+from lightning_optim._compat.lightning import WrappingCheckpointIO
 from lightning_optim._compat.torch import refuses_wrapper_subclass
 from lightning_optim.table import TORCHAO, availability
 from lightning_optim.trainer.callbacks._detach import detach
@@ -62,7 +62,7 @@ class OldCheckpoints(Callback):
         detach(trainer, self)
 
 
-class _ReadsTorchao(_WrappingCheckpointIO):
+class _ReadsTorchao(WrappingCheckpointIO):
     """Hands everything to the original, and reads once more with torchao where that fails for its tensors.
 
     The XLA strategies accept no other class of Lightning's around their own.

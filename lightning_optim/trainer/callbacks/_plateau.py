@@ -10,6 +10,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
+from lightning_optim._compat.lightning import has_data, loaded_checkpoint, logged_results
 from lightning_optim.errors import InvalidOption, listing
 from lightning_optim.trainer import _packages as packages
 from lightning_optim.trainer.callbacks._detach import detach
@@ -40,7 +41,7 @@ class PlateauCallback(Callback):
     def attach(cls, trainer: Trainer, scheduler: ReduceLROnPlateau, monitor: str) -> None:
         """Has ``scheduler`` asked by the fit that is being set up."""
         callback = cls(scheduler, monitor)
-        callback._follows_validation = trainer._checkpoint_connector._loaded_checkpoint.get(_KEY)
+        callback._follows_validation = loaded_checkpoint(trainer).get(_KEY)
         # First: before ModelCheckpoint saves.
         trainer.callbacks.insert(0, callback)  # type: ignore[attr-defined]
 
@@ -48,15 +49,15 @@ class PlateauCallback(Callback):
         if trainer.state.fn != "fit" or trainer.sanity_checking:
             return
         loops = trainer.fit_loop.epoch_loop
-        self._follows_validation = self._monitor in _logged(loops.val_loop._results)
+        self._follows_validation = self._monitor in _logged(logged_results(loops.val_loop))
         if self._follows_validation:
             self._step(trainer)
         elif not (
-            self._monitor in {*_logged(loops._results), *trainer.callback_metrics}
+            self._monitor in {*_logged(logged_results(loops)), *trainer.callback_metrics}
             or any(map(_ends_epochs, _users(trainer)))
             or packages.is_overridden("on_train_epoch_end", pl_module)
         ):
-            raise self._missing({*_logged(loops._results), *trainer.callback_metrics})
+            raise self._missing({*_logged(logged_results(loops)), *trainer.callback_metrics})
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._follows_validation:
@@ -103,7 +104,7 @@ class PlateauCallback(Callback):
             self._step(trainer)
         elif final:
             self._due = None
-            if self._follows_validation is False or not trainer.fit_loop.epoch_loop.val_loop._data_source.is_defined():
+            if self._follows_validation is False or not has_data(trainer.fit_loop.epoch_loop.val_loop):
                 raise self._missing(trainer.callback_metrics)
 
     def _step(self, trainer: Trainer) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch.optim import Optimizer
 
+from lightning_optim._compat.lightning import loaded_checkpoint
 from lightning_optim.build import INITIAL_LR, LR, SCHEDULE, KnowsItsName, other_schedule, written_by
 from lightning_optim.trainer.callbacks._detach import detach
 
@@ -30,7 +31,7 @@ class ResumeCallback(Callback):
     def attach(self, trainer: Trainer) -> None:
         """Attaches it to the fit that is being set up."""
         # Read before the optimizers were made, by most strategies; the others read it later, with all callbacks.
-        checkpoint = trainer._checkpoint_connector._loaded_checkpoint
+        checkpoint = loaded_checkpoint(trainer)
         if checkpoint:
             self._states = checkpoint.get("lr_schedulers")
         trainer.callbacks.insert(0, self)  # type: ignore[attr-defined]

@@ -14,6 +14,7 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
+from lightning_optim._compat.lightning import before_batch_transfer
 from lightning_optim._compat.torch import AnyBatchNorm
 from lightning_optim.errors import IncompatibleTrainer, InvalidOption
 from lightning_optim.stepping import KeepsTrainingPoint
@@ -133,7 +134,7 @@ class ScheduleFreeCallback(Callback):
         with isolate_rng(), _statistics_of_this_model(pl_module), torch.no_grad(), precision.forward_context():
             for batch, _, _ in itertools.islice(_second_reading(trainer), self.bn_batches):
                 # What Lightning does to a batch before training_step sees it.
-                batch = pl_module._on_before_batch_transfer(precision.convert_input(batch), dataloader_idx=0)
+                batch = before_batch_transfer(pl_module, precision.convert_input(batch))
                 self.recalibration_forward(pl_module, trainer.strategy.batch_to_device(batch, dataloader_idx=0))
 
 

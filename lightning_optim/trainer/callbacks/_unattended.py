@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-import sys
-from types import FrameType
 from typing import Any
 
 from lightning.pytorch import Trainer
 from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch.optim import Optimizer
 
+from lightning_optim._compat.lightning import running_trainer
 from lightning_optim.layerwise import Layerwise
 from lightning_optim.stepping import KeepsTrainingPoint
 from lightning_optim.trainer.callbacks._layerwise import LayerwiseCallback
 from lightning_optim.trainer.callbacks._schedule_free import ScheduleFreeCallback
-
-# Whatever a Trainer asks of a module, it asks from here.
-_CALLERS = ("lightning.pytorch.trainer.call", "pytorch_lightning.trainer.call")
 
 
 def watch(optimizer: Optimizer, name: str) -> None:
@@ -24,7 +20,7 @@ def watch(optimizer: Optimizer, name: str) -> None:
     needs = _needs(optimizer)
     if needs is None:
         return
-    trainer = _running_trainer()
+    trainer = running_trainer()
     if trainer is not None:
         _warn(trainer, optimizer, name)
         return
@@ -34,7 +30,7 @@ def watch(optimizer: Optimizer, name: str) -> None:
     def at_first_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         # It stays: torch iterates over the hooks while they run, so that none may remove itself.
         nonlocal asked
-        trainer = None if asked else _running_trainer()
+        trainer = None if asked else running_trainer()
         asked = True
         if trainer is not None:
             _warn(trainer, optimizer, name)
@@ -59,18 +55,3 @@ def _warn(trainer: Trainer, optimizer: Optimizer, name: str) -> None:
         f"optim={name!r} was built by build_optimizer in a module's own code, and nobody told the Trainer: {needs[1]}. "
         "Add Trainer(callbacks=[OptimCallback()]), or build it with self.build_optimizer (OptimMixin)."
     )
-
-
-def _running_trainer() -> Trainer | None:
-    """Returns the Trainer whose fit called, over whatever package's code, the code that runs now.
-
-    An optimizer knows its parameters and no module. Only a warning depends on this.
-    """
-    frame: FrameType | None = sys._getframe()
-    while frame is not None:
-        if frame.f_globals.get("__name__") in _CALLERS:
-            trainer: Trainer | None = frame.f_locals.get("trainer")
-            if trainer is not None:
-                return trainer
-        frame = frame.f_back
-    return None

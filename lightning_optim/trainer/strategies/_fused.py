@@ -7,7 +7,6 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.core.optimizer import _MockOptimizer
 from lightning.pytorch.plugins import MixedPrecision, Precision
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy, Strategy
 from lightning.pytorch.utilities import GradClipAlgorithmType
@@ -15,6 +14,7 @@ from lightning_utilities.core.rank_zero import rank_zero_info
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from lightning_optim._compat.lightning import MockOptimizer, after_closure
 from lightning_optim._compat.torch import SCALES
 from lightning_optim.build import rules
 from lightning_optim.errors import IncompatibleTrainer
@@ -45,7 +45,7 @@ class UnscalesFused(_Precision):
         skipped = closure_result is None and model.automatic_optimization
         if not skipped:
             self.scaler.unscale_(optimizer)
-        self._after_closure(model, optimizer)
+        after_closure(self, model, optimizer)
         if skipped:
             return closure_result
         step_output = self.scaler.step(optimizer, **kwargs)
@@ -115,13 +115,13 @@ class StepsFused(Movable, _Base):
                 "which refuses to clip for a fused optimizer. Derive it from lightning_optim.FusedMixedPrecision, or "
                 f"use precision={plugin.precision!r} without it."
             )
-        self._precision_plugin = plugin
+        packages.set_inherited(StepsFused, self, "precision_plugin", plugin)
 
     def setup_optimizers(self, trainer: Trainer) -> None:
         self._detach()
         super().setup_optimizers(trainer)
         module = trainer.lightning_module
-        mocks = packages.kin(_MockOptimizer)
+        mocks = packages.kin(MockOptimizer)
         optimizers = [optimizer for optimizer in self.optimizers if not isinstance(optimizer, mocks)]
         for optimizer in optimizers:
             rules.check_fused(self._facts(module, optimizer))

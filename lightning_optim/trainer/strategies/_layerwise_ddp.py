@@ -9,13 +9,13 @@ import torch
 import torch.distributed as dist
 from lightning.fabric.plugins import CheckpointIO, ClusterEnvironment
 from lightning.pytorch.accelerators import Accelerator
-from lightning.pytorch.overrides.distributed import _sync_module_states
 from lightning.pytorch.plugins import Precision
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 from torch.distributed.constants import default_pg_timeout
 
+from lightning_optim._compat.lightning import is_accumulating, sync_module_states
 from lightning_optim.layerwise import Layerwise, Replicas
 from lightning_optim.trainer.strategies._layerwise import StepsInBackward, layerwise_options
 
@@ -75,7 +75,7 @@ class StepsCopiesInBackward(StepsInBackward, _Base):
     def configure_ddp(self) -> None:
         # What DistributedDataParallel's constructor does; nothing wraps the model.
         assert self.model is not None
-        _sync_module_states(self.model)
+        sync_module_states(self.model)
 
     def prepare(self, layerwise: Layerwise) -> None:
         layerwise.replicas = Replicas()
@@ -91,7 +91,7 @@ class StepsCopiesInBackward(StepsInBackward, _Base):
     def post_backward(self, closure_loss: Tensor) -> None:
         super().post_backward(closure_loss)
         assert self.lightning_module is not None
-        if self.lightning_module.trainer.fit_loop._should_accumulate():
+        if is_accumulating(self.lightning_module.trainer):
             return
         for optimizer in self.optimizers:
             layerwise = Layerwise.of(optimizer)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Literal
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch.distributed.constants import default_pg_timeout
 
+from lightning_optim._compat.lightning import data_parallel_takes_the_rest
 from lightning_optim.trainer.strategies._layerwise import StepsInBackward, layerwise_options
 
 if TYPE_CHECKING:
@@ -47,9 +48,7 @@ class StepsShardsInBackward(StepsInBackward, _Base):
         )
 
     def setup_environment(self) -> None:
-        if self._data_parallel_size == "auto":
-            assert isinstance(self._tensor_parallel_size, int)
-            self._data_parallel_size = self.num_nodes * self.num_processes // self._tensor_parallel_size
+        data_parallel_takes_the_rest(self)
         super().setup_environment()
 
     @contextmanager

@@ -32,13 +32,13 @@ class Movable(_Base):
     @property
     def accelerator(self) -> Accelerator | None:
         """The accelerator; setting it is the first thing that a Trainer does to a strategy."""
-        return self._accelerator
+        return super().accelerator
 
     @accelerator.setter
     def accelerator(self, accelerator: Accelerator) -> None:
         if packages.is_others(accelerator) and not packages.is_others(self):
             self._move()
-        self._accelerator = accelerator
+        packages.set_inherited(Movable, self, "accelerator", accelerator)
 
     def _move(self) -> None:
         ours = type(self)

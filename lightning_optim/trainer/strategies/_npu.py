@@ -6,13 +6,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch.distributed as dist
 from lightning.pytorch.accelerators import Accelerator
-from lightning.pytorch.overrides.distributed import _register_ddp_comm_hook
 from lightning.pytorch.plugins import MixedPrecision, Precision
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy, Strategy
-from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 
+from lightning_optim._compat.lightning import WrapsForAnyDevice
 from lightning_optim.errors import IncompatibleTrainer
+from lightning_optim.trainer import _packages as packages
 from lightning_optim.trainer.accelerators._npu import NPUAccelerator
 from lightning_optim.trainer.strategies._one_device import OneDevice
 
@@ -30,7 +29,7 @@ class _OnNPU(_Base):
     @property
     def accelerator(self) -> Accelerator | None:
         """The accelerator, which the Trainer sets."""
-        return self._accelerator
+        return super().accelerator
 
     @accelerator.setter
     def accelerator(self, accelerator: Accelerator) -> None:
@@ -39,7 +38,7 @@ class _OnNPU(_Base):
                 f"strategy={self.strategy_name!r} trains on NPUs, and the Trainer's accelerator is "
                 f"{type(accelerator).__name__}. Use Trainer(accelerator='npu', strategy={self.strategy_name!r})."
             )
-        self._accelerator = accelerator
+        packages.set_inherited(_OnNPU, self, "accelerator", accelerator)
 
     @property
     def precision_plugin(self) -> Precision:
@@ -52,7 +51,7 @@ class _OnNPU(_Base):
         # GradScaler would be switched off.
         if type(precision) is MixedPrecision and precision.device == "cuda":
             precision = MixedPrecision(precision.precision, "npu")  # type: ignore[arg-type]
-        self._precision_plugin = precision
+        packages.set_inherited(_OnNPU, self, "precision_plugin", precision)
 
 
 class NPUStrategy(_OnNPU, OneDevice, SingleDeviceStrategy):
@@ -76,7 +75,7 @@ class NPUStrategy(_OnNPU, OneDevice, SingleDeviceStrategy):
     strategy_name = "npu"
 
 
-class NPUDDPStrategy(_OnNPU, DDPStrategy):
+class NPUDDPStrategy(_OnNPU, WrapsForAnyDevice, DDPStrategy):
     """Trains on several Ascend NPUs, one process each, with ``DistributedDataParallel``.
 
     Precision is as in :class:`~lightning_optim.NPUStrategy`. What Lightning's own strategy does for CUDA alone is done
@@ -94,18 +93,6 @@ class NPUDDPStrategy(_OnNPU, DDPStrategy):
 
     def __init__(self, process_group_backend: str = "hccl", **ddp: Any) -> None:
         super().__init__(process_group_backend=process_group_backend, **ddp)
-
-    def _setup_model(self, model: nn.Module) -> DistributedDataParallel:
-        return DistributedDataParallel(module=model, device_ids=self.determine_ddp_device_ids(), **self._ddp_kwargs)
-
-    def _register_ddp_hooks(self) -> None:
-        assert isinstance(self.model, DistributedDataParallel)
-        _register_ddp_comm_hook(
-            model=self.model,
-            ddp_comm_state=self._ddp_comm_state,
-            ddp_comm_hook=self._ddp_comm_hook,
-            ddp_comm_wrapper=self._ddp_comm_wrapper,
-        )
 
     def barrier(self, *args: Any, **kwargs: Any) -> None:
         if dist.is_available() and dist.is_initialized():

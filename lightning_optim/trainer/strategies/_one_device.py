@@ -10,6 +10,7 @@ from lightning.pytorch.accelerators import Accelerator
 from lightning.pytorch.plugins import Precision
 from lightning.pytorch.strategies import SingleDeviceStrategy
 
+from lightning_optim._compat.lightning import set_root_device
 from lightning_optim.errors import IncompatibleTrainer
 
 if TYPE_CHECKING:
@@ -59,7 +60,7 @@ class OneDevice(SingleProcess):
         precision_plugin: Precision | None = None,
     ) -> None:
         super().__init__(device or "cpu", accelerator, checkpoint_io, precision_plugin)
-        self._parallel_devices = None if device is None else [self._root_device]
+        self._parallel_devices = None if device is None else [self.root_device]
 
     @property
     def parallel_devices(self) -> list[torch.device] | None:
@@ -75,4 +76,4 @@ class OneDevice(SingleProcess):
             )
         self._refuse_several(len(devices), "devices")
         self._parallel_devices = devices
-        self._root_device = torch.device(devices[0])
+        set_root_device(self, torch.device(devices[0]))

@@ -16,8 +16,10 @@ from lightning.pytorch.strategies.xla import XLAStrategy
 from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_only
 from torch import Tensor
 
+from lightning_optim._compat.lightning import StartsNoneAlone, set_root_device
 from lightning_optim.errors import IncompatibleTrainer
 from lightning_optim.layerwise import Layerwise, Replicas
+from lightning_optim.trainer import _packages as packages
 from lightning_optim.trainer.accelerators._pjrt import require_torch_xla
 from lightning_optim.trainer.strategies._one_device import SingleProcess
 from lightning_optim.trainer.strategies._xla_precision import XLASyncFreePrecision
@@ -62,7 +64,8 @@ class _OnXLA(_Base):
     @property
     def precision_plugin(self) -> XLAPrecision:
         """Lightning's ``XLAPrecision`` is exchanged for ours of the same name."""
-        return self._precision_plugin or XLASyncFreePrecision()  # type: ignore[return-value]
+        plugin = super().precision_plugin
+        return plugin if isinstance(plugin, XLASyncFreePrecision) else XLASyncFreePrecision()
 
     @precision_plugin.setter
     def precision_plugin(self, plugin: Precision | None) -> None:
@@ -75,7 +78,7 @@ class _OnXLA(_Base):
                 f"strategy={self.strategy_name!r} with the plugin {type(plugin).__name__}, which does not know XLA. "
                 "Use plugins=XLASyncFreePrecision('bf16-mixed') or a class derived from it, or Trainer(precision=...)."
             )
-        self._precision_plugin = plugin
+        packages.set_inherited(_OnXLA, self, "precision_plugin", plugin)
 
     def setup(self, trainer: Trainer) -> None:
         _refuse_narrow_floats(self.root_device)
@@ -153,7 +156,7 @@ class SingleDeviceXLASyncFreeStrategy(_OnXLA, SingleProcess, SingleDeviceXLAStra
         self._check(devices)
         self._refuse_several(len(devices), "devices")
         self._parallel_devices = devices
-        self._root_device = torch_xla.device(devices[0].index)
+        set_root_device(self, torch_xla.device(devices[0].index))
 
     def validation_step(self, *args: Any, **kwargs: Any) -> Any:
         return _run(super().validation_step(*args, **kwargs))
@@ -165,7 +168,7 @@ class SingleDeviceXLASyncFreeStrategy(_OnXLA, SingleProcess, SingleDeviceXLAStra
         return _run(super().predict_step(*args, **kwargs))
 
 
-class XLASyncFreeStrategy(_OnXLA, XLAStrategy):
+class XLASyncFreeStrategy(_OnXLA, StartsNoneAlone, XLAStrategy):
     """Trains on all XLA devices of the machine, one process and one copy of the model each.
 
     Gradients are averaged after backward, those of a layerwise optimizer bucket by bucket in its hooks. On a single
@@ -202,19 +205,15 @@ class XLASyncFreeStrategy(_OnXLA, XLAStrategy):
     @property
     def parallel_devices(self) -> list[torch.device] | None:
         """The devices; the Trainer fills them in."""
-        return self._parallel_devices
+        return super().parallel_devices
 
     @parallel_devices.setter
     def parallel_devices(self, devices: list[torch.device] | None) -> None:
         self._check(devices or ())
-        self._parallel_devices = devices
+        packages.set_inherited(XLASyncFreeStrategy, self, "parallel_devices", devices)
 
     # XLAStrategy refuses a single device. It needs no other process, so that fit() can be called again and predict()
     # returns what it predicts; all else holds for it.
-
-    def _configure_launcher(self) -> None:
-        if self.num_processes > 1:
-            super()._configure_launcher()
 
     def setup_distributed(self) -> None:
         if self.num_processes > 1:

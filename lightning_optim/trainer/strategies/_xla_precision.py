@@ -7,9 +7,10 @@ from contextlib import AbstractContextManager
 from typing import Any, Literal, get_args
 
 import torch
-from lightning.pytorch.plugins import HalfPrecision, Precision, XLAPrecision
+from lightning.pytorch.plugins import HalfPrecision, Precision
 from torch import nn
 
+from lightning_optim._compat.lightning import ReducesXLA
 from lightning_optim.errors import IncompatibleTrainer
 from lightning_optim.layerwise import Layerwise
 from lightning_optim.trainer.accelerators._pjrt import require_torch_xla
@@ -17,7 +18,7 @@ from lightning_optim.trainer.accelerators._pjrt import require_torch_xla
 XLAPrecisionName = Literal["32-true", "bf16-true", "bf16-mixed"]
 
 
-class XLASyncFreePrecision(XLAPrecision):
+class XLASyncFreePrecision(ReducesXLA):
     """Precision under the strategies ``single_xla_syncfree`` and ``xla_syncfree``.
 
     Lightning's ``XLAPrecision`` has torch_xla store every float32 as bfloat16, by an environment variable that
@@ -66,10 +67,10 @@ class XLASyncFreePrecision(XLAPrecision):
     def teardown(self) -> None:
         """Leaves the environment alone: nothing was set."""
 
-    def _xla_wrap_closure(self, optimizer: Any, closure: Callable[[], Any]) -> Any:
+    def closure_and_reduction(self, optimizer: Any, closure: Callable[[], Any]) -> Any:
         layerwise = Layerwise.of(optimizer)
         if layerwise is None or layerwise.replicas is None:
-            return super()._xla_wrap_closure(optimizer, closure)
+            return super().closure_and_reduction(optimizer, closure)
         # Reduced already, bucket by bucket; only what has to wait for the end of backward is not.
         result = closure()
         if layerwise.has_gradients():

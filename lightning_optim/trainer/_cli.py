@@ -281,7 +281,7 @@ class OptimCLI(LightningCLI):
     def _mixin_defaults(self, config: Namespace) -> dict[str, Any]:
         """Returns the defaults of the model's own optimizer arguments; none if it is no OptimMixin."""
         path = (config.get("model") or {}).get("class_path")
-        model_class: Any = pkgutil.resolve_name(path) if path else self._model_class
+        model_class: Any = pkgutil.resolve_name(path) if path else self.model_class
         if not (isinstance(model_class, type) and issubclass(model_class, OptimMixin)):
             return {}
         parser = ArgumentParser()

@@ -173,6 +173,18 @@ def test_a_schedule_believes_that_its_optimizer_steps(what: str) -> None:
         assert not messages(mark), messages(mark)
 
 
+def test_a_schedule_may_go_on_from_other_rates() -> None:
+    schedule = LambdaLR(SGD([nn.Parameter(torch.ones(2))], lr=1.0), lambda step: 1.0)
+    with relied_on("torch.set_last_rates", "override_on_resume=['lr']") as set_last_rates:
+        set_last_rates(schedule, [0.5])
+        assert schedule.get_last_lr() == [0.5]
+    with relied_on("torch.set_step_count", "lr_scheduler='module'") as set_step_count:
+        set_step_count(schedule, 2)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            schedule.step()
+
+
 def test_devices_for_capturable_are_known() -> None:
     with relied_on("torch.capturable_devices", "the rule for capturable=True") as capturable_devices:
         assert {"cuda", "xpu", "xla"} <= set(capturable_devices())

@@ -27,6 +27,8 @@ RANK = {room: rank for rank, room in enumerate(ROOMS)}
 OUTSIDE = {"", "__main__", "_moved", "pytorch_lightning"}
 #: May look into another room past its front door: a row into the file of the algorithm that it describes.
 LOOKS_INSIDE = {("table.rows", "optimizers")}
+#: Of the base class of an adapter, in a package that cannot be imported here: tests/trainer/test_npu.py reads it.
+HELD_ELSEWHERE = {"_group_step"}
 #: The room for what is not ours.
 COMPAT = "_compat"
 LIGHTNING = "_compat.lightning"
@@ -34,6 +36,7 @@ PUBLIC = ("", "optimizers", "layerwise")
 OPTIONAL = {"bitsandbytes", "torchao", "schedulefree", "optimi", "torch_xla", "torch_npu", "apex", "amp_C"}
 # Where an optional package is imported at all: an adapter, at its top; or a function that cannot do without.
 MAY_IMPORT_OPTIONAL = (
+    "_compat",
     "optimizers.adapters",
     "trainer._cli",
     "trainer.callbacks._old_checkpoints",
@@ -185,6 +188,46 @@ def test_a_door_to_another_package_needs_no_room() -> None:
         assert exported(module), module
         # errors.py, or the names of the same room.
         assert {room(other) for other, _ in own_imports(module)} <= {"errors"}, module
+
+
+def is_private(name: str) -> bool:
+    return name.startswith("_") and not name.startswith("__") and name != "_"
+
+
+def own_names(node: ast.AST) -> Iterator[str]:
+    """The names that a line of ours defines, attributes of our own objects included."""
+    if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+        yield node.name
+    elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+        yield node.id
+    elif isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store) and ast.unparse(node.value) == "self":
+        yield node.attr
+
+
+def used_names(node: ast.AST) -> Iterator[str]:
+    """The names that a line takes from somewhere: by a dot, by an import, or as a string."""
+    if isinstance(node, ast.Attribute):
+        yield node.attr
+    elif isinstance(node, ast.Import):
+        yield from (part for alias in node.names for part in alias.name.split("."))
+    elif isinstance(node, ast.ImportFrom) and not (node.module or "").startswith("lightning_optim"):
+        yield from (*(node.module or "").split("."), *(alias.name for alias in node.names))
+    elif isinstance(node, ast.Call) and ast.unparse(node.func) in ("getattr", "setattr", "hasattr", "delattr"):
+        yield from (each.value for each in node.args if isinstance(each, ast.Constant) and isinstance(each.value, str))
+
+
+def test_private_names_of_others_are_used_in_one_room() -> None:
+    ours = {name for module in MODULES for node in ast.walk(tree(module)) for name in own_names(node)}
+    found = [
+        f"{file(module)}:{node.lineno} uses {name}: put it into a function of lightning_optim/{COMPAT}/ that says who "
+        "needs it, and its contract into tests/compat"
+        for module in MODULES
+        if room(module) != COMPAT
+        for node in ast.walk(tree(module))
+        for name in used_names(node)
+        if is_private(name) and name not in ours | HELD_ELSEWHERE
+    ]
+    assert not found, "\n".join(found)
 
 
 def test_adapters_are_imported_by_the_table_only() -> None:

@@ -178,7 +178,7 @@ def test_a_schedule_may_go_on_from_other_rates() -> None:
     with relied_on("torch.set_last_rates", "override_on_resume=['lr']") as set_last_rates:
         set_last_rates(schedule, [0.5])
         assert schedule.get_last_lr() == [0.5]
-    with relied_on("torch.set_step_count", "lr_scheduler='module'") as set_step_count:
+    with relied_on("torch.set_step_count", "every lr_scheduler by name") as set_step_count:
         set_step_count(schedule, 2)
         with warnings.catch_warnings():
             warnings.simplefilter("error")

@@ -19,6 +19,7 @@ from torch import Tensor
 from torchao.optim.subclass_4bit import OptimState4bit
 from torchao.optim.subclass_8bit import OptimState8bit
 
+from lightning_optim._compat.torchao import AdamBase
 from lightning_optim.stepping import StepsUncompiled, uncompiled
 
 _PACKED = "torchao_quantized"
@@ -52,7 +53,7 @@ def unpack(packed: Any, device: torch.device) -> Any:
     return OptimState8bit(codes, scale, qmap, signed, dtype=dtype)
 
 
-class _PlainCheckpoints(StepsUncompiled, torchao.optim.adam._AdamBase):
+class _PlainCheckpoints(StepsUncompiled, AdamBase):
     """torchao's AdamW with plain state dicts, float learning rates and full-precision groups."""
 
     # Quantized tensors are put in place afterwards. See lightning_optim.build._resume.

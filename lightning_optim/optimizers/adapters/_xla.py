@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch_xla.amp import syncfree
-from torch_xla.amp.syncfree import _functional
+
+from lightning_optim._compat.torch_xla import adam_step
 
 
 class AdamW(syncfree.AdamW):
@@ -59,7 +60,7 @@ class AdamW(syncfree.AdamW):
         stored = [parameter, *(state[name] for name in names)]
         # The tensors themselves where they are float32 already.
         computed = [tensor.float() for tensor in stored]
-        _functional.adam_step(
+        adam_step(
             found_inf,
             [state["step"]],
             [computed[0]],

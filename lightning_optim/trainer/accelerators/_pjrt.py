@@ -10,6 +10,7 @@ import torch
 from lightning.pytorch.accelerators import XLAAccelerator
 from lightning_utilities.core.rank_zero import rank_zero_warn
 
+from lightning_optim._compat.torch_xla import tpu_count
 from lightning_optim.errors import IncompatibleTrainer, MissingDependency
 from lightning_optim.table import XLA, availability
 
@@ -72,11 +73,10 @@ class PJRTAccelerator(XLAAccelerator):
 
         torch_xla can divide the host into several devices, but has no collectives between them.
         """
-        from torch_xla._internal import tpu
         from torch_xla.experimental import plugins
 
         if _kind() == "TPU":
-            return int(tpu.num_available_devices())
+            return tpu_count()
         return int(plugins.default().physical_chip_count()) if plugins.using_dynamic_plugins() else 1
 
     @staticmethod

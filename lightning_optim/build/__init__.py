@@ -16,48 +16,14 @@ from lightning_optim.build._arguments import (
     OptimizerArguments,
     takes_arguments,
 )
-from lightning_optim.build._config import (
-    OptimConfig,
-)
-from lightning_optim.build._curves import (
-    MODULE_SCHEDULE,
-    SCHEDULES,
-    PlateauOptions,
-    get_schedule,
-)
-from lightning_optim.build._factory import (
-    WATCHERS,
-    ResolvedOptimizer,
-    build_optimizer,
-    built_by,
-    resolve,
-)
-from lightning_optim.build._memory import (
-    measured_bytes,
-    parameter_bytes,
-    state_bytes,
-)
-from lightning_optim.build._module_schedule import (
-    FollowingSchedule,
-    peak_rate,
-)
-from lightning_optim.build._plain import (
-    plain,
-    storable,
-)
-from lightning_optim.build._resume import (
-    INITIAL_LR,
-    KERNEL,
-    LR,
-    SCHEDULE,
-    comparable,
-)
-from lightning_optim.build._schedule_state import (
-    KnowsItsName,
-    other_schedule,
-    set_rate,
-    written_by,
-)
+from lightning_optim.build._config import OptimConfig
+from lightning_optim.build._curves import MODULE_SCHEDULE, SCHEDULES, PlateauOptions, get_schedule
+from lightning_optim.build._factory import WATCHERS, ResolvedOptimizer, build_optimizer, built_by, resolve
+from lightning_optim.build._memory import measured_bytes, parameter_bytes, state_bytes
+from lightning_optim.build._module_schedule import FollowingSchedule, peak_rate
+from lightning_optim.build._plain import plain, storable
+from lightning_optim.build._resume import INITIAL_LR, KERNEL, LR, SCHEDULE, comparable
+from lightning_optim.build._schedule_state import KnowsItsName, other_schedule, set_rate, written_by
 from lightning_optim.build._schedules import (
     NamedSchedule,
     build_schedule,
@@ -66,9 +32,7 @@ from lightning_optim.build._schedules import (
     make_schedule,
     resolve_warmup,
 )
-from lightning_optim.build.rules import (
-    TrainerFacts,
-)
+from lightning_optim.build.rules import TrainerFacts
 
 __all__ = [
     "ARGUMENTS",

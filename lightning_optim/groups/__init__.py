@@ -5,22 +5,9 @@ What decays, what is projected, which learning rate a layer gets. Nothing here k
 
 from __future__ import annotations
 
-from lightning_optim.groups._param_groups import (
-    GroupPolicy,
-    make_groups,
-    override_keys,
-)
-from lightning_optim.groups._parameters import (
-    NamedParameter,
-    Target,
-    device_types,
-    named_parameters,
-)
-from lightning_optim.groups._target_modules import (
-    TargetModules,
-    check_target_modules,
-    left_out,
-)
+from lightning_optim.groups._param_groups import GroupPolicy, make_groups, override_keys
+from lightning_optim.groups._parameters import NamedParameter, Target, device_types, named_parameters
+from lightning_optim.groups._target_modules import TargetModules, check_target_modules, left_out
 
 __all__ = [
     "GroupPolicy",

@@ -6,18 +6,10 @@ without Lightning; who drives it under Lightning lives in ``trainer/``.
 
 from __future__ import annotations
 
-from lightning_optim.layerwise._clipping import (
-    Clipping,
-)
-from lightning_optim.layerwise._engine import (
-    Layerwise,
-)
-from lightning_optim.layerwise._replicas import (
-    Replicas,
-)
-from lightning_optim.layerwise._scaling import (
-    OuterScaler,
-)
+from lightning_optim.layerwise._clipping import Clipping
+from lightning_optim.layerwise._engine import Layerwise
+from lightning_optim.layerwise._replicas import Replicas
+from lightning_optim.layerwise._scaling import OuterScaler
 
 __all__ = [
     "Clipping",

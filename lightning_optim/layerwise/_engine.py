@@ -22,6 +22,7 @@ from lightning_optim.layerwise._coupled import refuse_coupled
 from lightning_optim.layerwise._hooks import GradientHooks
 from lightning_optim.layerwise._passes import Measurement, Observation, Pass, Step
 from lightning_optim.layerwise._replicas import AgreedOrder, Replicas, refuse_separate_processes, refuse_unused
+from lightning_optim.layerwise._split_step import ATTACHED
 from lightning_optim.stepping import KeepsTrainingPoint, uncompiled
 
 
@@ -101,7 +102,7 @@ class Layerwise(AfterBackward):
 
         self._instead_of: dict[str, Any] = {}
         self._replace("step", MethodType(_step, optimizer))
-        self._replace("_layerwise", self)
+        self._replace(ATTACHED, self)
         if getattr(optimizer, SCALES, False):
             # A fused optimizer would unscale gradients in its step, when they are gone.
             self._replace(SCALES, False)
@@ -111,7 +112,7 @@ class Layerwise(AfterBackward):
     def of(optimizer: Optimizer) -> Layerwise | None:
         """Returns what steps this optimizer during backward, or ``None`` if it steps plainly."""
         # Lightning's and Fabric's wrappers hand attributes of the optimizer out.
-        attached: Layerwise | None = getattr(optimizer, "_layerwise", None)
+        attached: Layerwise | None = getattr(optimizer, ATTACHED, None)
         return attached
 
     def detach(self) -> None:

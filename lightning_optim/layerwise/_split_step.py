@@ -15,8 +15,10 @@ from lightning_optim._compat.torch import HOOK_ATTRIBUTES, bare_optimizer, unhoo
 from lightning_optim.layerwise._coupled import ATTRIBUTES, Watch, differ, merged
 from lightning_optim.stepping import preparations
 
+#: The attribute of an optimizer that holds its ``Layerwise``.
+ATTACHED = "_layerwise"
 # Attributes of the outer optimizer that its parts do not share: what is restricted, and what runs once per step.
-_NOT_SHARED = ("param_groups", "step", "_layerwise", *HOOK_ATTRIBUTES)
+_NOT_SHARED = ("param_groups", "step", ATTACHED, *HOOK_ATTRIBUTES)
 
 
 class SplitStep:

@@ -9,33 +9,15 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from lightning_optim.errors import MissingDependency
-from lightning_optim.optimizers._adafactor import (
-    Adafactor,
-)
-from lightning_optim.optimizers._adalomo import (
-    AdaLomo,
-)
-from lightning_optim.optimizers._anyprecision import (
-    AnyPrecisionAdamW,
-)
-from lightning_optim.optimizers._apollo import (
-    ApolloAdamW,
-)
-from lightning_optim.optimizers._base import (
-    OwnOptimizer,
-)
-from lightning_optim.optimizers._galore import (
-    GaLoreAdamW,
-)
-from lightning_optim.optimizers._galore_adafactor import (
-    GaLoreAdafactor,
-)
-from lightning_optim.optimizers._grokadamw import (
-    GrokAdamW,
-)
-from lightning_optim.optimizers._lomo import (
-    LOMO,
-)
+from lightning_optim.optimizers._adafactor import Adafactor
+from lightning_optim.optimizers._adalomo import AdaLomo
+from lightning_optim.optimizers._anyprecision import AnyPrecisionAdamW
+from lightning_optim.optimizers._apollo import ApolloAdamW
+from lightning_optim.optimizers._base import OwnOptimizer
+from lightning_optim.optimizers._galore import GaLoreAdamW
+from lightning_optim.optimizers._galore_adafactor import GaLoreAdafactor
+from lightning_optim.optimizers._grokadamw import GrokAdamW
+from lightning_optim.optimizers._lomo import LOMO
 
 if TYPE_CHECKING:
     from lightning_optim.optimizers.adapters._galore import GaLoreAdamW8bit

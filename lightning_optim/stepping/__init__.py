@@ -7,43 +7,15 @@ does anything that knows the table.
 
 from __future__ import annotations
 
-from lightning_optim.stepping._averaging import (
-    KeepsTrainingPoint,
-)
-from lightning_optim.stepping._finite import (
-    say_if_not_finite,
-)
-from lightning_optim.stepping._fused import (
-    HALF,
-    FusedStep,
-    fused_class,
-    is_packed,
-)
-from lightning_optim.stepping._kernels import (
-    keep_kernel,
-    laid_out_as,
-)
-from lightning_optim.stepping._preparing import (
-    preparations,
-)
-from lightning_optim.stepping._sharding import (
-    is_sharded,
-)
-from lightning_optim.stepping._state_marks import (
-    FORMAT,
-    IDENTIFIER,
-    MARKS,
-    MEMBERS,
-    check_state,
-    refuse_foreign,
-)
-from lightning_optim.stepping._uncompiled import (
-    StepsUncompiled,
-    uncompiled,
-)
-from lightning_optim.stepping._valid_groups import (
-    only_valid_groups,
-)
+from lightning_optim.stepping._averaging import KeepsTrainingPoint
+from lightning_optim.stepping._finite import say_if_not_finite
+from lightning_optim.stepping._fused import HALF, FusedStep, fused_class, is_packed
+from lightning_optim.stepping._kernels import keep_kernel, laid_out_as
+from lightning_optim.stepping._preparing import preparations
+from lightning_optim.stepping._sharding import is_sharded
+from lightning_optim.stepping._state_marks import FORMAT, IDENTIFIER, MARKS, MEMBERS, check_state, refuse_foreign
+from lightning_optim.stepping._uncompiled import StepsUncompiled, uncompiled
+from lightning_optim.stepping._valid_groups import only_valid_groups
 
 __all__ = [
     "FORMAT",

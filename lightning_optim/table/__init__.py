@@ -7,15 +7,9 @@ documented at :class:`OptimizerSpec`. No ``if name == ...`` anywhere: what diffe
 from __future__ import annotations
 
 from lightning_optim.table import _availability as availability
-from lightning_optim.table._availability import (
-    Requirement,
-)
+from lightning_optim.table._availability import Requirement
 from lightning_optim.table._convert import convert
-from lightning_optim.table._layerwise import (
-    SUFFIX,
-    LayerwiseOptions,
-    layerwise_row,
-)
+from lightning_optim.table._layerwise import SUFFIX, LayerwiseOptions, layerwise_row
 from lightning_optim.table._options import (
     NON_NEGATIVE,
     POSITIVE,
@@ -31,30 +25,12 @@ from lightning_optim.table._options import (
     parse,
     required,
 )
-from lightning_optim.table._registry import (
-    ENTRY_POINT_GROUP,
-    REGISTRY,
-    refuse_unknown,
-    register,
-)
-from lightning_optim.table._spec import (
-    Buffer,
-    OptimizerSpec,
-    Quantization,
-    StateLayout,
-)
-from lightning_optim.table.rows import (
-    ROWS,
-)
-from lightning_optim.table.rows._npu import (
-    REQUIREMENTS as NPU,
-)
-from lightning_optim.table.rows._torchao import (
-    REQUIREMENTS as TORCHAO,
-)
-from lightning_optim.table.rows._xla import (
-    REQUIREMENTS as XLA,
-)
+from lightning_optim.table._registry import ENTRY_POINT_GROUP, REGISTRY, refuse_unknown, register
+from lightning_optim.table._spec import Buffer, OptimizerSpec, Quantization, StateLayout
+from lightning_optim.table.rows import ROWS
+from lightning_optim.table.rows._npu import REQUIREMENTS as NPU
+from lightning_optim.table.rows._torchao import REQUIREMENTS as TORCHAO
+from lightning_optim.table.rows._xla import REQUIREMENTS as XLA
 
 __all__ = [
     "ENTRY_POINT_GROUP",

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -335,10 +335,13 @@ def chain(name: str, directory: Path) -> None:
     leg(name + "_layerwise", directory / "layerwise_ddp", directory / "layerwise" / "step=10.ckpt", **flags)
 
 
-def runs(directory: Path) -> Iterator[tuple[str, Any]]:
-    """Yields every run by name."""
+def runs(directory: Path, names: Container[str]) -> Iterator[tuple[str, Any]]:
+    """Yields every run by name; if there are ``names``, only those that compare these with DDP."""
     for name, setting in COMPARED:
-        yield f"{name}, {setting}", both(name, **SETTINGS[setting])
+        if not names or name in names:
+            yield f"{name}, {setting}", both(name, **SETTINGS[setting])
+    if names:
+        return
     for where, flags in OVERFLOWS.items():
         args = {"where": where.split(",")[0]}
         yield (
@@ -385,10 +388,10 @@ def runs(directory: Path) -> Iterator[tuple[str, Any]]:
         chain(name, directory / name)
 
 
-def main(task: str, argument: str) -> None:
+def main(task: str, argument: str, *names: str) -> None:
     if task == "runs":
         dist.all_reduce = Sent.counting(dist.all_reduce)
-        torch.save(dict(runs(Path(argument))), Path(argument) / f"rank{RANK}.pt")
+        torch.save(dict(runs(Path(argument), names)), Path(argument) / f"rank{RANK}.pt")
     elif task == "notebook":
         torch.save(fit("adamw_8bit_layerwise", "layerwise_ddp_notebook", **SETTINGS[ACCUMULATED_NORM]), argument)
     else:

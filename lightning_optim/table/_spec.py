@@ -84,13 +84,15 @@ class StateLayout:
 
     Attributes:
         buffers: Tensors per parameter.
-        scalar_bytes: Bytes per parameter tensor for counters.
+        scalar_bytes: Bytes per parameter tensor for counters: 0-dim tensors in float32.
+        counters: Keys of those besides ``step``. torch would load them in the parameter's dtype.
         scalars_like_parameter: Number of 0-dim tensors per parameter tensor in the parameter's dtype.
         quantization: How the buffers are quantized, if they are.
     """
 
     buffers: tuple[Buffer, ...]
     scalar_bytes: int = 0
+    counters: tuple[str, ...] = ()
     scalars_like_parameter: int = 0
     quantization: Quantization | None = None
 
@@ -100,8 +102,8 @@ class StateLayout:
 
         The number says how many such tensors; ``None`` stands for a counter.
         """
-        counters: dict[str, int | None] = {"step": None} if self.scalar_bytes else {}
-        return counters | {
+        counters = ("step", *self.counters) if self.scalar_bytes else ()
+        return dict.fromkeys(counters) | {
             buffer.name: buffer.copies
             for buffer in self.buffers
             if buffer.when is None and buffer.elements is None and not buffer.low_precision_only

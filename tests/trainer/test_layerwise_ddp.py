@@ -21,14 +21,23 @@ MIB = 2**20
 Run = dict[str, Any]
 
 
-def start(task: str, argument: object, timeout: int = 300, ranks: int = 2) -> subprocess.CompletedProcess[str]:
-    return run_fresh("-m", "tests.layerwise_ddp_worker", task, str(argument), timeout=timeout, ranks=ranks)
+def start(task: str, *arguments: object, timeout: int = 300, ranks: int = 2) -> subprocess.CompletedProcess[str]:
+    return run_fresh("-m", "tests.layerwise_ddp_worker", task, *map(str, arguments), timeout=timeout, ranks=ranks)
 
 
 @pytest.fixture(scope="module")
-def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where the processes have left their runs, and the chain's checkpoints."""
+def directory(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the processes have left their runs, and the chain's checkpoints.
+
+    With ``-k NAME``, where no other test looks at a run, they only compare that name with DDP.
+    """
     directory = tmp_path_factory.mktemp("layerwise_ddp")
+    looking = [test for test in request.session.items if {"directory", "ranks"} & {*getattr(test, "fixturenames", ())}]
+    tests = [test for test in looking if isinstance(test, pytest.Function) and test.module is request.module]
+    if all(test.originalname == test_equals_ddp.__name__ for test in tests):
+        done = start("runs", directory, *{test.callspec.params["name"] for test in tests})
+        assert done.returncode == 0, done.stderr[-3000:]
+        return directory
     for name in CHAINED:
         leg(name, directory / name / "plain")
         leg(name + "_layerwise", directory / name / "layerwise", directory / name / "plain" / "step=5.ckpt")

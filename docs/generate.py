@@ -101,7 +101,7 @@ def _row(spec: OptimizerSpec) -> Iterator[str]:
         yield f"- Builds the first that can run of: {', '.join(map(_code, spec.choices))}"
     if spec.fallbacks:
         yield f"- `optim_fallback=True` takes the first that can run of: {', '.join(map(_code, spec.fallbacks))}"
-    yield f"- State of a 1024x1024 float32 parameter: {_state(facts)} bytes per element"
+    yield f"- State of a {facts['state']['parameter']} parameter: {_state(facts)} bytes per element"
     yield f"- Warm-up: {_warmup(spec)}"
     yield f"- Gradients and parameters: {_abilities(spec)}"
     if spec.coupled:
@@ -134,7 +134,7 @@ def _options(options: Sequence[Facts], with_scope: bool = True) -> Iterator[str]
 
 
 def _state(facts: Facts) -> str:
-    return "unknown" if facts["state"] is None else f"{facts['state']['bytes_per_element']:.2f}"
+    return f"{facts['state']['bytes_per_element']:.2f}"
 
 
 def _install(facts: Facts) -> str:

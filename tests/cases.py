@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Container, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -145,6 +146,12 @@ BY_NAME = {case.name: case for case in CASES}
 NAMES = tuple(BY_NAME)
 #: One name for each class: the last, which quantizes where the class can. For what does not depend on the arguments.
 KINDS = tuple({case.upstream: case.name for case in CASES}.values())
+
+
+def in_modes(modes: Iterable[str], for_all: Container[str]) -> list[tuple[str, str]]:
+    """Returns (name, mode) of every name in the modes ``for_all``, and of one name of each class in the others."""
+    return [(name, mode) for mode in modes for name in (NAMES if mode in for_all else KINDS)]
+
 
 # Rows for devices that a CPU does not stand in for, and the package that brings them. Their tests: tests/xla,
 # test_npu.py, test_apex.py.

@@ -27,10 +27,9 @@ from lightning_optim import (
 )
 from lightning_optim.optimizers.adapters._npu import NpuFusedAdamW
 from tests.models import ForeignTokens, LitTokens, loader, trainer
-from tests.npu_worker import on_npu, train
+from tests.npu_worker import FUSED, on_npu, train
 
 NPU = torch.device("npu", 0)
-FUSED = "adamw_torch_npu_fused"
 # The stand-in runs the CPU's kernels: equal bit for bit. The fused AdamW multiplies in another order than torch's, and
 # the largest weights are about 1: two units in the last place.
 TOLERANCE = {FUSED: 2.5e-7}

@@ -19,7 +19,7 @@ import tempfile
 import time
 import traceback
 from collections.abc import Mapping
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import IO, Any
 
@@ -43,7 +43,7 @@ def run_fresh(
             cluster would start them. If one fails, the others are killed. Their outputs are one.
         environment: Variables that were set before it imported anything.
     """
-    server, port = _server(tuple((environment or {}).items())), _free_port()
+    server, (port,) = _server(tuple((environment or {}).items())), free_ports(1)
     assert server.stdin is not None
     assert server.stdout is not None
     with tempfile.TemporaryDirectory() as folder:
@@ -62,17 +62,18 @@ def run_fresh(
         return subprocess.CompletedProcess(words, status, *(file.read_text() for file in files))
 
 
-def _variables(given: Mapping[str, str], rank: int, ranks: int, port: int) -> dict[str, str]:
+def _variables(given: Mapping[str, str], rank: int, ranks: int, port: str) -> dict[str, str]:
     variables = {**os.environ, "PYTHONPATH": os.pathsep.join((str(ROOT), os.environ.get("PYTHONPATH", ""))), **given}
     if ranks > 1:
-        variables |= {"LOCAL_RANK": str(rank), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        variables |= {"LOCAL_RANK": str(rank), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     return variables
 
 
-def _free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        port: int = server.getsockname()[1]
-    return port
+def free_ports(count: int) -> list[str]:
+    """Returns different ports that nobody listens at."""
+    with ExitStack() as stack:
+        servers = [stack.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(count)]
+        return [str(server.getsockname()[1]) for server in servers]
 
 
 @functools.cache

@@ -247,8 +247,7 @@ def build_optimizer(target: Target, optim: str = "adamw_torch", **arguments: Unp
         ['decay', 'no_decay']
     """
     taken = inspect.signature(build_optimizer).parameters
-    unknown = {name: value for name, value in arguments.items() if name not in taken}
-    refuse_unknown("build_optimizer", unknown, taken, optim)
+    refuse_unknown("build_optimizer", arguments, taken, optim)
     warmup_steps = arguments.get("warmup_steps", 0)
     if warmup_steps and REGISTRY.find(optim).warmup != "optimizer":
         raise IncompatibleTrainer(

@@ -82,7 +82,8 @@ class Resuming:
                     "comes from the constructor already. Leave it out."
                 )
         self._own: list[dict[str, Any]] = []
-        self._saved: Mapping[str, Any] = {}
+        self._counters = frozenset(spec.state.counters if spec.state else ())
+        self._saved: Mapping[str, Any] | None = None
         if _runs_hooks(type(optimizer)):
             optimizer.register_load_state_dict_pre_hook(self._before)
             optimizer.register_load_state_dict_post_hook(self._after)
@@ -106,7 +107,7 @@ class Resuming:
 
     def _before(self, optimizer: Optimizer, state_dict: dict[str, Any]) -> None:
         self._own = [dict(group) for group in optimizer.param_groups]
-        self._saved = state_dict
+        self._saved = state_dict if self._counters else None
         if not isinstance(optimizer, OwnOptimizer):
             # Those check by themselves, after hooks that translate a state.
             refuse_foreign(self._own, state_dict["param_groups"], f"optim={self._spec.name!r}")
@@ -115,10 +116,11 @@ class Resuming:
 
     def _after(self, optimizer: Optimizer) -> None:
         own, self._own = self._own, []
-        saved, self._saved = self._saved, {}
+        saved, self._saved = self._saved, None
         if not isinstance(optimizer, OwnOptimizer):
             self._refuse_lost(optimizer, own)
-            self._keep_counters(optimizer, saved)
+            if saved is not None:
+                self._keep_counters(optimizer, saved)
         for before, group in zip(own, optimizer.param_groups, strict=False):
             group.update({key: before[key] for key in MARKS if key in before})
         for asked, group in zip(self.asked, optimizer.param_groups, strict=False):
@@ -128,12 +130,11 @@ class Resuming:
 
     def _keep_counters(self, optimizer: Optimizer, saved: Mapping[str, Any]) -> None:
         """Takes the counters as they were saved: all but ``step`` torch casts to the parameter's dtype."""
-        counters = self._spec.state.counters if self._spec.state else ()
         indices = (index for group in saved["param_groups"] for index in group["params"])
         parameters = (parameter for group in optimizer.param_groups for parameter in group["params"])
         for index, parameter in zip(indices, parameters, strict=True):
             state = optimizer.state.get(parameter, {})
-            for key in state.keys() & set(counters):
+            for key in state.keys() & self._counters:
                 counter = saved["state"][index][key]
                 state[key] = counter.to(state[key].device, copy=True)
 

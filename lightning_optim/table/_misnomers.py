@@ -76,7 +76,7 @@ def refuse_arguments(where: str, given: Mapping[str, Any], allowed: Iterable[str
         allowed: Those that it knows.
         options: Options of the optimizer that was asked for.
     """
-    allowed = tuple(name for name in allowed if name not in ("target", "unknown"))
+    allowed = tuple(name for name in allowed if name != "target")
     options = tuple(options)
     lines = [f"{_shown(name, value)}: {_argument(name, value, allowed, options)}" for name, value in given.items()]
     raise InvalidOption(f"{where} has no such argument: {'; '.join(lines)}")

@@ -8,7 +8,7 @@ import importlib.metadata
 import importlib.util
 import inspect
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import make_dataclass
 from types import MappingProxyType
 from typing import Any
@@ -276,15 +276,16 @@ def _type_of(default: Any) -> Any:
 REGISTRY = Registry(ROWS)
 
 
-def refuse_unknown(where: str, unknown: Mapping[str, Any], allowed: Iterable[str], optim: object) -> None:
+def refuse_unknown(where: str, given: Mapping[str, Any], allowed: Collection[str], optim: object) -> None:
     """Raises :class:`InvalidOption` if there are arguments that nobody takes, with what to write in their place.
 
     Args:
         where: What was called.
-        unknown: The arguments that it does not know.
+        given: The arguments that were given.
         allowed: Those that it knows.
         optim: The identifier that was asked for; its options are among what may be meant.
     """
+    unknown = {name: value for name, value in given.items() if name not in allowed}
     if unknown:
         options = (info.name for info in describe(REGISTRY[optim].options)) if optim in REGISTRY else ()  # type: ignore[index]
         refuse_arguments(where, unknown, allowed, options)

@@ -239,8 +239,7 @@ class OptimMixin(_Base):
         It raises what :func:`lightning_optim.build_optimizer` raises.
         """
         taken = OptimizerArguments.__annotations__
-        unknown = {name: value for name, value in arguments.items() if name not in taken}
-        refuse_unknown("self.build_optimizer", unknown, taken, optim or self.optim_config.optim)
+        refuse_unknown("self.build_optimizer", arguments, taken, optim or self.optim_config.optim)
         given: dict[str, Any] = {name: value for name, value in arguments.items() if value is not None}
         if optim in (None, self.optim_config.optim):
             self._use_config()

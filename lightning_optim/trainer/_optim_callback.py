@@ -44,8 +44,7 @@ class OptimCallback(Callback):
     """
 
     def __init__(self, optim: str | None = None, **arguments: Unpack[Companions]) -> None:
-        unknown = {name: value for name, value in arguments.items() if name not in ARGUMENTS}
-        refuse_unknown("OptimCallback", unknown, ARGUMENTS, optim)
+        refuse_unknown("OptimCallback", arguments, ARGUMENTS, optim)
         given = [f"{name}={value!r}" for name, value in arguments.items() if value not in (None, 0)]
         if optim is None and given:
             raise InvalidOption(

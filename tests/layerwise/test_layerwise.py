@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,7 @@ from lightning_optim import (
     OptimMixin,
     build_optimizer,
 )
-from tests.cases import KINDS, NAMES, case_of
+from tests.cases import KINDS, case_of, in_modes
 from tests.models import ForeignTokens, LitTokens, TokenModel, fp16_mixed, loader, trainer
 from tests.trainer.test_resume import assert_equal
 
@@ -62,12 +62,7 @@ BY_NORM: dict[str, dict[str, Any]] = {
     },
 }
 MODES = EXACT | BY_NORM
-# In the others one name of each class.
 FOR_ALL = ("32-true", "bf16-true", "clip_norm")
-
-
-def every(modes: Iterable[str]) -> list[tuple[str, str]]:
-    return [(name, mode) for mode in modes for name in (NAMES if mode in FOR_ALL else KINDS)]
 
 
 class Watched(LitTokens):
@@ -138,7 +133,7 @@ def assert_near(left: dict[str, Any], right: dict[str, Any], tolerance: float = 
 class TestSameNumbers:
     """C4: with decay groups and a schedule."""
 
-    @pytest.mark.parametrize(("name", "mode"), every(EXACT))
+    @pytest.mark.parametrize(("name", "mode"), in_modes(EXACT, FOR_ALL))
     def test_bit_for_bit(self, name: str, mode: str) -> None:
         model = build(f"{name}_layerwise", Watched)
         trained = run(model, **EXACT[mode])
@@ -148,7 +143,7 @@ class TestSameNumbers:
         third = total if mode == "16-mixed accumulate" else 0
         assert model.after == ([total, total, third, 0] * 3 if "accumulate" in mode else [0] * STEPS)
 
-    @pytest.mark.parametrize(("name", "mode"), every(BY_NORM))
+    @pytest.mark.parametrize(("name", "mode"), in_modes(BY_NORM, FOR_ALL))
     def test_clipped_by_norm(self, name: str, mode: str) -> None:
         model = build(f"{name}_layerwise", Watched)
         trained = run(model, **BY_NORM[mode])

@@ -9,7 +9,6 @@ from __future__ import annotations
 import ast
 import importlib.metadata
 import os
-import socket
 import sys
 import types
 import zipfile
@@ -31,10 +30,9 @@ from lightning_optim import (
     build_optimizer,
 )
 from tests.models import LitTokens, loader, trainer
-from tests.npu_worker import DDP_RUNS, RESUMED
-from tests.processes import run_fresh
+from tests.npu_worker import DDP_RUNS, FUSED, RESUMED
+from tests.processes import free_ports, run_fresh
 
-FUSED = "adamw_torch_npu_fused"
 ROOT = Path(__file__).parents[2]
 STAND_IN = ROOT / "tests" / "stand_ins" / "ascend"
 VERSION = ".".join(torch.__version__.split(".")[:2])
@@ -165,10 +163,7 @@ def test_a_resumed_run_is_exact(name: str, precision: str, resumed: Path) -> Non
 
 def test_npu_ddp_is_lightnings_ddp(with_npu: dict[str, str], tmp_path: Path) -> None:
     """Two processes, "hccl" over gloo: as Lightning's DDP on the CPU, the weights as each other's."""
-    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in DDP_RUNS]
-    ports = [str(server.getsockname()[1]) for server in sockets]
-    for server in sockets:
-        server.close()
+    ports = free_ports(len(DDP_RUNS))
     done = run_fresh("-m", "tests.npu_worker", "ddp", str(tmp_path), *ports, ranks=2, environment=with_npu)
     assert done.returncode == 0, done.stderr
 

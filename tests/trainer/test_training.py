@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.cases import BY_NAME, KINDS, NAMES
+from tests.cases import BY_NAME, NAMES, in_modes
 from tests.models import LitTokens, fp16_mixed, loader, trainer
 
 MODES: dict[str, dict[str, Any]] = {
@@ -25,13 +25,10 @@ MODES: dict[str, dict[str, Any]] = {
         "gradient_clip_algorithm": "value",
     },
 }
-# In the others one name of each class.
 FOR_ALL = ("32-true", "bf16-true", "16-mixed clip_norm")
 
 
-@pytest.mark.parametrize(
-    ("name", "mode"), [(name, mode) for mode in MODES for name in (NAMES if mode in FOR_ALL else KINDS)]
-)
+@pytest.mark.parametrize(("name", "mode"), in_modes(MODES, FOR_ALL))
 def test_thirty_steps_lower_the_loss(name: str, mode: str) -> None:
     case = BY_NAME[name]
     flags = {**MODES[mode], "plugins": [make() for make in MODES[mode].get("plugins", ())] or None}

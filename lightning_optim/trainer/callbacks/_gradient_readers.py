@@ -152,7 +152,7 @@ class _SeesGradients(TorchFunctionMode):
 
 
 def _reader() -> str:
-    """Returns the module of the code that reads or sets a gradient, four frames from here."""
+    """Returns the module of the code that reads or sets a gradient, three frames out from here."""
     frame = inspect.currentframe()
     for _ in range(3):
         frame = frame and frame.f_back

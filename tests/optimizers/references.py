@@ -1,0 +1,173 @@
+"""The algorithms that we own as they are published: plain torch, one parameter at a time, at most 25 lines each.
+
+Each is named as the identifier. It takes a weight, its gradients, one per step, and what the optimizer's param group
+holds, and returns the weight after the last step. ``test_references.py`` steps the classes with the same gradients.
+What a reference leaves out (stacks of matrices, other sides to project, zero gradients) has a test of its own.
+
+Bases and random projections have to be those of the class, or nothing could be compared: singular vectors come from
+``torch.linalg.svd`` on both sides, random numbers from the class's own generator, by the seed that its state holds.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from types import SimpleNamespace as Group
+
+import torch
+from torch import Tensor
+
+from lightning_optim.optimizers._projection import gaussian
+
+Gradients = Sequence[Tensor]
+
+
+def rms(tensor: Tensor) -> float:
+    return tensor.square().mean().sqrt().item()
+
+
+def bases(gradient: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """GaLore's: the leading singular vectors of the shorter side; the other basis is the identity."""
+    left, _, right = torch.linalg.svd(gradient, full_matrices=False)
+    rows, columns = (torch.eye(side, dtype=gradient.dtype) for side in gradient.shape)
+    return (rows, right[:rank].T) if gradient.shape[0] >= gradient.shape[1] else (left[:, :rank], columns)
+
+
+def lomo(weight: Tensor, gradients: Gradients, group: Group) -> Tensor:
+    """https://arxiv.org/abs/2306.09782, equation 1, with decoupled decay."""
+    for gradient in gradients:
+        weight = weight - group.lr * group.weight_decay * weight - group.lr * gradient
+    return weight
+
+
+def adafactor(weight: Tensor, gradients: Gradients, group: Group) -> Tensor:
+    """https://arxiv.org/abs/1804.04235, algorithms 4 and 5; a first moment averages the scaled updates."""
+    row = column = full = average = torch.zeros(())
+    for t, gradient in enumerate(gradients, start=1):
+        beta2 = 1 - t**group.decay_rate
+        squares = gradient**2 + group.eps[0]
+        if gradient.ndim > 1:
+            row = beta2 * row + (1 - beta2) * squares.sum(-1, keepdim=True)
+            column = beta2 * column + (1 - beta2) * squares.sum(-2, keepdim=True)
+            update = gradient / (row * column / row.sum(-2, keepdim=True)).sqrt()
+        else:
+            full = beta2 * full + (1 - beta2) * squares
+            update = gradient / full.sqrt()
+        relative = min(1e-6 * t if group.warmup_init else 1e-2, 1 / math.sqrt(t)) if group.relative_step else 1.0
+        rate = group.lr * relative * (max(group.eps[1], rms(weight)) if group.scale_parameter else 1.0)
+        update = rate * update / max(1.0, rms(update) / group.clip_threshold)
+        beta1 = group.beta1 or 0.0
+        average = beta1 * average + (1 - beta1) * update
+        weight = weight - rate * group.weight_decay * weight - average
+    return weight
+
+
+def adalomo(weight: Tensor, gradients: Gradients, group: Group) -> Tensor:
+    """https://arxiv.org/abs/2310.10195, algorithm 1; its second moment decays as Adafactor's."""
+    row = column = torch.zeros(())
+    for t, gradient in enumerate(gradients, start=1):
+        matrix = gradient if gradient.ndim > 1 else gradient[None]
+        beta = 1 - t**group.decay_rate
+        row = beta * row + (1 - beta) * matrix.square().sum(-1, keepdim=True)
+        column = beta * column + (1 - beta) * matrix.square().sum(-2, keepdim=True)
+        update = matrix / (row * column / row.sum(-2, keepdim=True)).sqrt()
+        update = update.view_as(weight) / max(1.0, rms(update) / group.clip_threshold)
+        rate = group.lr * max(group.eps[1], rms(weight))
+        weight = weight - rate * group.weight_decay * weight - rate * update
+    return weight
+
+
+def galore_adamw(weight: Tensor, gradients: Gradients, group: Group) -> Tensor:
+    """https://arxiv.org/abs/2403.03507, algorithm 2, with AdamW's decay."""
+    first = second = torch.zeros(())
+    beta1, beta2 = group.betas
+    for t, gradient in enumerate(gradients, start=1):
+        if (t - 1) % group.update_proj_gap == 0:
+            left, right = bases(gradient, group.rank)
+        low = left.T @ gradient @ right
+        first = beta1 * first + (1 - beta1) * low
+        second = beta2 * second + (1 - beta2) * low**2
+        normed = first / (1 - beta1**t) / ((second / (1 - beta2**t)).sqrt() + group.eps)
+        weight = weight - group.lr * group.weight_decay * weight
+        weight = weight - group.lr * group.scale * left @ normed @ right.T
+    return weight
+
+
+def galore_adafactor(weight: Tensor, gradients: Gradients, group: Group) -> Tensor:
+    """https://arxiv.org/abs/2403.03507, section 4.2: Adafactor, without its first moment, in the subspace."""
+    row = column = torch.zeros(())
+    for t, gradient in enumerate(gradients, start=1):
+        if (t - 1) % group.update_proj_gap == 0:
+            left, right = bases(gradient, group.rank)
+        low = left.T @ gradient @ right
+        beta2 = 1 - t**group.decay_rate
+        row = beta2 * row + (1 - beta2) * (low**2 + group.eps[0]).sum(1, keepdim=True)
+        column = beta2 * column + (1 - beta2) * (low**2 + group.eps[0]).sum(0, keepdim=True)
+        update = low / (row * column / row.sum()).sqrt()
+        update = update / max(1.0, rms(update) / group.clip_threshold)
+        weight = weight - group.lr * group.weight_decay * weight
+        weight = weight - group.lr * group.scale * left @ update @ right.T
+    return weight
+
+
+def apollo_adamw(weight: Tensor, gradients: Gradients, group: Group) -> Tensor:
+    """https://arxiv.org/abs/2412.05270, algorithm 1, for ``[m, n]`` with ``m < n``; any other is transposed."""
+    if turned := weight.shape[0] >= weight.shape[1]:
+        weight, gradients = weight.T, [gradient.T for gradient in gradients]
+    first = second = torch.zeros(())
+    (beta1, beta2), last = group.betas, math.inf
+    for t, gradient in enumerate(gradients, start=1):
+        if (t - 1) % group.update_proj_gap == 0:
+            seed = group.seed + (t - 1) // group.update_proj_gap
+            projection = gaussian(seed, len(weight), group.rank, weight).T / math.sqrt(group.rank)
+        low = projection @ gradient
+        first = beta1 * first + (1 - beta1) * low
+        second = beta2 * second + (1 - beta2) * low**2
+        normed = first / (1 - beta1**t) / ((second / (1 - beta2**t)).sqrt() + group.eps)
+        channel = None if group.scale_type == "tensor" else 0
+        update = gradient * normed.norm(dim=channel) / low.norm(dim=channel)
+        if group.norm_growth_limit and update.norm() > group.norm_growth_limit * last:
+            update *= group.norm_growth_limit * last / update.norm()
+        last = update.norm().item()
+        weight = weight - group.lr * group.weight_decay * weight - group.lr * math.sqrt(group.scale) * update
+    return weight.T if turned else weight
+
+
+def grokadamw(weight: Tensor, gradients: Gradients, group: Group) -> Tensor:
+    """The package's algorithm, mended as the class says, for the parameter at ``position`` of its group."""
+    excess = 0.0 if group.eval_loss is None else max(0.0, 1 - group.train_loss / group.eval_loss)
+    alpha = group.alpha_init * math.exp(-group.grokking_signal_decay_rate * excess)
+    beta1, beta2 = group.betas[0] * (1 - group.gamma) ** group.position, group.betas[1]
+    first = second = slow = torch.zeros(())
+    for t, gradient in enumerate(gradients, start=1):
+        slow = alpha * slow + (1 - alpha) * gradient
+        amplified = gradient + group.lamb * slow
+        first = beta1 * first + (1 - beta1) * amplified
+        second = beta2 * second + (1 - beta2) * amplified**2
+        weight = weight - group.lr * group.weight_decay * weight
+        weight = weight - group.lr * first / (1 - beta1**t) / ((second / (1 - beta2**t)).sqrt() + group.eps)
+    return weight
+
+
+def adamw_anyprecision(weight: Tensor, gradients: Gradients, group: Group) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """torchdistx's algorithm, which rounds in place to each tensor's dtype; returns what is kept, too."""
+    (beta1, beta2), weight = group.betas, weight.clone()
+    names = group.momentum_dtype, group.variance_dtype, group.compensation_buffer_dtype
+    first, second, lost = (torch.zeros_like(weight, dtype=getattr(torch, name)) for name in names)
+    for t, gradient in enumerate(gradients, start=1):
+        weight *= 1 - group.lr * group.weight_decay
+        first *= beta1
+        first.add_(gradient, alpha=1 - beta1)
+        second *= beta2
+        second.addcmul_(gradient, gradient, value=1 - beta2)
+        root = second.sqrt() / math.sqrt(1 - beta2**t)
+        root += group.eps
+        rate = group.lr / (1 - beta1**t)
+        if not group.use_kahan_summation:
+            weight.addcdiv_(first, root, value=-rate)
+            continue
+        lost.addcdiv_(first, root, value=-rate)
+        before = weight.clone()
+        weight += lost
+        lost += before - weight
+    return weight, first, second, lost

@@ -23,6 +23,8 @@ class Requirement:
         versions: PEP 440 specifier of the versions our adapter works with.
         broken: PEP 440 specifier of versions that are known to give wrong results; may be empty.
         broken_reason: What is wrong in the ``broken`` versions.
+        torch: PEP 440 specifier of the versions of torch it can be imported with; empty means all that we take.
+        torch_command: What to type where torch is another one.
         same_minor_as: A distribution whose major and minor version this one has to share, because it was built
             against it; may be empty.
         namesake: What the distribution is if it has no such module; empty means a broken installation.
@@ -35,6 +37,8 @@ class Requirement:
     versions: str = ""
     broken: str = ""
     broken_reason: str = ""
+    torch: str = ""
+    torch_command: str = ""
     same_minor_as: str = ""
     namesake: str = ""
     command: str = ""
@@ -43,6 +47,8 @@ class Requirement:
     @property
     def install_command(self) -> str:
         """The command that satisfies this requirement."""
+        if not self._takes_torch():
+            return self.torch_command
         return self.command or f"pip install --upgrade '{self.distribution}{self.versions}'"
 
     def installed_version(self) -> str | None:
@@ -61,6 +67,11 @@ class Requirement:
             return f"{self.distribution} {version} {self.broken_reason}: {self.install_command}"
         if self.versions and Version(version) not in SpecifierSet(self.versions, prereleases=True):
             return f"{self.distribution} {version} is installed, {self.versions} is needed: {self.install_command}"
+        if not self._takes_torch():
+            return (
+                f"{self.distribution} {version} needs torch{self.torch}, and {importlib.metadata.version('torch')} is "
+                f"installed: {self.install_command}"
+            )
         if self.same_minor_as:
             other = importlib.metadata.version(self.same_minor_as)
             if Version(other).release[:2] != Version(version).release[:2]:
@@ -76,6 +87,10 @@ class Requirement:
                 f"(a broken installation): {self.install_command} --force-reinstall"
             )
         return None
+
+    def _takes_torch(self) -> bool:
+        # A build from before a release has what the release has: NVIDIA's images call theirs 2.10.0a0.
+        return Version(Version(importlib.metadata.version("torch")).base_version) in SpecifierSet(self.torch)
 
 
 @dataclass(frozen=True)

@@ -420,6 +420,16 @@ def test_a_broken_version_is_named(command: Command, tmp_path: Path, monkeypatch
     assert diagnosis["compiler"]["path"] is not None
 
 
+def test_a_package_for_a_newer_torch_is_named(
+    command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(install(tmp_path, "torch", "2.9.0"))
+    for text in (command("list"), command("info", "adamw_torch_8bit"), command("doctor", status=1)):
+        assert "torchao 0.18.0 needs torch>=2.10, and 2.9.0 is installed" in unwrapped(text)
+        assert "pip install 'lightning-optim[torchao]'" in text
+    assert set(command.json("doctor", status=1)["unavailable"]) == {"adamw_torch_4bit", "adamw_torch_8bit"}
+
+
 def test_a_broken_plugin_stops_list_but_not_doctor(
     command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

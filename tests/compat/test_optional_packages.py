@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import importlib
+import importlib.metadata
+import importlib.util
 import inspect
 
 import pytest
 import torch
 from torch import nn
 
+from lightning_optim import REGISTRY
 from tests.compat.contract import relied_on
 
 
@@ -19,6 +23,22 @@ def test_the_optimizers_of_torchao_have_one_base_class() -> None:
         optimizer = optim.AdamW8bit(nn.Linear(2, 2).parameters())
         assert {"params", "lr", "betas", "eps", "weight_decay", "amsgrad"} <= optimizer.param_groups[0].keys()
         assert isinstance(optimizer.param_groups[0]["lr"], torch.Tensor)
+
+
+def test_torchao_is_called_usable_where_it_can_be_imported() -> None:
+    """Its own metadata does not say which torch it takes; the row does."""
+    if importlib.util.find_spec("torchao") is None:
+        pytest.skip("torchao is not installed here")
+    try:
+        importlib.import_module("torchao.optim")
+        imported = True
+    except ImportError:
+        imported = False
+    versions = [f"{name} {importlib.metadata.version(name)}" for name in ("torchao", "torch")]
+    assert imported == bool(REGISTRY["adamw_torch_8bit"].availability()), (
+        f"{' with '.join(versions)} {'can' if imported else 'cannot'} be imported: mend REQUIREMENTS in "
+        "lightning_optim/table/rows/_torchao.py and the extra in pyproject.toml"
+    )
 
 
 def test_adam_is_one_operation_of_xla() -> None:

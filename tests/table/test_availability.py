@@ -115,6 +115,37 @@ def test_a_package_built_against_another_torch_is_refused(site: Path) -> None:
     assert Requirement("follower", "follower", same_minor_as="twin").problem() is None
 
 
+@pytest.mark.parametrize("version", ["2.9.0", "2.9.1+cu128", "2.9.0a0+nv25.8"])
+@pytest.mark.parametrize("name", ["adamw_torch_4bit", "adamw_torch_8bit"])
+def test_torchao_is_refused_with_a_torch_that_it_cannot_be_imported_with(site: Path, name: str, version: str) -> None:
+    install(site, "torch", version)
+    install(site, "torchao", "0.18.0")
+    problem = f"torchao 0.18.0 needs torch>=2.10, and {version} is installed: pip install 'lightning-optim[torchao]'"
+    assert REGISTRY[name].availability().reasons == (problem,)
+    with pytest.raises(MissingDependency) as caught:
+        build_optimizer(nn.Linear(2, 2), name)
+    assert str(caught.value).startswith(f"optim={name!r} cannot run here: {problem}. Or use optim='adamw_bnb_8bit'")
+    model = LitTokens(optim=name)
+    with pytest.raises(MissingDependency, match="pip install 'lightning-optim"):
+        trainer(max_steps=1).fit(model, loader())
+    assert model.losses == []
+
+
+@pytest.mark.parametrize("version", ["2.10.0", "2.10.0a0+nv25.10", "2.13.0+cpu", "2.14.0.dev20261120"])
+def test_torchao_is_accepted_with_newer_versions(site: Path, version: str) -> None:
+    install(site, "torch", version)
+    assert REGISTRY["adamw_torch_8bit"].availability()
+
+
+def test_the_command_for_an_old_torch_brings_a_new_one_whatever_else_is_missing(site: Path) -> None:
+    """The newest torchao alone would be refused next."""
+    install(site, "torch", "2.9.0")
+    install(site, "torchao", "0.17.0")
+    assert REGISTRY["adamw_torch_8bit"].availability().reasons == (
+        "torchao 0.17.0 is installed, >=0.18 is needed: pip install 'lightning-optim[torchao]'",
+    )
+
+
 def test_all_reasons_are_given(site: Path) -> None:
     install(site, "outdated", "1.0")
     absent, outdated = Requirement("absent-one", "absent_one"), Requirement("outdated", "sys", ">=2")

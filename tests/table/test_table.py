@@ -97,6 +97,10 @@ def test_the_extra_installs_what_the_row_requires(row: OptimizerSpec) -> None:
         # tests may work.
         floor = [part for part in declared[requirement.distribution].specifier if part.operator != "<"]
         assert [str(part) for part in floor] == [requirement.versions]
+        # A torch that the package needs is the extra's, too, and the command for another torch is the extra.
+        assert requirement.torch == (str(declared["torch"].specifier) if "torch" in declared else "")
+        assert requirement.torch_command in ("", f"pip install 'lightning-optim[{row.extra}]'")
+        assert bool(requirement.torch_command) == bool(requirement.torch)
         wanted = f"{requirement.distribution}{requirement.versions}"
         assert requirement.install_command == f"pip install --upgrade '{wanted}'"
 

@@ -9,7 +9,11 @@ from lightning_optim.table._availability import Requirement
 from lightning_optim.table._options import AT_LEAST_ONE, NON_NEGATIVE, UNIT, Options, option
 from lightning_optim.table._spec import Buffer, OptimizerSpec, Quantization, StateLayout
 
-REQUIREMENTS = (Requirement("torchao", "torchao", ">=0.18"),)
+REQUIREMENTS = (
+    # 0.18 imports torch.nn.functional.ScalingType, which torch 2.9 does not have. The extra brings both in tested
+    # versions.
+    Requirement("torchao", "torchao", ">=0.18", torch=">=2.10", torch_command="pip install 'lightning-optim[torchao]'"),
+)
 
 
 @dataclass(frozen=True)

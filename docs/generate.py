@@ -1,7 +1,7 @@
-"""Writes the parts of the pages that come from the tables, into docs/generated/.
+"""Writes the parts of the pages that are generated from the tables, into docs/generated/.
 
 ``identifiers.md`` and ``schedules.md`` are included by the pages of the same names, ``formats.md`` by
-``checkpoints.md``, so that they cannot drift.
+``checkpoints.md``.
 """
 
 from __future__ import annotations
@@ -52,13 +52,12 @@ def formats() -> Iterator[str]:
 def identifiers() -> Iterator[str]:
     """Yields the lines of the overview and of every row's section."""
     header = ("identifier", "class", "lr", "weight decay", "extra", "state")
-    yield from markdown_table(
-        header, (_overview(view(name, spec)) for spec in ROWS for name in (spec.name, *spec.aliases))
-    )
+    views = {name: view(name, spec) for spec in ROWS for name in (spec.name, *spec.aliases)}
+    yield from markdown_table(header, map(_overview, views.values()))
     for package, provider in itertools.groupby(ROWS, key=lambda spec: spec.implementation.partition(".")[0]):
         yield from ("", f"## {PROVIDERS[package]}")
         for spec in provider:
-            yield from _row(spec)
+            yield from _row(spec, views[spec.name])
 
 
 def schedules() -> Iterator[str]:
@@ -86,8 +85,7 @@ def _overview(facts: Facts) -> tuple[str, ...]:
     )
 
 
-def _row(spec: OptimizerSpec) -> Iterator[str]:
-    facts = view(spec.name, spec)
+def _row(spec: OptimizerSpec, facts: Facts) -> Iterator[str]:
     summary = spec.summary[0].upper() + spec.summary[1:]
     yield from ("", f"(optim-{spec.name})=", f"### {spec.name}", "", f"{summary}.", "")
     yield f"- Class: `{spec.implementation}`"

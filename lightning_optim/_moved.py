@@ -32,7 +32,6 @@ _ROOMS = {
 }
 _MOVED = {name: f"{room}._{name}" for room, names in _ROOMS.items() for name in names.split()} | {
     **_FOLDERS,
-    "callbacks.attached": "trainer.callbacks._detach",
     "callbacks.optim": "trainer._optim_callback",
     "callbacks.used": "trainer.callbacks._must_build",
     "catalog.layerwise": "table._layerwise",

@@ -1,8 +1,8 @@
-"""The ``lightning-optim`` command: what there is, what it does, whether it can run here.
+"""The ``lightning-optim`` command: the identifiers, what each one does, and whether it can run here.
 
-Each subcommand collects a report, plain facts, which is its JSON, and renders that as text. What is shown of a row is
-``view``, whoever asks: ``list``, ``info``, or ``docs/generate.py``, which makes a page of it. No optional package is
-imported; whether one can be used is read from its metadata.
+Each subcommand collects a report of plain facts, which is its JSON, and renders it as text. ``list``, ``info`` and
+``docs/generate.py`` all show a row by ``view``. No optional package is imported; whether one can be used is read from
+its metadata.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""``lightning-optim doctor``: what is installed here, what is wrong with it, what cannot run because of that."""
+"""``lightning-optim doctor``: what is installed here, what is wrong with it, and what therefore cannot run."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from lightning_optim.command import _render as render
 from lightning_optim.command._machine import CommandError, Facts
 from lightning_optim.table import ROWS, OptimizerSpec, Requirement
 
-# What to know of packages that are installed with ours.
+# What to know about other installed packages.
 _NOTES = {
-    # lightning itself depends on it, so that it is no problem to be installed, only to be mixed.
+    # lightning itself depends on it: having both is fine, mixing them is not.
     "pytorch-lightning": "pytorch_lightning {} is installed, too. It and lightning do not know each other's "
     "classes: module, Trainer and callbacks have to come from the same of them. OptimMixin, OptimCallback and the "
     "strategies work with both; OptimCLI and the accelerators npu and pjrt with lightning.pytorch (`import "
@@ -30,16 +30,16 @@ _NOTES = {
 
 
 def collect(arguments: argparse.Namespace) -> Facts:
-    """Looks at this machine.
+    """Examines this machine.
 
-    ``unavailable`` says why of each identifier that is for a device found here and cannot run, ``elsewhere`` the same
-    of those for other devices only.
+    ``unavailable`` gives the reasons for each identifier that supports a device found here but cannot run,
+    ``elsewhere`` those for identifiers that support other devices only.
     """
     plugin_problem = None
     try:
         specs = machine.identifiers()
     except CommandError as error:
-        # What we bring along can be examined whatever a plugin does.
+        # Our own rows can be examined even if a plugin is broken.
         plugin_problem = str(error)
         specs = {name: row for row in ROWS for name in (row.name, *row.aliases)}
     failing = {name: problems for name, spec in specs.items() if (problems := machine.problems(spec))}
@@ -85,7 +85,7 @@ def _notes() -> Iterator[str]:
 
 
 def as_text(diagnosis: Facts) -> str:
-    """Returns the diagnosis, section by section, the verdict last."""
+    """Returns the diagnosis in sections, with the verdict last."""
     devices = [
         (device["type"] if device["index"] is None else f"{device['type']}:{device['index']}", device["name"])
         for device in diagnosis["devices"]
@@ -96,7 +96,7 @@ def as_text(diagnosis: Facts) -> str:
         ["Versions", *render.properties(list(diagnosis["versions"].items()))],
         ["Devices", *render.table(devices, "  ")],
         ["Packages", *(line for one in diagnosis["packages"] for line in _package(one, diagnosis["elsewhere"]))],
-        ["C++ compiler", *_compiler(diagnosis["compiler"])],
+        ["C++ compiler", *_compiler(**diagnosis["compiler"])],
         [
             "Plugins",
             *(render.table(plugins, "  ") or ["  none"]),
@@ -118,10 +118,9 @@ def _package(package: Facts, elsewhere: Mapping[str, tuple[str, ...]]) -> list[s
     return [*render.wrap(text, "  ", "  "), *render.wrap(f"for {', '.join(package['identifiers'])}", "    ")]
 
 
-def _compiler(compiler: Facts) -> list[str]:
-    found = compiler["path"] or f"none (looked for {compiler['looked_for']}): apt-get install g++, or set CXX"
-    users = f"on a CPU, for {', '.join(compiler['identifiers'])}"
-    return [*render.wrap(found, "  "), *render.wrap(users, "    ")]
+def _compiler(path: str | None, looked_for: str, identifiers: list[str]) -> list[str]:
+    found = path or f"none (looked for {looked_for}): apt-get install g++, or set CXX"
+    return [*render.wrap(found, "  "), *render.wrap(f"on a CPU, for {', '.join(identifiers)}", "    ")]
 
 
 def _verdict(diagnosis: Facts) -> Iterator[str]:

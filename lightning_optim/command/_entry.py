@@ -1,4 +1,4 @@
-"""The command's entry point: parses the arguments, runs a subcommand, turns errors into exit statuses."""
+"""The command's entry point: parses the arguments, runs a subcommand and turns errors into exit statuses."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs ``lightning-optim``.
 
     Args:
-        argv: The arguments after the command's name; ``None`` takes those of the process.
+        argv: The arguments after the command's name; ``None`` means ``sys.argv[1:]``.
 
     Returns:
-        The exit status: 0 if all is well, 1 if ``doctor`` found a problem or a plugin is broken, 2 for a wrong request.
+        The exit status: 0 on success, 1 if ``doctor`` found a problem or a plugin is broken, 2 for a usage error.
     """
     arguments = _parser().parse_args(argv)
     try:

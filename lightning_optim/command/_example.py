@@ -1,4 +1,4 @@
-"""Code to start from."""
+"""Example code for an identifier."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 from lightning_optim.table import OptimizerSpec, OptionInfo, describe
 
-# For a row that has no default.
+# For a row without a default.
 _LR = 1e-3
 
 _PYTHON = """\
@@ -30,7 +30,7 @@ optimizer = model.configure_optimizers()  # what L.Trainer.fit(model) calls"""
 
 
 def example(name: str, spec: OptimizerSpec) -> dict[str, str]:
-    """Returns code that builds ``name`` with its defaults; ``...`` stands for options that must be given."""
+    """Returns code that builds ``name`` with its defaults; ``...`` stands for required options."""
     numbers = {"lr": _LR if spec.default_lr is None else spec.default_lr}
     if spec.decays:
         numbers["weight_decay"] = spec.default_weight_decay
@@ -44,14 +44,14 @@ def example(name: str, spec: OptimizerSpec) -> dict[str, str]:
         pairs = ", ".join(f'"{key}": {"..." if value is ... else repr(value)}' for key, value in options.items())
         arguments.append(f"optim_args={{{pairs}}}")
     for key, value in options.items():
-        # YAML, of which JSON is a part.
+        # The command line reads YAML, a superset of JSON.
         words += [f"--optim_args.{key}", "..." if value is ... else json.dumps(value)]
     python = _PYTHON.format(arguments="\n".join(f"    {argument}," for argument in arguments))
     return {"python": python, "command_line": shlex.join(words)}
 
 
 def _shown_options(spec: OptimizerSpec) -> dict[str, Any]:
-    """Returns the options that must be given; if there are none, the first whose default can be written down."""
+    """Returns the required options; if there are none, the first whose default can be written as a literal."""
     infos = describe(spec.options)
     required: dict[str, Any] = {info.name: ... for info in infos if info.default is MISSING}
     return required or dict([(info.name, info.default) for info in infos if _is_telling(info)][:1])

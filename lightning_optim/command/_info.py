@@ -1,4 +1,4 @@
-"""``lightning-optim info NAME``: all there is to know of one identifier."""
+"""``lightning-optim info NAME``: everything about one identifier."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from lightning_optim.table import REGISTRY, SUFFIX
 
 _SCOPES = {"group": "per group", "constructor": "optimizer", "policy": "grouping", "layerwise": "layerwise"}
 
-# Types that list many words stand before the help.
+# Longer types, which list many words, are shown before the help instead.
 _LONGEST_TYPE = 16
 
 _SCOPES_HELP = (
@@ -26,13 +26,13 @@ _SCOPES_HELP = (
 
 
 def collect(arguments: argparse.Namespace) -> Facts:
-    """Describes the identifier or dotted path that was asked for.
+    """Describes an identifier or dotted path.
 
     Raises:
         CommandError: If there is no such optimizer, or a dotted path leads into a package that is not installed.
     """
     name = arguments.name
-    # Before the lookup below, which would load the plugins: a broken one is an error of its own.
+    # Before the lookup below, which would load the plugins too: a broken one has its own error.
     declared = name.removesuffix(SUFFIX) in machine.identifiers()
     try:
         spec = REGISTRY.find(name)
@@ -42,7 +42,7 @@ def collect(arguments: argparse.Namespace) -> Facts:
 
 
 def as_text(report: Facts) -> str:
-    """Returns the description, section by section."""
+    """Returns the description in sections."""
     alias = f" (alias of {report['alias_of']})" if report["alias_of"] else ""
     return render.sections(
         render.wrap(f"{report['identifier']}{alias}: {report['summary']}"),
@@ -119,7 +119,7 @@ def _state(state: Facts | None) -> list[str]:
 
 
 def _command_line(line: str) -> list[str]:
-    # An option and its value stay on one line.
+    # Keeps an option and its value on one line.
     pieces = " ".join(map(render.together, re.split(r" (?=--)", line)))
     *lines, last = render.wrap(pieces, "  ", "  ", width=render.WIDTH - 5)
     return [*(f"{line} \\" for line in lines), last]

@@ -14,18 +14,18 @@ from lightning_optim.command._view import view
 from lightning_optim.errors import close_names, listing
 from lightning_optim.table import SUFFIX, layerwise_row
 
-# What of a view is shown.
+# The parts of a view that are shown.
 _SHOWN = ("identifier", "alias_of", "summary", "implementation", "extra", "available", "problems")
 
 
 def collect(arguments: argparse.Namespace) -> Facts:
-    """Describes the identifiers that match one of the patterns; all if there are none.
+    """Describes the identifiers that match any of the patterns; all of them without patterns.
 
     Raises:
         CommandError: If a pattern matches nothing.
     """
     patterns = arguments.patterns
-    # What steps during backward under its own name needs no other one for it.
+    # What already steps during backward under its own name needs no suffix for it.
     asked = any("layerwise" in pattern for pattern in patterns)
     specs = {}
     for name, spec in machine.identifiers().items():
@@ -54,7 +54,7 @@ def _close(pattern: str, names: Iterable[str]) -> list[str]:
 
 
 def as_text(report: Facts) -> str:
-    """Returns the table; reasons stand below it, each once."""
+    """Returns the table, and below it each reason once."""
     entries = report["optimizers"]
     reasons = list(dict.fromkeys(problem for entry in entries for problem in entry["problems"]))
     rows = [["identifier", "summary", "extra", "available"]]

@@ -1,4 +1,4 @@
-"""What this machine has, and so which identifiers can run on it."""
+"""What this machine has, and hence which identifiers can run on it."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ import torch
 from lightning_optim.build import rules
 from lightning_optim.table import ENTRY_POINT_GROUP, REGISTRY, XLA, OptimizerSpec, Requirement, availability
 
-#: What is known of something, as ``--json`` shows it.
+#: Facts about something, as ``--json`` shows them.
 Facts = dict[str, Any]
 
 
 class CommandError(Exception):
-    """What ends the command with a text on stderr and an exit status other than 0."""
+    """Ends the command with a text on stderr and a nonzero exit status."""
 
     def __init__(self, message: str, status: int = 2) -> None:
         super().__init__(message)
@@ -26,7 +26,7 @@ class CommandError(Exception):
 
 
 def identifiers() -> dict[str, OptimizerSpec]:
-    """Returns every identifier and its row, without the forms derived by a suffix.
+    """Returns every identifier and its row, without the forms derived from a suffix.
 
     Raises:
         CommandError: If a plugin cannot be loaded.
@@ -38,7 +38,7 @@ def identifiers() -> dict[str, OptimizerSpec]:
 
 
 def package(requirement: Requirement) -> Facts:
-    """Returns what is installed of an optional package, and whether it can be used."""
+    """Returns which version of an optional package is installed, and whether it can be used."""
     problem = requirement.problem()
     return {
         "distribution": requirement.distribution,
@@ -52,10 +52,10 @@ def package(requirement: Requirement) -> Facts:
 
 
 def device_types() -> frozenset[str]:
-    """Returns the types of device found here, without starting any of them."""
+    """Returns the device types found here, without initializing any device."""
     accelerator = torch.accelerator.current_accelerator(check_available=True)
     found = {"cpu", accelerator.type} if accelerator else {"cpu"}
-    # torch.accelerator does not know XLA, and to ask torch_xla would start it.
+    # torch.accelerator does not know XLA, and asking torch_xla would initialize it.
     return frozenset(found | {"xla"} if availability.check(XLA) else found)
 
 
@@ -64,7 +64,7 @@ def devices() -> list[Facts]:
     found: list[tuple[str, int | None, str]] = [("cpu", None, platform.processor() or platform.machine())]
     accelerator = torch.accelerator.current_accelerator(check_available=True)
     if accelerator is not None:
-        # MPS knows no names.
+        # MPS has no device names.
         name_of = getattr(torch.get_device_module(accelerator), "get_device_name", lambda index: "")
         found += [(accelerator.type, index, name_of(index)) for index in range(torch.accelerator.device_count())]
     if "xla" in device_types():
@@ -74,18 +74,18 @@ def devices() -> list[Facts]:
 
 
 def compiler() -> str | None:
-    """Returns the path of the C++ compiler that torch.compile takes on a CPU, or ``None`` if it is not installed."""
+    """Returns the path of the C++ compiler that torch.compile uses on a CPU, or ``None`` if it is not installed."""
     return shutil.which(rules.cpp_compiler())
 
 
 def problems(spec: OptimizerSpec) -> tuple[str, ...]:
-    """Returns every reason why ``spec`` cannot run here, each with its remedy; none if it can."""
+    """Returns every reason why ``spec`` cannot run here, each with its remedy; empty if it can."""
     found = list(spec.availability().reasons)
     present = device_types()
     usable = present if spec.devices is None else present & spec.devices
     brought = {requirement.device for requirement in spec.requirements if requirement.problem()}
     if not usable and spec.devices is not None and spec.devices <= brought:
-        # The package that is missing brings the device.
+        # The missing package provides the device.
         return tuple(found)
     if not usable:
         found.append(

@@ -17,7 +17,7 @@ _HARD_SPACE = "\u00a0"
 
 
 def as_json(value: Any) -> str:
-    """Returns ``value`` as strict JSON: infinities and foreign objects become their ``repr``."""
+    """Returns ``value`` as strict JSON: infinities and other objects become their ``repr``."""
     return json.dumps(_plain(value), indent=2, allow_nan=False)
 
 
@@ -32,12 +32,12 @@ def _plain(value: Any) -> Any:
 
 
 def sections(*parts: Sequence[str]) -> str:
-    """Puts an empty line between groups of lines."""
+    """Joins groups of lines, with an empty line between them."""
     return "\n\n".join("\n".join(lines) for lines in parts)
 
 
 def wrap(text: str, indent: str = "", hanging: str = "", width: int = WIDTH) -> list[str]:
-    """Breaks ``text`` into lines, never inside a command to type; ``hanging`` further indents all but the first."""
+    """Wraps ``text``, but never inside a command to type; ``hanging`` further indents all lines but the first."""
     text = re.sub(r"pip install .*$", lambda match: together(match[0]), text)
     lines = textwrap.wrap(
         text,
@@ -56,18 +56,18 @@ def together(text: str) -> str:
 
 
 def sentences(texts: Iterable[str]) -> list[str]:
-    """Returns the lines of a list with dashes."""
+    """Returns the lines of a list with dashes as bullets."""
     return [line for text in texts for line in wrap(f"- {text}", "  ", "  ")]
 
 
 def properties(pairs: Sequence[tuple[str, str]]) -> list[str]:
-    """Aligns names and values, breaking long values."""
+    """Aligns names and values, wrapping long values."""
     width = max(len(name) for name, _ in pairs) + len(_GAP)
     return [line for name, value in pairs for line in wrap(together(name.ljust(width)) + value, "  ", " " * width)]
 
 
 def table(rows: Sequence[Sequence[str]], indent: str = "", flexible: int | None = None) -> list[str]:
-    """Aligns cells, one line per row; those of the column ``flexible`` are broken so that the lines fit."""
+    """Aligns cells, one line per row; those in the column ``flexible`` are wrapped so that the lines fit."""
     widths = [max(map(len, cells)) for cells in zip(*rows, strict=True)]
     if flexible is not None:
         fixed = sum(widths) - widths[flexible] + len(_GAP) * (len(widths) - 1)

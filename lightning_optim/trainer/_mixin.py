@@ -34,7 +34,6 @@ else:
     _Base = object
 
 
-_LIGHTNING = ("lightning", packages.OTHER, "lightning_fabric", "torch")
 _NOT_SCRIPTED = "__jit_unused_properties__"
 # Where the value of an attribute ``lr`` of the module's own is kept.
 _OWN_LR = "_own_lr"
@@ -264,7 +263,7 @@ def _following_arguments(cls: type) -> list[_Arguments]:
     """Returns what the constructors take that come after the mixin's, up to Lightning's."""
     found: list[_Arguments] = []
     for base in cls.__mro__[cls.__mro__.index(OptimMixin) + 1 :]:
-        if issubclass(base, nn.Module) and base.__module__.partition(".")[0] in _LIGHTNING:
+        if issubclass(base, nn.Module) and packages.top(base) in {*packages.LIGHTNING, "torch"}:
             break
         if "__init__" in vars(base):
             parameters = inspect.signature(vars(base)["__init__"]).parameters

@@ -10,7 +10,7 @@ from __future__ import annotations
 import importlib.abc
 import importlib.machinery
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import Any, TypeVar
 
@@ -23,6 +23,8 @@ from lightning_optim.errors import IncompatibleTrainer
 OTHER = "pytorch_lightning"
 
 _TWINS = {"lightning.pytorch": OTHER, "lightning.fabric": "lightning_fabric"}
+#: The top-level packages of Lightning's classes.
+LIGHTNING = frozenset({"lightning", *_TWINS.values()})
 # Where the classes of ours that are derived from those of the other package can be imported from, and unpickled.
 DERIVED_IN = "lightning_optim.pytorch_lightning"
 _derived: dict[type, type] = {}
@@ -30,10 +32,15 @@ _derived: dict[type, type] = {}
 _T = TypeVar("_T")
 
 
+def top(cls: type) -> str:
+    """Returns the top-level package that defines a class."""
+    return cls.__module__.partition(".")[0]
+
+
 def is_others(value: object) -> bool:
     """Whether a Trainer, a module, a plugin ... or a class is made of ``pytorch_lightning``'s classes."""
     owner = value if isinstance(value, type) else type(value)
-    return any(base.__module__.partition(".")[0] in _TWINS.values() for base in owner.__mro__)
+    return any(top(base) in _TWINS.values() for base in owner.__mro__)
 
 
 def twin(ours: Any) -> Any:
@@ -147,26 +154,26 @@ def refused(argument: str, flag: str, ours: type) -> type:
     return type(ours.__name__, (), body)
 
 
-def is_free(registry: Mapping[str, Mapping[str, Any]], argument: str, flag: str, ours: type) -> bool:
-    """Whether ``flag`` may be registered for ``ours``; where somebody else has that name it stays, with a warning.
+def enter(registry: Any, argument: str, flag: str, ours: type, **arguments: Any) -> None:
+    """Registers a class under ``flag``; where another class has that name, it keeps it, with a warning.
 
     Args:
         registry: Lightning's registry of strategies or of accelerators.
         argument: The Trainer's argument, ``"strategy"`` or ``"accelerator"``.
         flag: What the user types.
         ours: The class to register.
+        **arguments: What the class is made with.
     """
-    if flag not in registry:
-        return True
-    theirs, own = _path(registry[flag][argument]), _path(ours)
-    # By its path: a module that is imported a second time makes its classes anew.
+    # Compared by path: importing a module a second time creates its classes anew.
+    theirs, own = _path(registry[flag][argument] if flag in registry else ours), _path(ours)
     if theirs == own:
-        return True
+        description = (ours.__doc__ or "").partition("\n")[0]
+        registry.register(flag, ours, description, override=True, **arguments)
+        return
     rank_zero_warn(
         f"{argument}={flag!r} stays {theirs}, which had that name before lightning_optim was imported; {own} is "
         f"not registered. To have ours, use Trainer({argument}=lightning_optim.{ours.__qualname__}())."
     )
-    return False
 
 
 def _path(registered: Any) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-from typing import Any
 
 from lightning.pytorch.accelerators import Accelerator, AcceleratorRegistry
 
@@ -17,9 +16,9 @@ _ACCELERATORS: tuple[type[Accelerator], ...] = (NPUAccelerator, PJRTAccelerator)
 
 
 def register() -> None:
-    """Makes ``Trainer(accelerator=...)`` know them by name; a name that somebody else has taken stays theirs."""
+    """Registers the names for ``Trainer(accelerator=...)``; one that is already taken keeps its meaning."""
     for accelerator in _ACCELERATORS:
-        _enter(AcceleratorRegistry, accelerator.name(), accelerator)
+        packages.enter(AcceleratorRegistry, "accelerator", accelerator.name(), accelerator)
     packages.when_imported(_register_with_the_other)
 
 
@@ -27,10 +26,5 @@ def _register_with_the_other() -> None:
     theirs = importlib.import_module(f"{packages.OTHER}.accelerators")
     for accelerator in _ACCELERATORS:
         flag = accelerator.name()
-        _enter(theirs.AcceleratorRegistry, flag, packages.refused("accelerator", flag, accelerator))
-
-
-def _enter(registry: Any, flag: str, accelerator: type) -> None:
-    if packages.is_free(registry, "accelerator", flag, accelerator):
-        description = (accelerator.__doc__ or "").partition("\n")[0]
-        registry.register(flag, accelerator, description, override=True)
+        refused = packages.refused("accelerator", flag, accelerator)
+        packages.enter(theirs.AcceleratorRegistry, "accelerator", flag, refused)

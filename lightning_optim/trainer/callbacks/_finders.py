@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import BatchSizeFinder, LearningRateFinder
 from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch.optim.lr_scheduler import ReduceLROnPlateau
@@ -13,7 +13,7 @@ from lightning_optim._compat.lightning import finder_sets_rate, loaded_checkpoin
 from lightning_optim.build import NamedSchedule, OptimConfig, ResolvedOptimizer, make_multiplier, set_rate
 from lightning_optim.trainer import _packages as packages
 from lightning_optim.trainer._length import Length
-from lightning_optim.trainer.callbacks._detach import detach
+from lightning_optim.trainer.callbacks._attached import Attached
 
 _FINDERS = (LearningRateFinder, BatchSizeFinder)
 
@@ -50,7 +50,7 @@ class Built:
                 set_rate(group, peak)
 
 
-class AfterFinders(Callback):
+class AfterFinders(Attached):
     """Takes what ``LearningRateFinder`` and ``BatchSizeFinder`` found, when they have run.
 
     They run when fit starts, after the optimizer was built. A found learning rate takes the place of the one asked for:
@@ -65,9 +65,9 @@ class AfterFinders(Callback):
     @classmethod
     def attach(cls, trainer: Trainer, built: Built) -> None:
         """Has ``built`` adjusted if a finder is among the Trainer's callbacks."""
-        callbacks = trainer.callbacks  # type: ignore[attr-defined]
         if not has_finder(trainer):
             return
+        callbacks = trainer.callbacks  # type: ignore[attr-defined]
         callback = next((callback for callback in callbacks if isinstance(callback, cls)), None)
         if callback is None:
             callback = cls()
@@ -88,12 +88,6 @@ class AfterFinders(Callback):
         found = self._found(trainer)
         for built in self._built if found is not None else ():
             built.adjust(trainer, found)
-
-    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        detach(trainer, self)
-
-    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        detach(trainer, self)
 
     def _found(self, trainer: Trainer) -> float | None:
         """Returns the rate that a finder has set since the last time, or ``None``."""

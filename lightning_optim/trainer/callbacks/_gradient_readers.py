@@ -119,7 +119,7 @@ class GradientReaders:
         if owner is None or name not in watched:
             return None
         code = getattr(getattr(owner, name, None), "__module__", None) or ""
-        if code.partition(".")[0] in ("lightning", packages.OTHER, "lightning_optim"):
+        if code.partition(".")[0] in packages.LIGHTNING | {"lightning_optim"}:
             return None
         return f"{type(owner).__name__}.{name}"
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.strategies import (
     DDPStrategy,
     DeepSpeedStrategy,
@@ -32,13 +32,13 @@ from lightning_optim.errors import IncompatibleTrainer
 from lightning_optim.layerwise import Clipping, Layerwise, OuterScaler
 from lightning_optim.table import LayerwiseOptions
 from lightning_optim.trainer import _packages as packages
-from lightning_optim.trainer.callbacks._detach import detach
+from lightning_optim.trainer.callbacks._attached import Attached
 from lightning_optim.trainer.callbacks._gradient_readers import GradientReaders
 
 _KEY = "layerwise_gradient_norms"
 
 
-class LayerwiseCallback(Callback):
+class LayerwiseCallback(Attached):
     """Steps layerwise optimizers in the backward of the last micro-batch, while fit runs.
 
     The mixin, :class:`~lightning_optim.OptimCallback` and the layerwise strategies attach it by themselves. It honours
@@ -74,13 +74,9 @@ class LayerwiseCallback(Callback):
         Raises:
             IncompatibleTrainer: If it cannot be stepped so here, or the options contradict others given before.
         """
-        callbacks = trainer.callbacks  # type: ignore[attr-defined]
-        callback = next((callback for callback in callbacks if isinstance(callback, cls)), None)
-        if callback is None:
-            callback = cls()
+        callback = cls._of(trainer)
+        if not callback._options:
             callback._restore(loaded_checkpoint(trainer))
-            # Before the user's callbacks, who find the step done.
-            callbacks.insert(0, callback)
         layerwise = Layerwise.of(optimizer)
         if layerwise in callback._options:
             return layerwise
@@ -210,12 +206,6 @@ class LayerwiseCallback(Callback):
         for layerwise, norm in zip(self._driven(trainer), self._norms, strict=False):
             layerwise.gradient_norm = norm
 
-    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        self._detach(trainer)
-
-    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        self._detach(trainer)
-
     def _driven(self, trainer: Trainer) -> Iterator[Layerwise]:
         """Yields what steps the Trainer's optimizers; some attached earlier may have been replaced."""
         for optimizer in trainer.optimizers:
@@ -275,7 +265,7 @@ class LayerwiseCallback(Callback):
             self._donates = None
         if self._scaler is not None:
             precision.scaler = self._scaler  # type: ignore[attr-defined]
-        detach(trainer, self)
+        super()._detach(trainer)
 
 
 def _merge(of_optimizer: LayerwiseOptions, of_strategy: LayerwiseOptions) -> LayerwiseOptions:

@@ -7,21 +7,22 @@ from collections.abc import Iterable, Iterator
 from types import CodeType
 from typing import Any
 
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from torch.utils.hooks import RemovableHandle
 
 from lightning_optim.errors import IncompatibleTrainer, listing
-from lightning_optim.trainer.callbacks._detach import detach
+from lightning_optim.trainer import _packages as packages
+from lightning_optim.trainer.callbacks._attached import Attached
 
 # By these names a module gets at the schedules, to step them by itself.
 _DOORS = frozenset({"lr_schedulers", "lr_scheduler_configs"})
-_NOT_THEIRS = frozenset({"lightning", "pytorch_lightning", "lightning_optim", "torch"})
+_NOT_THEIRS = packages.LIGHTNING | {"lightning_optim", "torch"}
 
 
-class ManualSchedule(Callback):
+class ManualSchedule(Attached):
     """Steps a schedule after every step of its optimizer, or asks it after every validation if it watches a metric.
 
     A module whose code, or a callback's, mentions ``lr_schedulers`` steps it by itself: then this only looks whether it
@@ -64,8 +65,7 @@ class ManualSchedule(Callback):
         """Has the schedule stepped in the fit that is being set up, unless the module does it; see the class."""
         owners = [trainer.lightning_module, *trainer.callbacks]  # type: ignore[attr-defined]
         callback = cls(name, optimizer, schedule, monitor, theirs=any(map(_gets_at_schedules, owners)))
-        # Before the user's callbacks, who find the step done.
-        trainer.callbacks.insert(0, callback)  # type: ignore[attr-defined]
+        callback._put_first(trainer)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._trainer = trainer
@@ -130,21 +130,15 @@ class ManualSchedule(Callback):
         if not self._theirs and self._in_use():
             self._schedule.step(trainer.callback_metrics[self._monitor])  # type: ignore[arg-type,index]
 
-    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        self._detach(trainer)
-
-    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        self._detach(trainer)
-
     def _detach(self, trainer: Trainer) -> None:
         self._handle.remove()
         self._trainer = None
-        detach(trainer, self)
+        super()._detach(trainer)
 
 
 def _gets_at_schedules(owner: Any) -> bool:
     """Whether the code of a user's class, without Lightning's part of it, mentions the Trainer's schedules."""
-    classes = (cls for cls in type(owner).__mro__ if cls.__module__.partition(".")[0] not in _NOT_THEIRS)
+    classes = (cls for cls in type(owner).__mro__ if packages.top(cls) not in _NOT_THEIRS)
     members = [*vars(owner).values(), *(member for cls in classes for member in vars(cls).values())]
     return any(_DOORS.intersection(_names(code)) for code in _codes(members))
 

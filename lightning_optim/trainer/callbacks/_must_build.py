@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 
 from lightning_optim.build import MODULE_SCHEDULE, OptimConfig
 from lightning_optim.errors import IncompatibleTrainer
-from lightning_optim.trainer.callbacks._detach import detach
+from lightning_optim.trainer.callbacks._attached import Attached
 
 
-class MustBuildOptim(Callback):
+class MustBuildOptim(Attached):
     """Refuses, at the start of fit, a module whose ``configure_optimizers`` did not look at what it was given.
 
     That is its ``optim``, and its ``lr_scheduler`` where it returns no schedule at all.
@@ -23,7 +23,7 @@ class MustBuildOptim(Callback):
         self.built = False
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        detach(trainer, self)
+        self._detach(trainer)
         if self._config.optim != OptimConfig.optim and not self.built:
             raise IncompatibleTrainer(
                 f"optim={self._config.optim!r} was given to {type(pl_module).__name__}, but its configure_optimizers "
@@ -38,9 +38,3 @@ class MustBuildOptim(Callback):
                 "no schedule: self.build_optimizer() makes none. Return build_schedule(optimizer, "
                 f"{name!r}, ...) beside the optimizer, or leave lr_scheduler out."
             )
-
-    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        detach(trainer, self)
-
-    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        detach(trainer, self)

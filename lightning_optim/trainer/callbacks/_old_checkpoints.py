@@ -11,12 +11,12 @@ import importlib
 from typing import Any
 
 from lightning.fabric.plugins import CheckpointIO
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 
 from lightning_optim._compat.lightning import WrappingCheckpointIO
 from lightning_optim._compat.torch import refuses_wrapper_subclass
 from lightning_optim.table import TORCHAO, availability
-from lightning_optim.trainer.callbacks._detach import detach
+from lightning_optim.trainer.callbacks._attached import Attached
 
 
 def is_old_style(error: BaseException) -> bool:
@@ -34,7 +34,7 @@ def import_torchao() -> None:
     importlib.import_module("torchao.optim")
 
 
-class OldCheckpoints(Callback):
+class OldCheckpoints(Attached):
     """Lets ``fit``, ``validate``, ``test`` and ``predict`` read old-style checkpoints of torchao's optimizers.
 
     The mixin and :class:`~lightning_optim.OptimCallback` attach it by themselves.
@@ -48,18 +48,12 @@ class OldCheckpoints(Callback):
             self._original = trainer.strategy.checkpoint_io
             trainer.strategy.checkpoint_io = _ReadsTorchao(self._original)
 
-    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        self._restore(trainer)
-
-    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        self._restore(trainer)
-
-    def _restore(self, trainer: Trainer) -> None:
+    def _detach(self, trainer: Trainer) -> None:
         if self._original is not None:
             trainer.strategy.checkpoint_io = self._original
             self._original = None
         # The module hands out a new one for every run; Lightning warns where it finds the last one.
-        detach(trainer, self)
+        super()._detach(trainer)
 
 
 class _ReadsTorchao(WrappingCheckpointIO):

@@ -13,12 +13,12 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 from lightning_optim._compat.lightning import has_data, loaded_checkpoint, logged_results
 from lightning_optim.errors import InvalidOption, listing
 from lightning_optim.trainer import _packages as packages
-from lightning_optim.trainer.callbacks._detach import detach
+from lightning_optim.trainer.callbacks._attached import Attached
 
 _KEY = "plateau_follows_validation"
 
 
-class PlateauCallback(Callback):
+class PlateauCallback(Attached):
     """Asks a plateau schedule after every validation, or at the end of every epoch where training logs the metric.
 
     Lightning asks one at the end of an epoch, after ModelCheckpoint has saved: an epoch without an end never asks, and
@@ -43,7 +43,7 @@ class PlateauCallback(Callback):
         callback = cls(scheduler, monitor)
         callback._follows_validation = loaded_checkpoint(trainer).get(_KEY)
         # First: before ModelCheckpoint saves.
-        trainer.callbacks.insert(0, callback)  # type: ignore[attr-defined]
+        callback._put_first(trainer)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.state.fn != "fit" or trainer.sanity_checking:
@@ -88,12 +88,6 @@ class PlateauCallback(Callback):
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         checkpoint[_KEY] = self._follows_validation
 
-    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        detach(trainer, self)
-
-    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        detach(trainer, self)
-
     def _settle(self, final: bool = False) -> None:
         """Asks for the epoch that has ended; in the end the metric must be there, unless no validation was due yet."""
         trainer = self._due
@@ -136,6 +130,5 @@ def _ends_epochs(callback: Callback) -> bool:
 
 def _users(trainer: Trainer) -> list[Callback]:
     """Returns the callbacks that are neither Lightning's nor ours."""
-    known = ("lightning", "pytorch_lightning", "lightning_optim")
-    callbacks = trainer.callbacks  # type: ignore[attr-defined]
-    return [callback for callback in callbacks if type(callback).__module__.partition(".")[0] not in known]
+    known, callbacks = packages.LIGHTNING | {"lightning_optim"}, trainer.callbacks  # type: ignore[attr-defined]
+    return [callback for callback in callbacks if packages.top(type(callback)) not in known]

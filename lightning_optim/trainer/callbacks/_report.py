@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 from lightning_utilities.core.rank_zero import rank_zero_info
 
 from lightning_optim.build import ResolvedOptimizer
 from lightning_optim.trainer import _report as report
-from lightning_optim.trainer.callbacks._detach import detach
+from lightning_optim.trainer.callbacks._attached import Attached
 
 
-class ReportCallback(Callback):
+class ReportCallback(Attached):
     """Collects optimizers while they are configured; reports and logs what trains, then removes itself.
 
     That is known when fit begins to run: a checkpoint, which may hold other hyperparameters, is restored after
@@ -30,11 +30,7 @@ class ReportCallback(Callback):
             identifier: What was asked for.
             schedule: Its schedule, for humans.
         """
-        attached = [callback for callback in trainer.callbacks if isinstance(callback, cls)]  # type: ignore[attr-defined]
-        if not attached:
-            attached = [cls()]
-            trainer.callbacks.insert(0, attached[0])  # type: ignore[attr-defined]
-        attached[0]._optimizers.append((resolved, identifier, schedule))
+        cls._of(trainer)._optimizers.append((resolved, identifier, schedule))
 
     def on_sanity_check_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._report(trainer)
@@ -52,10 +48,4 @@ class ReportCallback(Callback):
             named = {f"optimizer_{index}": values for index, values in enumerate(reports)}
         for logger in trainer.loggers:
             logger.log_hyperparams(named)
-        detach(trainer, self)
-
-    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        detach(trainer, self)
-
-    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        detach(trainer, self)
+        self._detach(trainer)

@@ -5,15 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 from torch.optim import Optimizer
 
 from lightning_optim._compat.lightning import loaded_checkpoint
 from lightning_optim.build import INITIAL_LR, LR, SCHEDULE, KnowsItsName, other_schedule, written_by
-from lightning_optim.trainer.callbacks._detach import detach
+from lightning_optim.trainer.callbacks._attached import Attached
 
 
-class ResumeCallback(Callback):
+class ResumeCallback(Attached):
     """Compares the schedule of a run with the checkpoint's when both are restored, then removes itself.
 
     Lightning pairs schedulers and their states one by one: where one of them is missing it says nothing.
@@ -29,12 +29,12 @@ class ResumeCallback(Callback):
             schedule.replaces = SCHEDULE in overrides
 
     def attach(self, trainer: Trainer) -> None:
-        """Attaches it to the fit that is being set up."""
+        """Attaches the callback to the fit that is being set up."""
         # Read before the optimizers were made, by most strategies; the others read it later, with all callbacks.
         checkpoint = loaded_checkpoint(trainer)
         if checkpoint:
             self._states = checkpoint.get("lr_schedulers")
-        trainer.callbacks.insert(0, self)  # type: ignore[attr-defined]
+        self._put_first(trainer)
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         self._states = checkpoint.get("lr_schedulers")
@@ -43,15 +43,9 @@ class ResumeCallback(Callback):
         self.on_train_start(trainer, pl_module)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        detach(trainer, self)
+        self._detach(trainer)
         if self._states is not None:
             self._go_on(self._states, trainer.global_step)
-
-    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        detach(trainer, self)
-
-    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        detach(trainer, self)
 
     def _go_on(self, states: list[dict[str, Any]], step: int) -> None:
         schedule, replaces = self._schedule, SCHEDULE in self._overrides

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import CombinedLoader
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import nn
@@ -19,10 +19,10 @@ from lightning_optim._compat.torch import AnyBatchNorm
 from lightning_optim.errors import IncompatibleTrainer, InvalidOption
 from lightning_optim.stepping import KeepsTrainingPoint
 from lightning_optim.trainer import _packages as packages
-from lightning_optim.trainer.callbacks._detach import detach
+from lightning_optim.trainer.callbacks._attached import Attached
 
 
-class ScheduleFreeCallback(Callback):
+class ScheduleFreeCallback(Attached):
     """Puts the training point into the model for training and the averaged weights for everything else.
 
     The mixin and :class:`~lightning_optim.OptimCallback` attach it by themselves; add it yourself only to recalibrate
@@ -51,14 +51,9 @@ class ScheduleFreeCallback(Callback):
 
     @classmethod
     def attach(cls, trainer: Trainer) -> None:
-        """Adds the callback for the fit that is starting, unless the user brought one.
-
-        It comes first, so that the user's callbacks find its work done.
-        """
+        """Adds the callback for the fit that is starting, unless the user brought one."""
         if not any(isinstance(callback, cls) for callback in trainer.callbacks):  # type: ignore[attr-defined]
-            callback = cls()
-            callback.temporary = True
-            trainer.callbacks.insert(0, callback)  # type: ignore[attr-defined]
+            cls()._put_first(trainer).temporary = True
 
     def recalibration_forward(self, pl_module: LightningModule, batch: Any) -> None:
         """Passes one training batch through the model; override it if ``forward`` does not take ``batch[0]``."""
@@ -104,26 +99,19 @@ class ScheduleFreeCallback(Callback):
         self._evaluate(trainer)
         self._recalibrate(trainer, pl_module)
 
-    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        self._evaluate(trainer)
-        self._detach(trainer)
-
-    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        self._evaluate(trainer)
-        self._detach(trainer)
-
     def _evaluate(self, trainer: Trainer) -> None:
         for optimizer in _averaging(trainer):
             optimizer.eval()
 
     def _detach(self, trainer: Trainer) -> None:
         for optimizer in _averaging(trainer):
+            optimizer.eval()
             optimizer.saves_averages = False
         if self._handle is not None:
             self._handle.remove()
             self._handle = None
         if self.temporary:
-            detach(trainer, self)
+            super()._detach(trainer)
 
     def _recalibrate(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Computes BatchNorm's running statistics anew, as plain averages over the batches."""

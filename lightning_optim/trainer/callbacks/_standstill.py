@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from typing import Any
 
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from lightning_optim.trainer.callbacks._detach import detach
+from lightning_optim.trainer.callbacks._attached import Attached
 
 
-class Standstill(Callback):
+class Standstill(Attached):
     """Warns at the end of an epoch in which an optimizer had the learning rate 0 in every step and still has it.
 
     Each optimizer is spoken of once. It costs a look at the groups until the first step of an epoch that moves
@@ -28,11 +28,7 @@ class Standstill(Callback):
     @classmethod
     def watch(cls, trainer: Trainer, optimizer: Optimizer, name: str) -> None:
         """Watches an optimizer in the fit that is being set up; ``name`` is what the user typed to get it."""
-        callbacks = trainer.callbacks  # type: ignore[attr-defined]
-        callback = next((callback for callback in callbacks if isinstance(callback, cls)), None)
-        if callback is None:
-            callback = cls()
-            callbacks.insert(0, callback)
+        callback = cls._of(trainer)
         callback._names[optimizer] = name
         callback._handles.append(optimizer.register_step_pre_hook(callback._before_step))
 
@@ -55,17 +51,11 @@ class Standstill(Callback):
                 )
         self._idle = {}
 
-    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        self._detach(trainer)
-
-    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        self._detach(trainer)
-
     def _detach(self, trainer: Trainer) -> None:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
-        detach(trainer, self)
+        super()._detach(trainer)
 
 
 def _stands_still(optimizer: Optimizer) -> bool:

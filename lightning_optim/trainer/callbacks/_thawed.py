@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import BaseFinetuning
 from torch import Tensor
 from torch.optim import Optimizer
@@ -13,13 +13,13 @@ from lightning_optim.build import OptimConfig, ResolvedOptimizer
 from lightning_optim.groups import GroupPolicy, make_groups, named_parameters
 from lightning_optim.stepping import FORMAT, IDENTIFIER, MEMBERS
 from lightning_optim.trainer import _packages as packages
-from lightning_optim.trainer.callbacks._detach import detach
+from lightning_optim.trainer.callbacks._attached import Attached
 
 # Key of a group for the number of the call that added it; groups of one call have one learning rate.
 _CALL = "added_in_call"
 
 
-class KeepsPolicy(Callback):
+class KeepsPolicy(Attached):
     """Divides what a finetuning callback adds as the optimizer's other parameters are divided.
 
     ``BaseFinetuning`` adds all parameters that it thaws as one group, with the optimizer's defaults: biases and norms
@@ -52,19 +52,13 @@ class KeepsPolicy(Callback):
             for group in groups:
                 group["lr"] = groups[-1]["lr"]
 
-    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        self._detach(trainer)
-
-    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        self._detach(trainer)
-
     @property
     def _optimizer(self) -> Optimizer:
         return self._resolved.optimizer
 
     def _detach(self, trainer: Trainer) -> None:
         vars(self._optimizer).pop("add_param_group", None)
-        detach(trainer, self)
+        super()._detach(trainer)
 
     def _add(self, param_group: dict[str, Any]) -> None:
         """Takes the place of the optimizer's ``add_param_group``."""

@@ -33,7 +33,7 @@ __all__ = [
     "register",
 ]
 
-# Those that train under a Trainer of pytorch_lightning, too.
+# Those that also train under a Trainer of pytorch_lightning.
 MOVABLE: tuple[type[Strategy], ...] = (
     FusedStrategy,
     FusedDDPStrategy,
@@ -62,9 +62,9 @@ _FLAGS: tuple[tuple[str, type[Strategy], dict[str, Any]], ...] = (
 
 
 def register() -> None:
-    """Makes ``Trainer(strategy=...)`` know the flags; one that somebody else has taken stays theirs."""
+    """Registers the flags for ``Trainer(strategy=...)``; one that is already taken keeps its meaning."""
     for flag, strategy, arguments in _FLAGS:
-        _enter(StrategyRegistry, flag, strategy, arguments)
+        packages.enter(StrategyRegistry, "strategy", flag, strategy, **arguments)
     packages.when_imported(_register_with_the_other)
 
 
@@ -78,10 +78,5 @@ def _register_with_the_other() -> None:
             same = packages.derived(strategy) if strategy in MOVABLE else None
         except LookupError:
             same = None
-        _enter(theirs.StrategyRegistry, flag, same or packages.refused("strategy", flag, strategy), arguments)
-
-
-def _enter(registry: Any, flag: str, strategy: type, arguments: dict[str, Any]) -> None:
-    if packages.is_free(registry, "strategy", flag, strategy):
-        description = (strategy.__doc__ or "").partition("\n")[0]
-        registry.register(flag, strategy, description, override=True, **arguments)
+        registered = same or packages.refused("strategy", flag, strategy)
+        packages.enter(theirs.StrategyRegistry, "strategy", flag, registered, **arguments)

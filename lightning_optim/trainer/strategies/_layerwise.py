@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,7 +13,7 @@ from lightning.pytorch.plugins import Precision
 from lightning.pytorch.strategies import SingleDeviceStrategy, Strategy
 
 from lightning_optim.layerwise import Layerwise
-from lightning_optim.table import LayerwiseOptions, parse
+from lightning_optim.table import LayerwiseOptions, describe, parse
 from lightning_optim.trainer.callbacks._layerwise import LayerwiseCallback
 from lightning_optim.trainer.strategies._movable import Movable
 from lightning_optim.trainer.strategies._one_device import OneDevice
@@ -30,6 +31,16 @@ class StepsInBackward(Movable, _Base):
     layerwise_name: str
     layerwise_options: LayerwiseOptions
 
+    def take_options(self, arguments: Mapping[str, Any]) -> None:
+        """Takes the layerwise options among the arguments of ``__init__``.
+
+        Raises:
+            InvalidOption: If one is of the wrong type or out of range.
+        """
+        given = {info.name: arguments[info.name] for info in describe(LayerwiseOptions)}
+        given = {name: value for name, value in given.items() if value is not None}
+        self.layerwise_options = parse(LayerwiseOptions, given, self.layerwise_name)
+
     def setup_optimizers(self, trainer: Trainer) -> None:
         super().setup_optimizers(trainer)
         for optimizer in self.optimizers:
@@ -37,15 +48,6 @@ class StepsInBackward(Movable, _Base):
 
     def prepare(self, layerwise: Layerwise) -> None:
         """Tells the engine how the processes of this strategy work together."""
-
-
-def layerwise_options(strategy: str, **given: Any) -> LayerwiseOptions:
-    """Checks the options of a strategy.
-
-    Raises:
-        InvalidOption: If one is of the wrong type or out of range.
-    """
-    return parse(LayerwiseOptions, {name: value for name, value in given.items() if value is not None}, strategy)
 
 
 class StepsInBackwardAlone(StepsInBackward, OneDevice):
@@ -64,14 +66,7 @@ class StepsInBackwardAlone(StepsInBackward, OneDevice):
         gradient_readers: str | None = None,
     ) -> None:
         super().__init__(device, accelerator, checkpoint_io, precision_plugin)
-        self.layerwise_options = layerwise_options(
-            self.layerwise_name,
-            bucket_mb=bucket_mb,
-            norm_clipping=norm_clipping,
-            log_grad_norm=log_grad_norm,
-            overflow=overflow,
-            gradient_readers=gradient_readers,
-        )
+        self.take_options(locals())
 
 
 class LayerwiseStrategy(StepsInBackwardAlone, SingleDeviceStrategy):

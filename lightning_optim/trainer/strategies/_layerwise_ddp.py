@@ -17,7 +17,7 @@ from torch.distributed.constants import default_pg_timeout
 
 from lightning_optim._compat.lightning import is_accumulating, sync_module_states
 from lightning_optim.layerwise import Layerwise, Replicas
-from lightning_optim.trainer.strategies._layerwise import StepsInBackward, layerwise_options
+from lightning_optim.trainer.strategies._layerwise import StepsInBackward
 
 if TYPE_CHECKING:
     _Base = DDPStrategy
@@ -62,14 +62,7 @@ class StepsCopiesInBackward(StepsInBackward, _Base):
             timeout=timeout,
             start_method=start_method,
         )
-        self.layerwise_options = layerwise_options(
-            self.layerwise_name,
-            bucket_mb=bucket_mb,
-            norm_clipping=norm_clipping,
-            log_grad_norm=log_grad_norm,
-            overflow=overflow,
-            gradient_readers=gradient_readers,
-        )
+        self.take_options(locals())
         self._broadcast_buffers = broadcast_buffers
 
     def configure_ddp(self) -> None:

@@ -11,7 +11,7 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 from torch.distributed.constants import default_pg_timeout
 
 from lightning_optim._compat.lightning import data_parallel_takes_the_rest
-from lightning_optim.trainer.strategies._layerwise import StepsInBackward, layerwise_options
+from lightning_optim.trainer.strategies._layerwise import StepsInBackward
 
 if TYPE_CHECKING:
     _Base = ModelParallelStrategy
@@ -38,14 +38,7 @@ class StepsShardsInBackward(StepsInBackward, _Base):
         super().__init__(
             data_parallel_size, tensor_parallel_size, save_distributed_checkpoint, process_group_backend, timeout
         )
-        self.layerwise_options = layerwise_options(
-            self.layerwise_name,
-            bucket_mb=bucket_mb,
-            norm_clipping=norm_clipping,
-            log_grad_norm=log_grad_norm,
-            overflow=overflow,
-            gradient_readers=gradient_readers,
-        )
+        self.take_options(locals())
 
     def setup_environment(self) -> None:
         data_parallel_takes_the_rest(self)

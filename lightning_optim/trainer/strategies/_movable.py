@@ -42,7 +42,7 @@ class Movable(_Base):
 
     def _move(self) -> None:
         ours = type(self)
-        if ours.__module__.partition(".")[0] != __name__.partition(".")[0]:
+        if packages.top(ours) != packages.top(Movable):
             raise IncompatibleTrainer(
                 f"strategy={ours.__name__}(...) derives from a strategy for lightning.pytorch, and the Trainer is "
                 f"pytorch_lightning's. Derive it from the class of the same name in {packages.DERIVED_IN}, or write "

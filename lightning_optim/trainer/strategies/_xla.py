@@ -33,9 +33,6 @@ else:
 class XLAReplicas(Replicas):
     """The processes of torch_xla's runtime, each with a device and a copy of the model."""
 
-    def __init__(self) -> None:
-        super().__init__()
-
     @property
     def size(self) -> int:
         from torch_xla import runtime

@@ -46,7 +46,7 @@ _MOVED = {name: f"{room}._{name}" for room, names in _ROOMS.items() for name in 
     "optimizers.kernels": "stepping._kernels",
     "optimizers.preparing": "stepping._preparing",
     "optimizers.uncompiled": "stepping._uncompiled",
-    "quiet": "optimizers.adapters._quiet",
+    "quiet": "_compat.bitsandbytes",
     "rules.stepping": "build.rules._layerwise",
     "strategies.pytorch_lightning": "pytorch_lightning",
 }

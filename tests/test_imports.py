@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 
 import lightning_optim
+from tests.processes import run_fresh
 
 ROOT = Path(lightning_optim.__file__).parent
 
@@ -27,8 +28,6 @@ RANK = {room: rank for rank, room in enumerate(ROOMS)}
 OUTSIDE = {"", "__main__", "_moved", "pytorch_lightning"}
 #: May look into another room past its front door: a row into the file of the algorithm that it describes.
 LOOKS_INSIDE = {("table.rows", "optimizers")}
-#: Of the base class of an adapter, in a package that cannot be imported here: tests/trainer/test_npu.py reads it.
-HELD_ELSEWHERE = {"_group_step"}
 #: The room for what is not ours.
 COMPAT = "_compat"
 LIGHTNING = "_compat.lightning"
@@ -225,9 +224,50 @@ def test_private_names_of_others_are_used_in_one_room() -> None:
         if room(module) != COMPAT
         for node in ast.walk(tree(module))
         for name in used_names(node)
-        if is_private(name) and name not in ours | HELD_ELSEWHERE
+        if is_private(name) and name not in ours
     ]
     assert not found, "\n".join(found)
+
+
+OVERRIDES = """
+import importlib, sys
+sys.path[:0] = STAND_INS
+
+def is_ours(cls):
+    return cls.__module__.partition(".")[0] == "lightning_optim"
+
+for module in MODULES:
+    try:
+        loaded = importlib.import_module(f"lightning_optim.{module}".strip("."))
+    except ImportError:
+        continue  # an adapter whose package is not here
+    classes = [cls for cls in vars(loaded).values() if isinstance(cls, type) and is_ours(cls)]
+    # Of mixins, too: a class that has them says what they override.
+    for cls, own in {(cls, own) for cls in classes for own in cls.__mro__ if is_ours(own)}:
+        for base in cls.__mro__:
+            for name in vars(own).keys() & vars(base).keys() if not is_ours(base) else ():
+                print("override", own.__module__.partition(".")[2], own.__name__, name, base.__qualname__)
+"""
+
+
+def test_private_methods_of_others_are_overridden_in_one_room() -> None:
+    stand_ins = [str(ROOT.parent / "tests" / "stand_ins" / name) for name in ("ascend", "nvidia_apex")]
+    modules = [module for module in MODULES if module not in ("__main__", "_moved")]
+    done = run_fresh("-c", f"STAND_INS, MODULES = {stand_ins}, {modules}\n{OVERRIDES}")
+    assert done.returncode == 0, done.stderr
+    found = {tuple(line.split()[1:]) for line in done.stdout.splitlines() if line.startswith("override ")}
+    # ABCMeta and Protocol make these of each class.
+    made = {"_abc_impl", "_is_protocol"}
+    private = {(*rest, name, base) for *rest, name, base in found if is_private(name) and name not in made}
+    assert ("_compat.lightning", "ReducesXLA", "_xla_wrap_closure", "XLAPrecision") in private
+    assert ("_compat.lightning", "WrapsForAnyDevice", "_setup_model", "DDPStrategy") in private
+    wrong = [
+        f"{own} of {file(module)} overrides {name} of {base}: do it in a class of lightning_optim/{COMPAT}/ that calls "
+        "a method with a public name, and put its contract into tests/compat"
+        for module, own, name, base in sorted(private)
+        if room(module) != COMPAT
+    ]
+    assert not wrong, "\n".join(wrong)
 
 
 def test_adapters_are_imported_by_the_table_only() -> None:

@@ -6,6 +6,9 @@ import importlib
 import importlib.metadata
 import importlib.util
 import inspect
+import io
+import logging
+from pathlib import Path
 
 import pytest
 import torch
@@ -18,11 +21,77 @@ from tests.compat.contract import relied_on
 def test_the_optimizers_of_torchao_have_one_base_class() -> None:
     optim = pytest.importorskip("torchao.optim", reason="torchao is not installed here")
     with relied_on("torchao.AdamBase", "adamw_torch_4bit and adamw_torch_8bit") as base:
-        assert issubclass(optim.AdamW8bit, base)
-        assert issubclass(optim.AdamW4bit, base)
+        (upstream,) = base.__bases__
+        assert issubclass(optim.AdamW8bit, upstream)
+        assert issubclass(optim.AdamW4bit, upstream)
         optimizer = optim.AdamW8bit(nn.Linear(2, 2).parameters())
         assert {"params", "lr", "betas", "eps", "weight_decay", "amsgrad"} <= optimizer.param_groups[0].keys()
         assert isinstance(optimizer.param_groups[0]["lr"], torch.Tensor)
+
+
+def test_the_optimizers_of_torchao_ask_for_each_moment() -> None:
+    optim = pytest.importorskip("torchao.optim", reason="torchao is not installed here")
+    with relied_on("torchao.AdamBase", "embeddings in 32 bits") as base:
+
+        class Asks(base, optim.AdamW8bit):  # type: ignore[misc, valid-type]
+            def quantizes(self, parameter: torch.Tensor) -> bool:
+                return parameter is weights[0]
+
+            def _step(self) -> None:
+                raise AssertionError("compiles: not here")
+
+        weights = [nn.Parameter(torch.ones(64, 64)) for _ in range(2)]
+        optimizer = Asks(weights)
+        moments = [optimizer._new_buffer(weight, signed=True) for weight in weights]
+        assert [type(moment) is torch.Tensor for moment in moments] == [False, True]
+        (upstream,) = base.__bases__
+        assert "self._new_buffer(p, True)" in inspect.getsource(upstream.step)
+
+
+def test_the_step_of_npus_consists_of_parts() -> None:
+    """Runs on the stand-in, as part of ``npu_suite.py``; ``test_npu.py`` compares that with the real package."""
+    pytest.importorskip("torch_npu.optim", reason="torch_npu is not installed here")
+    with relied_on("torch_npu.AdamWInParts", "adamw_torch_npu_fused") as in_parts:
+        taken: list[str] = []
+
+        class Watched(in_parts):  # type: ignore[misc, valid-type]
+            def combine_parameters(self) -> None:
+                taken.append("parameters")
+                super().combine_parameters()
+
+            def combine_states(self) -> None:
+                taken.append("states")
+                super().combine_states()
+
+        weight = nn.Parameter(torch.ones(2, device="npu"))
+        optimizer = Watched([weight], lr=0.5, weight_decay=0.0)
+        weight.grad = torch.ones_like(weight)
+        optimizer.step()
+        assert taken == ["parameters", "states"]
+        optimizer.step_group(0)
+        torch.testing.assert_close(weight.detach().cpu(), torch.zeros(2), rtol=0, atol=1e-6)
+        optimizer.zero_grad()
+        assert taken[2:] == ["parameters"]
+
+
+def test_bitsandbytes_worries_in_these_words() -> None:
+    found = importlib.util.find_spec("bitsandbytes")
+    if found is None or found.origin is None:
+        pytest.skip("bitsandbytes is not installed here")
+    with relied_on("bitsandbytes.quietly", "importing bitsandbytes without a warning on a CPU") as quietly:
+        source = Path(found.origin).parent.joinpath("backends", "cpu", "ops.py").read_text()
+        beginning = "Failed to load CPU gemm_4bit_forward"
+        assert f'"{beginning}' in source
+        assert "getLogger(__name__)" in source
+        log, written = logging.getLogger("bitsandbytes.backends.cpu.ops"), io.StringIO()
+        handler = logging.StreamHandler(written)
+        log.addHandler(handler)
+        with quietly():
+            log.warning(f"{beginning} from %s", "a hub")
+            log.warning("Failed in earnest")
+        log.warning(f"{beginning} again")
+        log.removeHandler(handler)
+        assert written.getvalue() == f"Failed in earnest\n{beginning} again\n"
 
 
 def test_torchao_is_called_usable_where_it_can_be_imported() -> None:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import copy
-import io
-import logging
 import pickle
 from enum import Enum
 from pathlib import Path
@@ -26,7 +24,6 @@ from lightning_optim import (
     OptimMixin,
     build_optimizer,
 )
-from lightning_optim.optimizers.adapters._quiet import without_records
 from tests.models import LitTokens, loader, trainer
 
 DATA = torch.utils.data.DataLoader(torch.ones(4, 2))
@@ -287,15 +284,3 @@ class TestDottedPaths:
 
     def test_the_row_of_the_same_algorithm_is_named(self) -> None:
         assert OptimConfig("bitsandbytes.optim.Lion", lr=1e-4).spec.note.startswith("optim='lion_32bit' is this")
-
-
-def test_what_is_harmless_in_the_logs_of_others_is_left_out() -> None:
-    log, written = logging.getLogger("somebody.elses"), io.StringIO()
-    handler = logging.StreamHandler(written)
-    log.addHandler(handler)
-    with without_records("somebody.elses", "Failed to load"):
-        log.warning("Failed to load %s", "a kernel")
-        log.warning("Failed in earnest")
-    log.warning("Failed to load again")
-    log.removeHandler(handler)
-    assert written.getvalue() == "Failed in earnest\nFailed to load again\n"

@@ -183,7 +183,7 @@ def test_npu_ddp_is_lightnings_ddp(with_npu: dict[str, str], tmp_path: Path) -> 
 
 # --- the real wheel, read but not imported ----------------------------------------------------------------------------
 
-# What lightning_optim.optimizers.adapters._npu calls and overrides, and what it reads and sets.
+# What lightning_optim.optimizers.adapters._npu, and its base class in _compat, call and override, read and set.
 METHODS = (
     *("__init__", "step", "zero_grad", "clip_grad_norm_fused_", "_group_step"),
     *("_maybe_init_combined_params_and_grads", "_maybe_init_combined_states"),

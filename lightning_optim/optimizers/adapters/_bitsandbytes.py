@@ -12,12 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_optim._compat.bitsandbytes import quietly
 from lightning_optim._compat.torch import load_hooks
 from lightning_optim.errors import InvalidOption
-from lightning_optim.optimizers.adapters._quiet import BITSANDBYTES_CPU, without_records
 from lightning_optim.stepping import StepsUncompiled
 
-with without_records(*BITSANDBYTES_CPU):
+with quietly():
     from bitsandbytes import optim
 
 # What bitsandbytes' own get_config assumes where a group lacks the key.

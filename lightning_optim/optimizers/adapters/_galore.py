@@ -14,14 +14,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_optim._compat.bitsandbytes import quietly
 from lightning_optim.optimizers._adamw import check_moment
 from lightning_optim.optimizers._base import OwnOptimizer, hyperparameters
 from lightning_optim.optimizers._galore import GaLoreAdamW
 from lightning_optim.optimizers._low_rank import MOMENTS, StateDtype
 from lightning_optim.optimizers._projection import ProjectionMethod, ProjectionType
-from lightning_optim.optimizers.adapters._quiet import BITSANDBYTES_CPU, without_records
 
-with without_records(*BITSANDBYTES_CPU):
+with quietly():
     import bitsandbytes.functional as bnb
 
 _BLOCK = 256  # what the kernels are compiled for

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
-from torch_npu import optim
 
+from lightning_optim._compat.torch_npu import AdamWInParts
 from lightning_optim.errors import IncompatibleTrainer, InvalidOption
 from lightning_optim.stepping import StepsUncompiled, only_valid_groups, uncompiled
 
@@ -22,7 +22,7 @@ _INSTEAD = "or optim='adamw_torch_fused'"
 _FLAT: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 
-class NpuFusedAdamW(StepsUncompiled, optim.NpuFusedAdamW):
+class NpuFusedAdamW(StepsUncompiled, AdamWInParts):
     """``torch_npu.optim.NpuFusedAdamW``, mended where it differs from ``torch.optim.AdamW``.
 
     Upstream's first step moves parameters, gradients and states into flat buffers, and every step is a few kernels over
@@ -75,10 +75,10 @@ class NpuFusedAdamW(StepsUncompiled, optim.NpuFusedAdamW):
     @uncompiled
     @torch.no_grad()
     def _step(self) -> None:
-        self._maybe_init_combined_params_and_grads()
-        self._maybe_init_combined_states()
+        self.combine_parameters()
+        self.combine_states()
         for index in range(len(self.param_groups)):
-            self._group_step(index)
+            self.step_group(index)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Loads what this class or ``torch.optim.AdamW`` saved; the next step continues from it.
@@ -98,17 +98,17 @@ class NpuFusedAdamW(StepsUncompiled, optim.NpuFusedAdamW):
                 state["step"] = int(state["step"])
         self.is_states_combined = False
 
-    def _maybe_init_combined_params_and_grads(self) -> None:
+    def combine_parameters(self) -> None:
         if self.is_params_grads_combined:
             return
         self.is_states_combined = self.is_grads_masks_combined = False
         self._prepare()
-        super()._maybe_init_combined_params_and_grads()
+        super().combine_parameters()
         flat = (*self.params_all_group_combined, *self.grads_all_group_combined)
         for parameter in self._with_gradients():
             _FLAT[parameter] = flat
 
-    def _maybe_init_combined_states(self) -> None:
+    def combine_states(self) -> None:
         if self.is_states_combined:
             return
         for number, group in enumerate(self.param_groups):
@@ -120,7 +120,7 @@ class NpuFusedAdamW(StepsUncompiled, optim.NpuFusedAdamW):
                     "'adamw_torch_npu_fused' has one count per group. Give them a group of their own "
                     f"(optimizer.add_param_group), {_INSTEAD}."
                 )
-        super()._maybe_init_combined_states()
+        super().combine_states()
         for group, flat in zip(self.param_groups, self.combined_param_states_indexed_by_group, strict=True):
             for parameter in group["params"]:
                 for value in self.state.get(parameter, {}).values():

@@ -91,11 +91,9 @@ class _PlainCheckpoints(StepsUncompiled, AdamBase):
         restored = unpack(pack(value), parameter.device)
         return restored if restored is not value else value.detach().to(parameter.device, copy=True)
 
-    def _new_buffer(self, p: Tensor, signed: bool) -> Tensor:
-        if any(p is other for group in self.param_groups if group.get("optim_bits") == 32 for other in group["params"]):
-            return torch.zeros_like(p, dtype=torch.float32)
-        buffer: Tensor = super()._new_buffer(p, signed)
-        return buffer
+    def quantizes(self, parameter: Tensor) -> bool:
+        unquantized = (group["params"] for group in self.param_groups if group.get("optim_bits") == 32)
+        return not any(parameter is other for members in unquantized for other in members)
 
     @uncompiled
     def _step(self) -> None:

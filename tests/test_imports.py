@@ -6,6 +6,7 @@ import ast
 import functools
 import importlib
 import importlib.util
+import inspect
 import json
 import re
 import subprocess
@@ -14,8 +15,16 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.plugins import Precision
+from lightning.pytorch.profilers import Profiler
+from lightning.pytorch.strategies import Strategy
+from torch.amp import GradScaler
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
 
 import lightning_optim
+from tests.compat.test_replaced import REPLACED
 from tests.processes import run_fresh
 
 ROOT = Path(lightning_optim.__file__).parent
@@ -268,6 +277,33 @@ def test_private_methods_of_others_are_overridden_in_one_room() -> None:
         if room(module) != COMPAT
     ]
     assert not wrong, "\n".join(wrong)
+
+
+def replaced_names(node: ast.AST) -> Iterator[str]:
+    """The attributes that a line sets on an object which is not its own."""
+    if isinstance(node, ast.Assign):
+        for target in node.targets:
+            if isinstance(target, ast.Attribute) and ast.unparse(target.value) not in ("self", "cls"):
+                yield target.attr
+            elif isinstance(target, ast.Subscript) and re.match(r"vars\(|.*\.__dict__$", ast.unparse(target.value)):
+                yield ast.unparse(target.slice).strip("'")
+    elif isinstance(node, ast.Call) and ast.unparse(node.func) in ("setattr", "self._replace"):
+        yield from (each.value for each in node.args if isinstance(each, ast.Constant) and isinstance(each.value, str))
+
+
+def test_methods_of_others_are_replaced_where_a_contract_says_who_calls_them() -> None:
+    others = (LightningModule, Trainer, Precision, Profiler, Strategy, GradScaler, Optimizer, LRScheduler)
+    methods = {name for other in others for name, _ in inspect.getmembers(other, inspect.isfunction)}
+    found = {
+        name: f"{file(module)}:{node.lineno} replaces {name} of an object: name it in REPLACED of "
+        "tests/compat/test_replaced.py, with a test that it is called there"
+        for module in MODULES
+        for node in ast.walk(tree(module))
+        for name in replaced_names(node)
+        if name in methods
+    }
+    assert not [text for name, text in found.items() if name not in REPLACED]
+    assert found.keys() == REPLACED.keys()
 
 
 def test_adapters_are_imported_by_the_table_only() -> None:

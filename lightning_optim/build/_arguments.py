@@ -1,8 +1,8 @@
-"""The arguments of a request: declared here, with their types, defaults and texts, for wherever they are given.
+"""The arguments of a request, with their types, defaults and help texts.
 
-One that is new is a field of :class:`Arguments` and a line of a ``TypedDict`` below it, for type checkers derive none
-from the other. :func:`takes_arguments` and the command line read the fields. Only ``OptimMixin.__init__`` repeats them:
-Lightning looks for every parameter of a module's signature among the local variables of its frame.
+A new one is a field of :class:`Arguments` and a line in a ``TypedDict`` below it: type checkers cannot derive one from
+the other. :func:`takes_arguments` and the command line read the fields. Only ``OptimMixin.__init__`` repeats them:
+Lightning looks up every parameter of a module's signature among the local variables of its frame.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ class Arguments:
 
 
 class OptimizerArguments(TypedDict, total=False):
-    """What an optimizer that has been named takes with it."""
+    """What a named optimizer takes."""
 
     lr: float | None
     weight_decay: float | None
@@ -85,14 +85,14 @@ class OptimizerArguments(TypedDict, total=False):
 
 
 class Companions(OptimizerArguments, total=False):
-    """What goes with a name where the schedule is made, too."""
+    """What a named optimizer takes where its schedule is made as well."""
 
     lr_scheduler: str | None
     lr_scheduler_args: Mapping[str, Any] | str | None
 
 
 class OptimArguments(Companions, total=False):
-    """What ``**optim`` collects. Type checkers then find a misspelt name or a wrong type where a module is made.
+    """What ``**optim`` collects. With it type checkers find a misspelt name or a wrong type where a module is made.
 
     Example::
 
@@ -133,9 +133,9 @@ def takes_arguments(kind: type | None = None) -> Callable[[T], T]:
     """Makes the arguments that a function collects visible at run time: to ``inspect``, ``help``, jsonargparse, Sphinx.
 
     Args:
-        kind: The ``TypedDict`` of the function's ``**``. In its signature and its docstring (a class's, for its
-            ``__init__``) the ``**`` gives way to the arguments. ``None`` for a class whose signature has them
-            already: its docstring alone gets them, before ``**kwargs``.
+        kind: The ``TypedDict`` of the function's ``**``, which the arguments replace in its signature and its docstring
+            (for ``__init__``, the class's). ``None`` for a class whose signature already has them: only its docstring
+            gets them, before ``**kwargs``.
     """
 
     def decorate(target: T) -> T:

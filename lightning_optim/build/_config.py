@@ -1,4 +1,4 @@
-"""What a user asks for, as one checked value: shared by the mixin, the callback, the CLI and the factory."""
+"""What a user asks for as one checked value, shared by the mixin, the callback, the CLI and the factory."""
 
 from __future__ import annotations
 
@@ -38,15 +38,15 @@ class OptimConfig(Arguments):
 
     Creating one checks it: names, option names, types and ranges, and combinations that cannot work. Whether the
     packages are installed is checked only when the optimizer is built, so that a checkpoint can be loaded for inference
-    where they are not. So is a dotted path that only the checkpoint names: see :class:`UntrustedOptimizer`.
+    without them. So is a dotted path that only the checkpoint names: see :class:`UntrustedOptimizer`.
     Its attributes are the arguments of :class:`OptimMixin`.
 
     Raises:
-        UnknownOptimizer, UnknownSchedule, InvalidOption, IncompatibleTrainer: For what cannot
-            work; the text says what to type instead.
+        UnknownOptimizer, UnknownSchedule, InvalidOption, IncompatibleTrainer: For what cannot work; the text says what
+            to type instead.
     """
 
-    # Whether the row was left alone because only a file names it; no field, so that it is nobody's argument.
+    # Whether the row was not looked up because only a file names it; not a field, hence not an argument.
     _withheld: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
@@ -57,7 +57,7 @@ class OptimConfig(Arguments):
         object.__setattr__(self, "warmup_steps", parse_warmup(self.warmup_steps))
         if self.param_groups is not None and not isinstance(self.param_groups, Mapping):
             raise InvalidOption(
-                f"param_groups={self.param_groups!r} is no mapping of patterns such as {{'embed.*': {{'lr': 1e-4}}}}"
+                f"param_groups={self.param_groups!r} is not a mapping of patterns such as {{'embed.*': {{'lr': 1e-4}}}}"
             )
         if not isinstance(self.optim_fallback, bool):
             raise InvalidOption(f"optim_fallback={self.optim_fallback!r} is neither True nor False")
@@ -82,7 +82,7 @@ class OptimConfig(Arguments):
         """The row of ``optim``.
 
         Raises:
-            UntrustedOptimizer: If only a checkpoint names it, and its module has not been imported since.
+            UntrustedOptimizer: If only a checkpoint names it, and its module has still not been imported.
         """
         if self._withheld and self._would_import():
             raise trust.refusal(self.optim)
@@ -101,7 +101,7 @@ class OptimConfig(Arguments):
         return tuple(dict.fromkeys(one for name, row in rows.items() for one in row.choices or (name,)))
 
     def ensure_available(self) -> None:
-        """Raises :class:`MissingDependency` if no candidate that takes these options has its packages here."""
+        """Raises :class:`MissingDependency` if no candidate that takes these options has its packages installed."""
         for name in self.candidates:
             with suppress(InvalidOption):
                 self.replace(optim=name)
@@ -119,13 +119,13 @@ class OptimConfig(Arguments):
             return dataclasses.replace(self, **changes)
 
     def _would_import(self) -> bool:
-        """Whether the class is named by a dotted path alone, and has not been imported."""
+        """Whether the class is named only by a dotted path and has not been imported."""
         path = self.optim.removesuffix(SUFFIX)
         in_table = path in REGISTRY or any(row.implementation == path for row in REGISTRY.plain.values())
         return "." in path and not in_table and not trust.is_imported(path)
 
     def _absorb_weight_decay(self) -> None:
-        """Moves ``weight_decay`` out of ``optim_args``, where Hugging Face's classics take it."""
+        """Moves ``weight_decay`` out of ``optim_args``, where Hugging Face accepts it for some optimizers."""
         args = as_mapping(self.optim_args, self.optim)
         if "weight_decay" not in args:
             return

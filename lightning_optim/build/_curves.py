@@ -14,7 +14,7 @@ _ONE = Range(low=0.0, high=1.0)
 
 @dataclass(frozen=True)
 class ScheduleOptions(Options):
-    """Base of the schedules' options; alone, for schedules without any."""
+    """Base of the schedules' options; used directly for schedules without any."""
 
     kind: ClassVar[str] = "lr_scheduler_args"
 
@@ -160,7 +160,7 @@ def _cosine_with_min_lr(step: int, warmup: int, total: int, options: FlooredCosi
 def _cosine_warmup_with_min_lr(
     step: int, warmup: int, total: int, options: WarmFlooredCosineOptions, peak: float
 ) -> float:
-    # It counts from 1: the first step has a rate of its own, and the last one the lowest.
+    # It counts from 1: the first step does not have rate 0, and the last one has the lowest rate.
     if step < warmup:
         if options.warmup_lr_rate is None:
             return (step + 1) / warmup
@@ -291,7 +291,7 @@ SCHEDULES: dict[str, ScheduleSpec] = {
 }
 
 
-#: The schedule that a LightningModule makes by itself, kept around an optimizer of ours; not one of the named.
+#: The schedule that a LightningModule makes itself, kept around an optimizer of ours; not one of the named ones.
 MODULE_SCHEDULE = ScheduleSpec(
     "module",
     "that of the module's own configure_optimizers",
@@ -306,7 +306,7 @@ def get_schedule(name: str) -> ScheduleSpec:
     """Returns the schedule's row.
 
     Raises:
-        UnknownSchedule: If there is none of that name; the text lists all.
+        UnknownSchedule: If there is no such schedule; the text lists all.
     """
     if name == MODULE_SCHEDULE.name:
         return MODULE_SCHEDULE

@@ -39,21 +39,20 @@ from lightning_optim.optimizers import OwnOptimizer
 from lightning_optim.stepping import keep_kernel, say_if_not_finite
 from lightning_optim.table import REGISTRY, SUFFIX, OptimizerSpec, Options, availability, parse, refuse_unknown
 
-# Wrong wherever it runs, if it is said of the identifier that was asked for.
+# Errors that are the user's on every device, if the requested identifier raises them.
 _MISTAKES = (InvalidOption, InvalidParamGroups)
-
 
 Builder = Callable[[Target, OptimConfig], Optimizer]
 
-# Who carries build_optimizer out; None is build_optimizer itself.
+# What build_optimizer delegates to; None means it builds the optimizer itself.
 _BUILDER: ContextVar[Builder | None] = ContextVar("builder", default=None)
-#: Are told of every optimizer that build_optimizer builds by itself, and its identifier.
+#: Called with every optimizer that build_optimizer builds itself, and its identifier.
 WATCHERS: list[Callable[[Optimizer, str], None]] = []
 
 
 @contextmanager
 def built_by(builder: Builder) -> Iterator[None]:
-    """Has ``builder`` carry out every call of :func:`build_optimizer` inside of the context."""
+    """Delegates every call of :func:`build_optimizer` inside the context to ``builder``."""
     token = _BUILDER.set(builder)
     try:
         yield
@@ -63,21 +62,21 @@ def built_by(builder: Builder) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class ResolvedOptimizer:
-    """An optimizer and how it came about.
+    """An optimizer and how it was built.
 
     Attributes:
-        name: The identifier that was built; another than the one asked for if that stands for others or cannot run.
+        name: The identifier that was built; not the requested one if that stands for others or cannot run.
         optimizer: The optimizer, ready to step.
         spec: Its row.
         options: Its options, defaults filled in.
         lr: Learning rate.
         weight_decay: Weight decay of the parameters that decay.
         state_bytes: Bytes of its full state, or ``None`` if the row does not say.
-        not_projected: Modules that ``optim_target_modules`` names but that cannot be projected, with what they are.
-        resuming: What it does when a state dict is loaded, and what was asked for.
-        parameters: What was divided into groups.
-        policy: How it was divided.
-        passed_over: Identifiers that were tried before, with the reason why they cannot run here.
+        not_projected: Modules that ``optim_target_modules`` names but that cannot be projected, with their kinds.
+        resuming: What it does when a state dict is loaded, and the requested hyperparameters.
+        parameters: The parameters that were divided into groups.
+        policy: How they were divided.
+        passed_over: Identifiers that were tried before, with the reason why each cannot run here.
     """
 
     name: str
@@ -99,7 +98,7 @@ class ResolvedOptimizer:
         return [group["lr"] for group in groups]
 
     def substitution(self, asked: str) -> str:
-        """Returns the sentence that tells which identifier fell back on this one and why; empty if none did."""
+        """Returns a sentence about which identifier fell back to this one and why; empty if none did."""
         if asked not in self.passed_over:
             return ""
         reasons = "\n".join(dict.fromkeys(self.passed_over.values()))
@@ -120,8 +119,8 @@ def resolve(
         target: A module, its parameters or (name, parameter) pairs.
         config: The request.
         warmup_steps: Warm-up in steps; only optimizers that warm up themselves use it.
-        trainer: What to know of the Trainer, if there is one.
-        only: Leaves the other parameters of ``target`` alone.
+        trainer: Facts about the Trainer, if there is one.
+        only: The only parameters of ``target`` to optimize; ``None`` means all.
 
     Raises:
         UnknownOptimizer, MissingDependency, InvalidOption, InvalidParamGroups, IncompatibleTrainer: For what cannot
@@ -148,7 +147,7 @@ def resolve(
 
 
 def _candidates(config: OptimConfig, parameters: Sequence[NamedParameter]) -> tuple[str, ...]:
-    # Of those that stand in for another only the ones for these devices are worth a word.
+    # Of the identifiers that stand in for another, only those for these devices are worth mentioning.
     devices = device_types(parameters)
     fitting = (name for name in config.candidates if name == config.optim or REGISTRY.find(name).runs_on(devices))
     return tuple(fitting) or config.candidates
@@ -186,12 +185,12 @@ def _build(
     groups = make_groups(parameters, spec, options, policy)
     rules.check_run(rules.Run(rules.Request(spec, config, options), parameters, groups, trainer))
 
-    # Imported late: to import an accelerator's package can start it.
+    # Imported late: importing an accelerator's package may initialize the device.
     optimizer_class = spec.load(nearest)
     names = {parameter.parameter: parameter.name for parameter in parameters}
     arguments = {"lr": lr, **options.select("group", "constructor"), **spec.fixed}
     if spec.projects:
-        # The groups say it; what is added to the optimizer later (finetuning callbacks) is not projected.
+        # It is set per group; groups added later (by finetuning callbacks) are not projected.
         del arguments["rank"]
     if spec.decays:
         arguments["weight_decay"] = weight_decay
@@ -204,7 +203,7 @@ def _build(
     mark(optimizer, REGISTRY.known_as(config.optim.removesuffix(SUFFIX)), state_format, names)
     resuming = Resuming(optimizer, spec, options, config.overrides)
     if getattr(optimizer, SCALES, False):
-        # Otherwise a fused kernel unscales gradients by itself, and hooks and clipping would see them scaled.
+        # Otherwise a fused kernel unscales the gradients itself, and hooks and clipping would see them scaled.
         setattr(optimizer, SCALES, False)
     if spec.layerwise:
         Layerwise(optimizer, options.select("layerwise")["bucket_mb"], names=names)
@@ -219,8 +218,8 @@ def _build(
 def build_optimizer(target: Target, optim: str = "adamw_torch", **arguments: Unpack[OptimizerArguments]) -> Optimizer:
     """Builds an optimizer by name, for plain PyTorch, Fabric and manual optimization.
 
-    It makes no schedule: ``warmup_steps``, in steps, is for optimizers that warm up themselves, and refused for others,
-    whose warm-up is :func:`build_schedule`'s. What wins by ``override_on_resume`` does so when a state dict is loaded.
+    It makes no schedule: ``warmup_steps``, in steps, is for optimizers that warm up themselves and refused for others,
+    which are warmed up by :func:`build_schedule`. ``override_on_resume`` takes effect when a state dict is loaded.
 
     Args:
         target: A module, its parameters or (name, parameter) pairs. From a module, biases, norms and embeddings are
@@ -251,8 +250,8 @@ def build_optimizer(target: Target, optim: str = "adamw_torch", **arguments: Unp
     warmup_steps = arguments.get("warmup_steps", 0)
     if warmup_steps and REGISTRY.find(optim).warmup != "optimizer":
         raise IncompatibleTrainer(
-            f"warmup_steps={warmup_steps} beside optim={optim!r}: build_optimizer makes no schedule. Leave it out and "
-            f"call build_schedule(optimizer, 'constant_with_warmup', warmup_steps={warmup_steps})."
+            f"warmup_steps={warmup_steps} together with optim={optim!r}: build_optimizer makes no schedule. Leave it "
+            f"out and call build_schedule(optimizer, 'constant_with_warmup', warmup_steps={warmup_steps})."
         )
     config = OptimConfig(optim=optim, **arguments)
     builder = _BUILDER.get()

@@ -15,15 +15,15 @@ _SCALE_BYTES = 4
 
 
 def state_bytes(spec: OptimizerSpec, options: Options, groups: Iterable[dict[str, Any]]) -> int | None:
-    """Returns the bytes of the full state for these param groups, or ``None`` if the row does not say.
+    """Returns the bytes of the full state for these param groups, or ``None`` if the row does not describe it.
 
-    What the allocator adds and lookup tables shared by all tensors are not counted.
+    Allocator overhead and lookup tables shared by all tensors are not counted.
     """
     if spec.state is None:
         return None
     total = 0
     for group in groups:
-        # A group may override what decides whether a buffer exists.
+        # A group may override an option that decides whether a buffer exists.
         own = dataclasses.replace(options, **{key: group[key] for key in options.select("group") if key in group})
         for parameter in group["params"]:
             shape = tuple(parameter.shape)
@@ -48,7 +48,7 @@ def parameter_bytes(
         shape: Shape of the parameter.
         element_size: Bytes per element of the parameter.
         bits: The group's ``optim_bits``; 32 keeps the state unquantized.
-        stack_dims: The group's leading dimensions that count matrices.
+        stack_dims: How many leading dimensions only count matrices.
     """
     assert spec.state is not None
     layout = spec.state

@@ -1,4 +1,4 @@
-"""Learning rates of a schedule that was made for another optimizer, for one that takes its place."""
+"""A schedule made for one optimizer, followed by another that takes its place."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from lightning_optim._compat.torch import mark_as_stepped
+from lightning_optim.build._schedule_state import remember_peak, set_rate
 from lightning_optim.errors import IncompatibleTrainer
 
-# Beside the state of the other schedule, whose keys are its own.
+# Key next to the state of the followed schedule.
 _RATES = "followed_rates"
 
 
@@ -23,11 +24,11 @@ def peak_rate(optimizer: Optimizer) -> float:
 
 
 class FollowingSchedule(LRScheduler):
-    """Multiplies every group's peak by what another schedule makes of the peak of its own optimizer.
+    """Multiplies every group's peak by the factor that another schedule gives the peak of its own optimizer.
 
-    The other schedule goes on changing the optimizer that it was made for, which nobody steps. Whatever it is (one of
-    torch's, several in a row, one of the module's own), its attributes and methods are found here, and its state is
-    this one's: a checkpoint moves between a run with the other optimizer and a run with this one.
+    The followed schedule keeps changing the optimizer it was made for, which is never stepped. It may be any kind (one
+    of torch's, a chain, the module's own); its attributes and methods are available here, and its state is this one's,
+    so a checkpoint can be moved between a run with the other optimizer and a run with this one.
 
     Args:
         optimizer: The optimizer that trains; each group's current ``lr`` is its peak.
@@ -39,7 +40,7 @@ class FollowingSchedule(LRScheduler):
     """
 
     def __init__(self, optimizer: Optimizer, followed: Any, replaced: Optimizer) -> None:
-        # Without LRScheduler's own __init__, which would take a first step.
+        # Skips LRScheduler's __init__, which would take a first step.
         self.optimizer = optimizer
         self.followed = followed
         self._replaced = replaced
@@ -48,7 +49,7 @@ class FollowingSchedule(LRScheduler):
         self._peak = peak_rate(replaced)
         self._group_of = {p: group for group in replaced.param_groups for p in group["params"]}
         for group in optimizer.param_groups:
-            _remember_peak(group)
+            remember_peak(group)
         self._follow()
 
     def step(self, *args: Any, **kwargs: Any) -> None:
@@ -75,7 +76,7 @@ class FollowingSchedule(LRScheduler):
         return self._followed_by(value) if callable(value) else value
 
     def _followed_by(self, method: Callable[..., Any]) -> Callable[..., Any]:
-        """Returns a method of the other schedule, which may change its rates, as timm's ``step_update`` does."""
+        """Wraps a method of the followed schedule that may change its rates, as timm's ``step_update`` does."""
 
         @wraps(method)
         def call(*args: Any, **kwargs: Any) -> Any:
@@ -87,11 +88,7 @@ class FollowingSchedule(LRScheduler):
 
     def _follow(self) -> None:
         for group in self.optimizer.param_groups:
-            rate = _remember_peak(group) * self._factor(group)
-            if isinstance(group["lr"], Tensor):
-                group["lr"].fill_(rate)
-            else:
-                group["lr"] = rate
+            set_rate(group, remember_peak(group) * self._factor(group))
 
     def _factor(self, group: dict[str, Any]) -> float:
         factors = {float(other["lr"]) / self._peak for other in self._followed_groups(group)}
@@ -107,15 +104,9 @@ class FollowingSchedule(LRScheduler):
 
     def _followed_groups(self, group: dict[str, Any]) -> Iterator[dict[str, Any]]:
         known = [self._group_of[p] for p in group["params"] if p in self._group_of]
-        # What was added later, as finetuning callbacks do, goes with the group of the highest rate.
+        # Parameters added later, as finetuning callbacks do, follow the group with the highest rate.
         yield from known or [max(self._replaced.param_groups, key=_peak)]
 
 
 def _peak(group: dict[str, Any]) -> float:
     return float(group.get("max_lr", group.get("initial_lr", group["lr"])))
-
-
-def _remember_peak(group: dict[str, Any]) -> float:
-    if "initial_lr" not in group:
-        group["initial_lr"] = group["lr"].clone() if isinstance(group["lr"], Tensor) else group["lr"]
-    return float(group["initial_lr"])

@@ -14,8 +14,8 @@ from torch import Tensor
 def plain(value: Any) -> Any:
     """Returns Python's own strings, numbers, mappings and lists in place of enums, dtypes, numpy's and torch's scalars.
 
-    Hugging Face's enums are strings by inheritance and work wherever a string does, but a checkpoint that holds one
-    cannot be read with ``weights_only=True``. Whatever is nothing of this kind is returned as it is.
+    Hugging Face's enums are subclasses of str and work like strings, but a checkpoint that holds one cannot be read
+    with ``weights_only=True``. Any other value is returned unchanged.
     """
     if isinstance(value, Enum):
         return plain(value.value)
@@ -35,7 +35,7 @@ def plain(value: Any) -> Any:
 
 
 def storable(value: Any) -> Any:
-    """Returns :func:`plain` values with lists for tuples, which a YAML file would mark as Python's."""
+    """Returns :func:`plain` values with tuples as lists: YAML would tag tuples as Python objects."""
     value = plain(value)
     if isinstance(value, dict):
         return {key: storable(item) for key, item in value.items()}

@@ -1,7 +1,7 @@
-"""An optimizer that goes on from a state dict: whose state it takes, and whose hyperparameters win.
+"""An optimizer that resumes from a state dict: which states it accepts, and whose hyperparameters win.
 
-torch takes whatever state it is given, and the saved hyperparameters with it. Here another optimizer's state is
-refused, what trains otherwise than asked is said once, and ``override_on_resume`` names what wins over the state dict.
+torch accepts any state, together with the saved hyperparameters. Here another optimizer's state is refused, saved
+values that differ from the requested ones are warned of once, and ``override_on_resume`` names what wins over them.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from lightning_optim.optimizers import OwnOptimizer
 from lightning_optim.stepping import FORMAT, IDENTIFIER, MARKS, MEMBERS, check_state, refuse_foreign
 from lightning_optim.table import OptimizerSpec, Options, describe
 
-#: Attribute of an adapter's class: the keys of a group under which upstream keeps an option of another name.
+#: Attribute of an adapter's class: the group keys under which upstream keeps an option with another name.
 KEYS = "option_keys"
-#: Attribute of an adapter's class: True if what torch loads of a state is not all that it keeps.
+#: Attribute of an adapter's class: True if torch loads only a part of its state.
 INCOMPLETE = "loads_in_parts"
 LR, INITIAL_LR = "lr", "initial_lr"
 #: What ``override_on_resume`` calls the schedule.
@@ -35,7 +35,7 @@ Groups = Sequence[Mapping[str, Any]]
 
 def overridable(spec: OptimizerSpec) -> tuple[str, ...]:
     """Returns what ``override_on_resume`` may name for an optimizer."""
-    # What a dotted path's class takes is known by its signature alone: whether a group keeps it shows when it is built.
+    # For a dotted path only the class's signature is known: whether a group keeps an option shows when it is built.
     scopes = ("group", "constructor") if spec.state is None else ("group",)
     names = (info.name for info in describe(spec.options) if info.scope in scopes)
     free = (name for name in names if name not in spec.options.bound_to_state)
@@ -43,19 +43,19 @@ def overridable(spec: OptimizerSpec) -> tuple[str, ...]:
 
 
 def mark(optimizer: Optimizer, identifier: str, state_format: str, names: Mapping[Tensor, str]) -> None:
-    """Writes into every group whose it is and what it holds."""
+    """Writes into every group its optimizer's identifier and format and its members' names."""
     for group in optimizer.param_groups:
         members = [names[parameter] for parameter in group["params"]]
         group.update({IDENTIFIER: identifier, FORMAT: state_format, MEMBERS: members})
 
 
 class Resuming:
-    """What an optimizer does when a state dict is loaded into it, beside what its class does.
+    """What an optimizer does in addition to its class when a state dict is loaded.
 
-    Attached to the optimizer alone; copies made by ``copy.deepcopy`` or ``pickle`` are without it, as without hooks.
+    Attached to this optimizer only; like hooks, it is not carried over by ``copy.deepcopy`` or ``pickle``.
 
     Args:
-        optimizer: As it was built, before a schedule changes its learning rates.
+        optimizer: The optimizer as built, before a schedule changes its learning rates.
         spec: Its row.
         options: Its options.
         overrides: Names of :func:`overridable` that win over the state dict.
@@ -70,7 +70,7 @@ class Resuming:
         self._overrides = tuple(name for name in overrides if name != SCHEDULE)
         self._keys: Mapping[str, tuple[str, ...]] = getattr(type(optimizer), KEYS, {})
         self._names = ("weight_decay", *(info.name for info in describe(spec.options)))
-        #: The groups' hyperparameters as they were asked for.
+        #: The groups' requested hyperparameters.
         self.asked = [
             {key: value.clone() if isinstance(value, Tensor) else value for key, value in group.items()}
             for group in ({**group, "params": None} for group in optimizer.param_groups)
@@ -91,7 +91,7 @@ class Resuming:
             optimizer.load_state_dict = MethodType(self._around, optimizer)  # type: ignore[method-assign]
 
     def keys(self, name: str) -> tuple[str, ...]:
-        """Returns the keys of a group under which the optimizer keeps an option."""
+        """Returns the group keys under which the optimizer keeps an option."""
         return self._keys.get(name, (name,))
 
     def value(self, group: Mapping[str, Any], name: str) -> Any:
@@ -100,7 +100,7 @@ class Resuming:
         return values[0] if len(values) == 1 else values
 
     def _around(self, optimizer: Optimizer, state_dict: dict[str, Any], *args: Any, **kwargs: Any) -> None:
-        """Loads with a class whose ``load_state_dict`` runs no hooks."""
+        """Wraps the ``load_state_dict`` of a class that runs no hooks."""
         self._before(optimizer, state_dict)
         type(optimizer).load_state_dict(optimizer, state_dict, *args, **kwargs)
         self._after(optimizer)
@@ -109,7 +109,7 @@ class Resuming:
         self._own = [dict(group) for group in optimizer.param_groups]
         self._saved = state_dict if self._counters else None
         if not isinstance(optimizer, OwnOptimizer):
-            # Those check by themselves, after hooks that translate a state.
+            # OwnOptimizer checks by itself, after the hooks that translate a state.
             refuse_foreign(self._own, state_dict["param_groups"], f"optim={self._spec.name!r}")
             if self._spec.state is not None and not getattr(optimizer, INCOMPLETE, False):
                 check_state(optimizer, state_dict, self._spec.state.always)
@@ -129,7 +129,7 @@ class Resuming:
         self._say_replaced(optimizer)
 
     def _keep_counters(self, optimizer: Optimizer, saved: Mapping[str, Any]) -> None:
-        """Takes the counters as they were saved: all but ``step`` torch casts to the parameter's dtype."""
+        """Restores the counters exactly as saved: torch casts all but ``step`` to the parameter's dtype."""
         indices = (index for group in saved["param_groups"] for index in group["params"])
         parameters = (parameter for group in optimizer.param_groups for parameter in group["params"])
         for index, parameter in zip(indices, parameters, strict=True):
@@ -139,9 +139,9 @@ class Resuming:
                 state[key] = counter.to(state[key].device, copy=True)
 
     def _refuse_lost(self, optimizer: Optimizer, own: Groups) -> None:
-        """Refuses what no mark told to be another optimizer's: it lacks hyperparameters."""
+        """Refuses unmarked groups of another optimizer: they lack hyperparameters."""
         for before, group in zip(own, optimizer.param_groups, strict=False):
-            # What torch has added to its groups since a file was written is there again.
+            # Keys that torch added to its groups after a file was written are filled in by torch.
             lost = [key for key in optimizer.defaults if key in before and key not in group]
             if lost:
                 raise InvalidOption(
@@ -164,7 +164,7 @@ class Resuming:
     def _refuse_other_state(
         self, optimizer: Optimizer, group: Mapping[str, Any], asked: Mapping[str, Any], name: str
     ) -> None:
-        """Refuses an option that would have the state that was loaded hold something else."""
+        """Refuses an option under which the loaded state would have another layout."""
         value, other = self.value(asked, name), self.value(group, name)
         if self._spec.state is None:
             differs = isinstance(value, (bool, str)) or value is None or other is None
@@ -203,15 +203,15 @@ class Resuming:
         )
 
     def _replaced(self, groups: Groups) -> Iterator[tuple[str, Any, Any]]:
-        """Yields (name, value that trains, value that was asked for) where they differ."""
+        """Yields (name, value in effect, requested value) where they differ."""
         for asked, group in zip(self.asked, groups, strict=False):
-            # Without a peak the rate is what a schedule has made of it.
+            # Without a peak the rate may have been changed by a schedule.
             if INITIAL_LR in group or INITIAL_LR not in asked:
                 trained = comparable(group.get(INITIAL_LR, group[LR]))
                 if not math.isclose(trained, comparable(asked[LR]), rel_tol=1e-6):
                     yield LR, trained, comparable(asked[LR])
             for name in self._names:
-                # OneCycleLR moves momentum or betas, and keeps their range in the group.
+                # OneCycleLR cycles momentum or betas, and keeps their range in the group.
                 cycled = name in ("betas", "momentum") and "max_momentum" in group
                 if not set(self.keys(name)) <= set(asked) or name in KERNEL or cycled:
                     continue
@@ -226,12 +226,12 @@ def _runs_hooks(optimizer_class: type[Optimizer]) -> bool:
     return load is Optimizer.load_state_dict or load.__module__.partition(".")[0] == __name__.partition(".")[0]
 
 
-#: Options that say how a step is computed, not what: the run's own are kept.
+#: Options for how a step is computed, not what: the run keeps its own.
 KERNEL = frozenset({"foreach", "fused", "capturable", "triton"})
 
 
 def override_lr(group: dict[str, Any], lr: Any) -> None:
-    """Makes ``lr`` a group's peak; its rate keeps its proportion to the peak, which a schedule gave it."""
+    """Makes ``lr`` a group's peak; its current rate keeps its proportion to the peak."""
     peak = float(group.get(INITIAL_LR, group[LR]))
     part = float(group[LR]) / peak if peak else 1.0
     group[LR] = _like(group[LR], float(lr) * part)
@@ -244,7 +244,7 @@ def _like(before: Any, value: float) -> Any:
 
 
 def comparable(value: Any) -> Any:
-    """Returns a hyperparameter as a plain value that compares and prints well."""
+    """Returns a hyperparameter as a plain value, for comparing and printing."""
     if isinstance(value, Tensor):
         # A float32 tensor's 0.001 would print as 0.0010000000474974513.
         return float(f"{value.item():.7g}")
@@ -252,16 +252,12 @@ def comparable(value: Any) -> Any:
 
 
 def as_overrides(value: Iterable[str] | str | None) -> tuple[str, ...]:
-    """Returns ``override_on_resume`` as a tuple of names; a string names them with commas between.
-
-    Raises:
-        InvalidOption: If it is neither.
-    """
+    """Returns ``override_on_resume``, names or a comma-separated string, as a tuple; else raises InvalidOption."""
     if value is None:
         return ()
     names = value.split(",") if isinstance(value, str) else tuple(value) if isinstance(value, Iterable) else (value,)
     if not all(isinstance(name, str) for name in names):
         raise InvalidOption(
-            f"override_on_resume={value!r} is no list of names such as ['lr', 'weight_decay', 'lr_scheduler']"
+            f"override_on_resume={value!r} is not a list of names such as ['lr', 'weight_decay', 'lr_scheduler']"
         )
     return tuple(dict.fromkeys(name.strip() for name in names if name.strip()))

@@ -1,4 +1,4 @@
-"""A schedule's state says whose it is: one kind of schedule never reads the counters of another."""
+"""A schedule's state names its schedule: one kind of schedule never reads the counters of another."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from lightning_optim.errors import InvalidOption
 
 _NAME = "name"
 PLATEAU = "reduce_lr_on_plateau"
-# What is of this run alone.
+# Attributes of this run alone.
 _TRANSIENT = frozenset({"resumed", "replaces"})
 _SETTINGS = (
     "mode",
@@ -84,12 +84,12 @@ class KnowsItsName(LRScheduler):
         return {**state_dict, _NAME: self.name}
 
     def begin(self, step: int) -> None:
-        """Goes on at a step from the groups' peaks (``initial_lr``)."""
+        """Continues at a step from the groups' peaks (``initial_lr``)."""
         raise NotImplementedError
 
 
 class Plateau(KnowsItsName, ReduceLROnPlateau):
-    """``torch.optim.lr_scheduler.ReduceLROnPlateau`` whose groups keep the rate that it began with, and which says so.
+    """``torch.optim.lr_scheduler.ReduceLROnPlateau`` that stores each group's initial rate as ``initial_lr``.
 
     Its settings come from the checkpoint, with a warning if others were asked for, unless it ``replaces`` those.
     """
@@ -97,8 +97,7 @@ class Plateau(KnowsItsName, ReduceLROnPlateau):
     def __init__(self, optimizer: Optimizer, **settings: Any) -> None:
         self.name = PLATEAU
         for group in optimizer.param_groups:
-            peak = group["lr"]
-            group.setdefault("initial_lr", peak.clone() if isinstance(peak, Tensor) else peak)
+            remember_peak(group)
         super().__init__(optimizer, **settings)
 
     def _taken(self, state_dict: dict[str, Any]) -> dict[str, Any]:
@@ -115,13 +114,20 @@ class Plateau(KnowsItsName, ReduceLROnPlateau):
         return super()._taken({**state_dict, **(own if self.replaces else {})})
 
     def begin(self, step: int) -> None:
-        """Starts anew: what the metric was is not known."""
+        """Starts over: the metric's history is unknown."""
         for group in self.optimizer.param_groups:
             set_rate(group, float(group.get("initial_lr", group["lr"])))
 
 
+def remember_peak(group: dict[str, Any]) -> float:
+    """Returns a group's peak, which is its current rate if it has none yet, and is then stored."""
+    if "initial_lr" not in group:
+        group["initial_lr"] = group["lr"].clone() if isinstance(group["lr"], Tensor) else group["lr"]
+    return float(group["initial_lr"])
+
+
 def set_rate(group: dict[str, Any], rate: float) -> None:
-    """Sets a group's learning rate; one that is a tensor stays the same tensor, which a compiled step reads."""
+    """Sets a group's learning rate; a tensor is filled in place, since a compiled step reads it."""
     if isinstance(group["lr"], Tensor):
         group["lr"].fill_(rate)
     else:

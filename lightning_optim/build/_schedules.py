@@ -1,7 +1,7 @@
 """Learning-rate schedules by Hugging Face's names, equal to ``transformers.get_scheduler`` step by step.
 
 Each schedule is a row of :data:`~lightning_optim.build._curves.SCHEDULES`: its options and a function of the step. The
-function is no part of its state, so a checkpoint stores a schedule's position but not its length: resuming a run with a
+function is not part of its state, so a checkpoint stores a schedule's position but not its length: resuming with a
 larger ``max_steps`` stretches the schedule to the new length, as Hugging Face's Trainer does.
 """
 
@@ -25,11 +25,7 @@ from lightning_optim.table import convert, parse
 
 
 def parse_warmup(warmup_steps: Any) -> int | float:
-    """Returns ``warmup_steps`` as a count (an int) or a fraction of the training (a float below 1).
-
-    Raises:
-        InvalidOption: If it is neither.
-    """
+    """Returns ``warmup_steps`` as a count (int) or a fraction below 1 (float), else raises InvalidOption."""
     try:
         number = convert(warmup_steps, float)
     except (TypeError, ValueError):
@@ -66,9 +62,8 @@ Multiplier = Callable[[int], float]
 class NamedSchedule(KnowsItsName):
     """Multiplies every group's peak by a function of the step.
 
-    As ``torch.optim.lr_scheduler.LambdaLR``, but for groups that are added while training goes on, as finetuning
-    callbacks do. What such a group's learning rate is set to, when it is added and later, holds for the step at which
-    it is set: the schedule goes on from there.
+    Like ``torch.optim.lr_scheduler.LambdaLR``, except for groups added during training, as finetuning callbacks do:
+    a learning rate set on such a group, then or later, holds for that step, and the schedule continues from there.
     """
 
     def __init__(self, optimizer: Optimizer, multiplier: Multiplier, name: str) -> None:
@@ -83,7 +78,7 @@ class NamedSchedule(KnowsItsName):
         return [group["initial_lr"] * factor for group in self.optimizer.param_groups]
 
     def start_anew(self, multiplier: Multiplier, peaks: Sequence[float]) -> None:
-        """Goes on, from the step where it is, along another curve from other peaks, one per group."""
+        """Continues from the current step along another curve, with other peaks, one per group."""
         self._multiplier = multiplier
         factor = multiplier(self.last_epoch)
         for group, peak in zip(self.optimizer.param_groups, peaks, strict=True):
@@ -95,16 +90,16 @@ class NamedSchedule(KnowsItsName):
     def begin(self, step: int) -> None:
         self.last_epoch = step
         set_step_count(self, step + 1)
-        # A checkpoint written without a schedule has taken the peaks away: its rates are theirs.
+        # A checkpoint written without a schedule holds no peaks: its rates are the peaks.
         peaks = [float(group.get("initial_lr", group["lr"])) for group in self.optimizer.param_groups]
         self.start_anew(self._multiplier, peaks)
 
     def _follow_added_groups(self) -> None:
-        """Makes the peak of an added group, whose rate somebody has set since the last step, what gives that rate."""
+        """Computes the peak of an added group from the rate that was set on it since the last step."""
         for index, group in enumerate(self.optimizer.param_groups[self._first :], self._first):
             known = index < len(self.get_last_lr()) and "initial_lr" in group
             if not known or float(group["lr"]) != float(self.get_last_lr()[index]):
-                # A factor of 0, at the start of a warm-up, says nothing of the peak.
+                # At the start of a warm-up the factor is 0, and the peak cannot be computed.
                 group["initial_lr"] = group["lr"] / (self._multiplier(self.last_epoch - 1) or 1.0)
 
     def state_dict(self) -> dict[str, Any]:
@@ -167,7 +162,7 @@ def make_multiplier(
     warmup_steps: int | float,
     args: Mapping[str, Any] | str | None,
 ) -> Multiplier:
-    """Returns the factor on the peak as a function of the step; it raises what :func:`build_schedule` raises."""
+    """Returns the factor on the peak as a function of the step. Raises: see :func:`build_schedule`."""
     spec = get_schedule(name)
     options = parse(spec.options, args, name)
     if spec.needs_total and total_steps is None and getattr(options, "num_stable_steps", None) is None:
@@ -184,7 +179,7 @@ def make_multiplier(
 
 
 def long_warmup(warmup: int, total: int | None) -> str:
-    """Returns what to say of a warm-up that takes the whole training; nothing of a shorter one."""
+    """Returns a warning if the warm-up takes the whole training, else an empty string."""
     if not warmup or total is None or warmup < total:
         return ""
     return (

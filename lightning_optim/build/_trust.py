@@ -1,7 +1,7 @@
-"""Classes that code names are imported; those that only a file names are not.
+"""Classes named in code are imported; those that only a file names are not.
 
-``load_from_checkpoint`` makes a module from the arguments that a file holds. A dotted path among them would have its
-module imported, which runs it, whoever wrote the file. Lightning guards its own instantiators in the same way.
+``load_from_checkpoint`` makes a module from arguments in a file. A dotted path among them would import, and so run, a
+module chosen by whoever wrote the file. Lightning guards its own instantiators in the same way.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from lightning_optim.errors import UntrustedOptimizer
 
 @dataclass
 class _Reading:
-    """A file that is being read: what the caller's code said beside it, and what the file holds."""
+    """A file being read: words from the caller's code, and words from the file."""
 
     said: frozenset[str]
     held: set[str] = field(default_factory=set)
@@ -29,11 +29,11 @@ _reading: ContextVar[_Reading | None] = ContextVar("lightning_optim_reading", de
 
 @contextmanager
 def reading(said: Any = (), held: Any = ()) -> Iterator[None]:
-    """Has names that a file holds not imported inside.
+    """Names that only a file holds are not imported inside this context.
 
     Args:
-        said: Arguments of the caller's own, whose words are trusted.
-        held: What the file holds, where that is known from the beginning.
+        said: The caller's own arguments, whose words are trusted.
+        held: What the file holds, if known in advance.
     """
     token = _reading.set(_Reading(frozenset(words(said)), set(words(held))))
     try:
@@ -48,20 +48,20 @@ def is_reading() -> bool:
 
 
 def note(arguments: Any) -> None:
-    """Takes down what came out of the file that is being read."""
+    """Records what came from the file being read."""
     current = _reading.get()
     assert current is not None, "note() outside of reading()"
     current.held.update(words(arguments))
 
 
 def only_a_file_says(word: str) -> bool:
-    """Whether a word came out of the file that is being read, and the caller did not say it."""
+    """Whether a word came from the file being read, and not from the caller."""
     current = _reading.get()
     return current is not None and word in current.held - current.said
 
 
 def is_imported(path: str) -> bool:
-    """Whether the object that a dotted path names is there already, so that looking it up runs nothing."""
+    """Whether the object that a dotted path names is already imported, so that looking it up runs nothing."""
     module, _, name = path.rpartition(".")
     return name in vars(sys.modules.get(module, object))
 

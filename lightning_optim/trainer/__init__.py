@@ -1,5 +1,5 @@
 """Everything that knows Lightning: the mixin, the callbacks, the strategies and the command line.
 
-What a Trainer needs from ``build/`` and ``layerwise/`` is asked for here and nowhere above. The public names are those
-of :mod:`lightning_optim`; ``_integration.py`` says in what order a fit meets the rest.
+Only this room connects ``build/`` and ``layerwise/`` to a Trainer. The public names are in :mod:`lightning_optim`;
+``_integration.py`` shows the order in which a fit calls the rest.
 """

@@ -1,4 +1,4 @@
-"""``OptimCLI``: Lightning's command line with ``--optim NAME`` for any LightningModule."""
+"""``OptimCLI``: Lightning's command line, with ``--optim NAME`` for any LightningModule."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class OptionText:
 
 def _mapping(text: Any) -> dict[str, Any]:
     if not isinstance(text, str):
-        raise InvalidOption(f"{text!r} is no string of options")
+        raise InvalidOption(f"{text!r} is not a string of options")
     return as_mapping(text, "the command line")
 
 
@@ -53,11 +53,11 @@ register_type(OptionText, serializer=dict, deserializer=_mapping, fail_already_r
 
 
 def _type(argument: Argument) -> Any:
-    """Returns the type on the command line, where every argument may be left out."""
+    """Returns an argument's type on the command line, where it may be left out."""
     return (dict[str, Any] | OptionText if argument.name.endswith("_args") else argument.type) | None
 
 
-# What is said otherwise on a command line.
+# Help texts that differ on a command line.
 _HELP = {
     "optim": "Optimizer by name; `lightning-optim list` shows all. Without it the model decides.",
     "optim_args": "Options of the optimizer: --optim_args.eps 1e-6, a mapping in YAML, or 'name=value,...'.",
@@ -65,13 +65,13 @@ _HELP = {
 }
 
 
-# The strategies for one and for several devices of the accelerators that Lightning does not know.
+# The strategies for one and for several devices, for the accelerators that Lightning does not know.
 _STRATEGIES = {NPUAccelerator: ("npu", "npu_ddp"), PJRTAccelerator: ("single_xla_syncfree", "xla_syncfree")}
 
 
 def _for_accelerator(config: dict[str, Any]) -> str | None:
-    """Returns the strategy for an accelerator of ours; ``None`` for others, or if there is no such device."""
-    # Somebody else's accelerator may have the name.
+    """Returns the strategy for one of our accelerators; ``None`` for others, or if there is no such device."""
+    # Another accelerator may be registered under the name.
     name = config.get("accelerator")
     accelerator = AcceleratorRegistry[name]["accelerator"] if name in AcceleratorRegistry else None
     if accelerator not in _STRATEGIES or not accelerator.is_available():
@@ -83,7 +83,7 @@ def _for_accelerator(config: dict[str, Any]) -> str | None:
 
 
 def _for_layerwise(config: dict[str, Any]) -> str | None:
-    """Returns the strategy that steps during backward where the Trainer would choose one that does not, or ``None``."""
+    """Returns a strategy that steps during backward if the Trainer would choose one that does not, else ``None``."""
     choosing = ("accelerator", "devices", "num_nodes")
     chosen = chosen_strategy({name: config[name] for name in choosing if name in config})
     if not isinstance(chosen, DDPStrategy):
@@ -92,11 +92,11 @@ def _for_layerwise(config: dict[str, Any]) -> str | None:
 
 
 class OptimArgumentParser(LightningArgumentParser):
-    """Lightning's, with other places and texts where a name of ours is the name of something of torch's."""
+    """Lightning's parser, with other keys and texts where one of our names means something else in torch."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        #: Arguments of torch's classes that have no default: needed only where no optimizer is named.
+        #: Arguments of torch's classes without a default: required only if no optimizer is named.
         self.needed_without_optim: set[str] = set()
 
     def add_optimizer_args(self, *args: Any, **kwargs: Any) -> None:
@@ -109,7 +109,7 @@ class OptimArgumentParser(LightningArgumentParser):
         nested_key: str = "lr_scheduler",
         link_to: str = "AUTOMATIC",
     ) -> None:
-        """Adds a scheduler of torch under ``torch_lr_scheduler`` where nothing else is said."""
+        """Adds a torch scheduler, under ``torch_lr_scheduler`` by default."""
         key = _TORCH_SCHEDULER if nested_key == "lr_scheduler" else nested_key
         with self._not_required():
             super().add_lr_scheduler_args(lr_scheduler_class, key, link_to)
@@ -124,14 +124,14 @@ class OptimArgumentParser(LightningArgumentParser):
                 self.needed_without_optim.add(action.dest)
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        """Ends with a message, to which it adds what to write if one of ours was meant."""
+        """Exits with the message, extended by what to write if one of our names was meant."""
         named = next((word for word in re.findall(r"Given value: ([\w.]+)", message) if word in REGISTRY), None)
         if named and re.search(r"\boptimizer\b", message):
             message += f"\n--optimizer takes a class of torch. Write --optim {named} (in a file: `optim: {named}`)."
         elif "lr_scheduler" in message and "class_path" in message:
             message += (
                 "\nlr_scheduler takes the name of a schedule, such as cosine. A class of torch goes to "
-                f"--{_TORCH_SCHEDULER}, beside --optimizer CLASS."
+                f"--{_TORCH_SCHEDULER}, together with --optimizer CLASS."
             )
         super().error(message, ex)
 
@@ -139,12 +139,11 @@ class OptimArgumentParser(LightningArgumentParser):
 class OptimCLI(LightningCLI):
     """A ``LightningCLI`` with ``--optim``, ``--lr``, ``--weight_decay``, ``--optim_args.NAME``, ``--lr_scheduler`` ...
 
-    They work for any LightningModule: one with :class:`~lightning_optim.OptimMixin` gets them as its own, any other
-    gets an :class:`~lightning_optim.OptimCallback`. They are checked before anything is built; a mistake prints what is
-    allowed and exits with status 2. Without ``--optim`` everything is as in ``LightningCLI``, except that
-    ``--optimizer CLASS`` takes its scheduler from ``--torch_lr_scheduler``. An identifier that ends in ``_layerwise``
-    gets the strategy that it needs on several devices, and the accelerators ``npu`` and ``pjrt`` get theirs, unless one
-    was given.
+    They work for any LightningModule: one with :class:`~lightning_optim.OptimMixin` receives them, any other gets an
+    :class:`~lightning_optim.OptimCallback`. They are checked before anything is built; a mistake prints what is allowed
+    and exits with status 2. Without ``--optim`` everything is as in ``LightningCLI``, except that ``--optimizer CLASS``
+    takes its scheduler from ``--torch_lr_scheduler``. An identifier that ends in ``_layerwise`` gets the strategy it
+    needs on several devices, and the accelerators ``npu`` and ``pjrt`` get theirs, unless a strategy was given.
 
     Example::
 
@@ -165,7 +164,7 @@ class OptimCLI(LightningCLI):
                 f"{packages.OTHER}. Use that package's LightningCLI: with OptimMixin before its LightningModule the "
                 "model takes --model.optim NAME, --model.lr and so on. Or write `import lightning as L`."
             )
-        # Not in add_arguments_to_parser: users override that one without calling super().
+        # Not in add_arguments_to_parser: users override that without calling super().
         super().add_core_arguments_to_parser(parser)
         for name, argument in ARGUMENTS.items():
             help = _HELP.get(name, argument.help.replace("``", ""))
@@ -183,9 +182,9 @@ class OptimCLI(LightningCLI):
 
     def instantiate_classes(self) -> None:
         automatic = self.auto_configure_optimizers
-        # A class that add_optimizer_args has put into the parser with its defaults does not train beside --optim.
+        # A class that add_optimizer_args has put into the parser with its defaults does not train if --optim is given.
         self.auto_configure_optimizers = automatic and self.optim_config is None
-        # Lightning has added the hyperparameters that --ckpt_path holds.
+        # By now Lightning has added the hyperparameters from --ckpt_path.
         with trust.reading(said=self._said, held=self.config.as_dict()):
             super().instantiate_classes()
         self.auto_configure_optimizers = automatic
@@ -194,13 +193,13 @@ class OptimCLI(LightningCLI):
         if isinstance(self.model, OptimMixin):
             self.model.optim_config = self.optim_config
             if self.model.hparams:
-                # So that load_from_checkpoint gives back the optimizer that trained.
+                # So that load_from_checkpoint restores the optimizer that trained.
                 told = {name for name in ARGUMENTS if name in self.model.hparams} | self._given().keys()
                 self.model._update_hyperparameters({name: getattr(self.optim_config, name) for name in told})
             return
         callback = OptimCallback(**dataclasses.asdict(self.optim_config))
         if not is_overridden("configure_optimizers", self.model):
-            # Lightning refuses such a module before it runs callbacks.
+            # Otherwise Lightning refuses the module before it runs callbacks.
             callback.install(self.model)
         self.trainer.callbacks.insert(0, callback)  # type: ignore[attr-defined]
 
@@ -220,7 +219,7 @@ class OptimCLI(LightningCLI):
             self.parser.error(str(error))
 
     def _chosen_config(self) -> OptimConfig | None:
-        """Returns the optimizer that will train, whoever named it; ``None`` if the model decides or nothing trains."""
+        """Returns the optimizer that will train; ``None`` if the model decides or nothing trains."""
         if self.config.get("subcommand") not in (None, "fit"):
             return None
         if self.optim_config is not None:
@@ -228,7 +227,7 @@ class OptimCLI(LightningCLI):
         return self.model.optim_config if isinstance(self.model, OptimMixin) else None
 
     def _section(self, config: Namespace) -> Namespace:
-        """Returns the configuration of the subcommand, or the whole where there are none."""
+        """Returns the configuration of the subcommand, or all of it if there are no subcommands."""
         section: Namespace = config.get(str(self.config.get("subcommand")), config)
         return section
 
@@ -242,11 +241,8 @@ class OptimCLI(LightningCLI):
         }
 
     def _checked_config(self) -> OptimConfig | None:
-        given, config, parser = (
-            self._given(),
-            self._section(self.config),
-            subcommand_parser(self, self.config.get("subcommand")),
-        )
+        given, config = self._given(), self._section(self.config)
+        parser = subcommand_parser(self, self.config.get("subcommand"))
         if "optim" not in given:
             if given:
                 first = next(iter(given))
@@ -261,14 +257,14 @@ class OptimCLI(LightningCLI):
         for rival in ("optimizer", _TORCH_SCHEDULER):
             if config.get(rival) not in (None, unchanged.get(rival)):
                 raise IncompatibleTrainer(
-                    f"--optim {given['optim']} beside --{rival} {config[rival].get('class_path', '')}: "
+                    f"--optim {given['optim']} together with --{rival} {config[rival].get('class_path', '')}: "
                     "one of them would be ignored. Keep --optim NAME (with --lr_scheduler NAME), or --optimizer CLASS."
                 )
         own, defaults = self._model_arguments(config), self._mixin_defaults(config)
         for name in defaults:
             if own.get(name) not in (defaults[name], given.get(name)):
                 raise IncompatibleTrainer(
-                    f"--optim {given['optim']} beside --model.{name} {own[name]}: the latter would be ignored. "
+                    f"--optim {given['optim']} together with --model.{name} {own[name]}: the latter would be ignored. "
                     f"Write --{name}, or leave --optim out and use --model.optim."
                 )
         return OptimConfig(**given)
@@ -279,7 +275,7 @@ class OptimCLI(LightningCLI):
         return dict(model.get("init_args") or model)
 
     def _mixin_defaults(self, config: Namespace) -> dict[str, Any]:
-        """Returns the defaults of the model's own optimizer arguments; none if it is no OptimMixin."""
+        """Returns the defaults of the model's own optimizer arguments; empty if it is not an OptimMixin."""
         path = (config.get("model") or {}).get("class_path")
         model_class: Any = pkgutil.resolve_name(path) if path else self.model_class
         if not (isinstance(model_class, type) and issubclass(model_class, OptimMixin)):

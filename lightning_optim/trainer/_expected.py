@@ -1,7 +1,7 @@
-"""What a module's own ``configure_optimizers`` gives to its own loop, found out by asking it.
+"""What a module's own loop expects from its ``configure_optimizers``, found out by calling it.
 
-An optimizer that takes the place of the module's own has to give what the module's code goes on to expect: as many
-optimizers, a schedule where it steps one, the same parameters. What is not given is refused or said.
+An optimizer that replaces the module's own has to provide what the module's code still expects: as many optimizers, a
+schedule where it steps one, the same parameters. Where it does not, that is an error or a warning.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _BASE_CLASSES = ("lightning.pytorch.core.module", "pytorch_lightning.core.module
 
 
 def own_hook(hook: OwnHook) -> OwnHook | None:
-    """Returns a module's ``configure_optimizers``, or ``None`` if it is the empty one of LightningModule."""
+    """Returns a module's ``configure_optimizers``, or ``None`` if it is LightningModule's empty one."""
     return None if getattr(hook, "__module__", "") in _BASE_CLASSES else hook
 
 
@@ -41,10 +41,10 @@ class Expected:
 
     Attributes:
         module: The class of the module.
-        automatic: Whether Lightning steps optimizers and schedules, and not the module.
+        automatic: Whether Lightning steps optimizers and schedules, instead of the module.
         optimizers: The optimizers.
         schedules: The schedules as Lightning takes them, each a mapping with ``"scheduler"``.
-        attributes: Attributes of the module that hold one of its optimizers or a schedule of one, by their names.
+        attributes: Attributes of the module, by name, that hold one of its optimizers or their schedules.
         error: What it raised instead.
     """
 
@@ -57,35 +57,29 @@ class Expected:
 
     @classmethod
     def ask(cls, module: LightningModule, own: OwnHook | None) -> Expected:
-        """Calls the module's own ``configure_optimizers``, where it has one, without a trace in random numbers."""
-        nothing = cls(type(module).__name__, module.automatic_optimization)
+        """Calls the module's own ``configure_optimizers``, if it has one, without affecting random numbers."""
+        name, automatic = type(module).__name__, module.automatic_optimization
         if own is None:
-            return nothing
+            return cls(name, automatic)
 
         def build(target: Target, config: OptimConfig) -> Optimizer:
             return resolve(target, config, warmup_steps=int(config.warmup_steps)).optimizer
 
-        # Lightning restores the random numbers only where nothing is raised inside.
+        # Lightning restores the random numbers only if nothing is raised inside.
+        error: Exception | None = None
         with isolate_rng(), built_by(build):
             try:
                 returned = own()
                 optimizers, schedules, monitor = ([], [], None) if returned is None else take_apart(returned)
             except Exception as raised:
-                # It may be what the named optimizer is to get around.
-                error: Exception | None = raised
-            else:
-                error = None
+                # The named optimizer may be meant to work around it.
+                error = raised
         if error is not None:
-            return cls(type(module).__name__, module.automatic_optimization, error=error)
+            return cls(name, automatic, error=error)
         held = {name: value for name, value in vars(module).items() if _belongs_to(value, optimizers)}
         entries = (entry if isinstance(entry, dict) else {"scheduler": entry} for entry in schedules)
-        return cls(
-            type(module).__name__,
-            module.automatic_optimization,
-            tuple(optimizers),
-            tuple({"monitor": monitor, **entry} if monitor else dict(entry) for entry in entries),
-            held,
-        )
+        taken = tuple({"monitor": monitor, **entry} if monitor else dict(entry) for entry in entries)
+        return cls(name, automatic, tuple(optimizers), taken, held)
 
     @property
     def optimizer(self) -> Optimizer | None:
@@ -113,8 +107,8 @@ class Expected:
             f"optim={config.optim!r} for {self.module}, whose own configure_optimizers returns {len(self.optimizers)} "
             f"optimizers ({classes}): one over all parameters would take their place, and its loop steps each. Build "
             f"each there by name: self.build_optimizer(self.PART, {config.optim!r}) with OptimMixin, or "
-            f"build_optimizer(self.PART, {config.optim!r}) beside Trainer(callbacks=[OptimCallback()]). To keep them "
-            "as they are and step them otherwise use Trainer(strategy='layerwise') or 'fused', without optim."
+            f"build_optimizer(self.PART, {config.optim!r}) together with Trainer(callbacks=[OptimCallback()]). To keep "
+            "them and only step them differently, use Trainer(strategy='layerwise') or 'fused', without optim."
         )
 
     def _schedules(self, config: OptimConfig) -> str | None:
@@ -146,18 +140,18 @@ class Expected:
         return config.lr
 
     def only(self) -> frozenset[Tensor] | None:
-        """Returns the parameters that its optimizer trains; ``None`` if that is not known."""
+        """Returns the parameters that its optimizer trains; ``None`` if unknown."""
         if self.optimizer is None:
             return None
         return frozenset(p for group in self.optimizer.param_groups for p in group["params"])
 
     def losses(self, module: LightningModule, config: OptimConfig, lr: float) -> Iterator[str]:
-        """Yields a sentence for everything of the module's own that does not train, although nobody said so.
+        """Yields a sentence for everything of the module's own that is replaced without having been named.
 
         Args:
             module: The module.
-            config: What was asked.
-            lr: The learning rate that trains.
+            config: The request.
+            lr: The learning rate in effect.
         """
         if self.error is not None:
             yield (
@@ -204,7 +198,7 @@ class Expected:
         return [entry["scheduler"] for entry in self.schedules] + list(filter(_is_schedule, self.attributes.values()))
 
     def follow(self, module: LightningModule, optimizer: Optimizer) -> OptimizerLRScheduler:
-        """Returns ``optimizer`` with the module's own schedules around it, for ``configure_optimizers``."""
+        """Returns ``optimizer`` driven by the module's own schedules, for ``configure_optimizers``."""
         assert self.optimizer is not None
         following: dict[int, FollowingSchedule] = {}
         for schedule in self._all_schedules():
@@ -221,18 +215,18 @@ class Expected:
         return [optimizer], entries  # type: ignore[return-value]
 
     def replace_attributes(self, module: LightningModule, optimizer: Optimizer, schedule: Any) -> None:
-        """Puts the optimizer and the schedule that train where the module keeps its own for itself."""
+        """Puts the optimizer and schedule that train into the attributes where the module keeps its own."""
         handed = [entry["scheduler"] for entry in self.schedules]
         for name, value in self.attributes.items():
             if not _is_schedule(value):
                 setattr(module, name, optimizer)
             elif schedule is not None and any(value is one for one in handed):
-                # One that it hands to nobody it steps itself, which must not move ours.
+                # A schedule that it does not return is stepped by the module itself, which must not move ours.
                 setattr(module, name, schedule)
 
 
 def _belongs_to(value: Any, optimizers: list[Optimizer]) -> bool:
-    # By identity: comparing what is found among a module's attributes can be anything.
+    # By identity: a module's attributes may define == in any way.
     return any(value is optimizer or getattr(value, "optimizer", None) is optimizer for optimizer in optimizers)
 
 

@@ -52,11 +52,12 @@ def configure(module: LightningModule, config: OptimConfig, own: OwnHook | None 
     Args:
         module: The module.
         config: What to build.
-        own: The module's own ``configure_optimizers``, whose place this takes. It is asked what the module's loop
-            expects; what it builds is not stepped.
+        own: The module's own ``configure_optimizers``, which this replaces. It is called to find out what the module's
+            loop expects; what it builds is not stepped.
 
-    It raises what :func:`lightning_optim.build_optimizer` and :func:`lightning_optim.build_schedule` raise, and
-    :class:`IncompatibleTrainer` if the module's loop expects what this does not give.
+    Raises:
+        IncompatibleTrainer: If the module's loop expects something else. For other errors see
+            :func:`lightning_optim.build_optimizer` and :func:`lightning_optim.build_schedule`.
     """
     trainer = trainer_of(module)
     expected = Expected.ask(module, own)
@@ -84,42 +85,39 @@ def _scheduled(
     module: LightningModule, resolved: ResolvedOptimizer, config: OptimConfig, length: Length
 ) -> OptimizerLRScheduler:
     """Returns the optimizer with its named schedule, as Lightning takes them."""
-    trainer, name = trainer_of(module), config.lr_scheduler
-    if name is None:
-        _resume(trainer, resolved, None, config)
-        if trainer is not None:
-            AfterFinders.attach(trainer, Built(resolved, config))
-        return resolved.optimizer
-    # An optimizer that warms up by itself got its warm-up already.
-    warmup = length.warmup if resolved.spec.warmup == "schedule" else 0
-    scheduler = make_schedule(resolved.optimizer, name, length.total, warmup, config.lr_scheduler_args)
-    _resume(trainer, resolved, scheduler, config)
+    trainer, name, optimizer = trainer_of(module), config.lr_scheduler, resolved.optimizer
+    scheduler = None
+    if name is not None:
+        # An optimizer that warms up by itself has its warm-up already.
+        warmup = length.warmup if resolved.spec.warmup == "schedule" else 0
+        scheduler = make_schedule(optimizer, name, length.total, warmup, config.lr_scheduler_args)
     if trainer is not None:
+        ResumeCallback(optimizer, scheduler, config.overrides).attach(trainer)
         AfterFinders.attach(trainer, Built(resolved, config, scheduler))
+    if name is None or scheduler is None:
+        return optimizer
+    monitor: str | None = None
+    handed: Any = {"scheduler": scheduler, "interval": "step"}
     if isinstance(scheduler, ReduceLROnPlateau):
         monitor = parse(PlateauOptions, config.lr_scheduler_args, name).monitor
-        if not module.automatic_optimization:
-            # Lightning neither steps a schedule then nor wants to know of the metric.
-            if trainer is not None:
-                ManualSchedule.attach(trainer, name, resolved.optimizer, scheduler, monitor)
-            return {"optimizer": resolved.optimizer, "lr_scheduler": {"scheduler": scheduler}}
-        if trainer is not None:
+        # In manual optimization Lightning neither steps the schedule nor needs the metric.
+        automatic = module.automatic_optimization
+        handed = lightning_config(scheduler, monitor) if automatic else {"scheduler": scheduler}
+        if automatic and trainer is not None:
             PlateauCallback.attach(trainer, scheduler, monitor)
-        plateau = lightning_config(scheduler, monitor)
-        return {"optimizer": resolved.optimizer, "lr_scheduler": plateau}  # type: ignore[return-value]
     if trainer is not None and not module.automatic_optimization:
-        ManualSchedule.attach(trainer, name, resolved.optimizer, scheduler)
-    return {"optimizer": resolved.optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+        ManualSchedule.attach(trainer, name, optimizer, scheduler, monitor)
+    return {"optimizer": optimizer, "lr_scheduler": handed}
 
 
 def attend(module: LightningModule, own: OwnHook) -> Any:
-    """Has what the module's own ``configure_optimizers`` builds reported, and attaches what it needs."""
+    """Reports what the module's own ``configure_optimizers`` builds, and attaches what it needs."""
     trainer = trainer_of(module)
     with built_by(partial(build, module)):
         configured = own()
     if trainer is None or configured is None:
         return configured
-    # Built before, for instance in the module's __init__.
+    # Some may have been built before, for instance in the module's __init__.
     for optimizer in take_apart(configured)[0]:
         if isinstance(optimizer, KeepsTrainingPoint):
             ScheduleFreeCallback.attach(trainer)
@@ -131,18 +129,12 @@ def attend(module: LightningModule, own: OwnHook) -> Any:
 
 
 def trainer_of(module: LightningModule) -> Trainer | None:
-    """Returns the Trainer that the module is attached to, if there is one; Fabric's stand-in is none."""
+    """Returns the Trainer that the module is attached to, if any; Fabric's stand-in does not count."""
     try:
         trainer = module.trainer
     except RuntimeError:
         return None
     return trainer if isinstance(trainer, packages.kin(Trainer)) else None
-
-
-def _resume(trainer: Trainer | None, resolved: ResolvedOptimizer, schedule: Any, config: OptimConfig) -> None:
-    """Has the schedule that was asked for go on from the checkpoint that the fit restores, if it restores one."""
-    if trainer is not None:
-        ResumeCallback(resolved.optimizer, schedule, config.overrides).attach(trainer)
 
 
 def build(module: LightningModule, target: Target, config: OptimConfig) -> Optimizer:
@@ -165,16 +157,18 @@ def _resolve(
 ) -> ResolvedOptimizer:
     facts = _facts(trainer) if trainer is not None else None
     resolved = resolve(target, config, warmup_steps=length.warmup, trainer=facts, only=only)
-    if trainer is not None and isinstance(trainer.strategy, StepsFused):
-        trainer.strategy.note_identifier(resolved.optimizer, config.optim)
-    if trainer is not None and resolved.lr:
-        Standstill.watch(trainer, resolved.optimizer, f"optim={config.optim!r}")
-    if trainer is not None and resolved.spec.averages_weights:
+    if trainer is None:
+        return resolved
+    optimizer, spec, asked = resolved.optimizer, resolved.spec, f"optim={config.optim!r}"
+    if isinstance(trainer.strategy, StepsFused):
+        trainer.strategy.note_identifier(optimizer, config.optim)
+    if resolved.lr:
+        Standstill.watch(trainer, optimizer, asked)
+    if spec.averages_weights:
         ScheduleFreeCallback.attach(trainer)
-    if trainer is not None and (resolved.spec.layerwise or steps_in_backward(trainer)):
+    if spec.layerwise or steps_in_backward(trainer):
         options = LayerwiseOptions(**resolved.options.select("layerwise"))
-        name = f"optim={config.optim!r}" if resolved.spec.layerwise else None
-        LayerwiseCallback.attach(trainer, resolved.optimizer, options, name)
+        LayerwiseCallback.attach(trainer, optimizer, options, asked if spec.layerwise else None)
     return resolved
 
 
@@ -190,7 +184,7 @@ def _facts(trainer: Trainer) -> TrainerFacts:
 def _announce(
     trainer: Trainer | None, resolved: ResolvedOptimizer, config: OptimConfig, schedule: str, length: Length
 ) -> None:
-    """Has what was resolved said when fit starts."""
+    """Arranges for the report of what was resolved when fit starts."""
     if trainer is None:
         return
     if length.warning and not has_finder(trainer):

@@ -1,4 +1,4 @@
-"""How long a training is, in optimizer steps, as its Trainer will count them."""
+"""The length of a training in optimizer steps, as its Trainer will count them."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from lightning_optim.trainer import _packages as packages
 
 @dataclass(frozen=True)
 class Length:
-    """How long a training is, in optimizer steps.
+    """The length of a training in optimizer steps.
 
     Attributes:
         warmup: Steps of warm-up.
-        total: Steps of the whole training; ``None`` if it has no end or nobody needs to know.
+        total: Steps of the whole training; ``None`` if it has no end or the length is not needed.
     """
 
     warmup: int
@@ -26,7 +26,7 @@ class Length:
 
     @classmethod
     def of(cls, trainer: Trainer | None, config: OptimConfig) -> Length:
-        """Returns what ``config`` needs to know of the training that ``trainer`` starts.
+        """Returns what ``config`` needs to know about the training that ``trainer`` starts.
 
         Raises:
             InvalidOption: If the warm-up is a fraction of a training without an end.
@@ -37,22 +37,22 @@ class Length:
 
     @property
     def warning(self) -> str:
-        """What to say of a warm-up that takes the whole training, or nothing."""
+        """A warning if the warm-up takes the whole training, else an empty string."""
         return long_warmup(self.warmup, self.total)
 
 
 def total_steps(trainer: Trainer) -> int | None:
     """Returns the optimizer steps of the whole training, from its first epoch on; ``None`` if it has no end.
 
-    As ``trainer.estimated_stepping_batches``, which takes the accumulation of this moment for that of all epochs, and
-    gives -1 for a training over epochs of unknown length.
+    ``trainer.estimated_stepping_batches`` assumes the current gradient accumulation for all epochs, and is -1 for
+    epochs of unknown length.
     """
     estimate = trainer.estimated_stepping_batches
     if estimate in (-1, math.inf):
         return None
     batches, epochs = trainer.num_training_batches, trainer.max_epochs
     callbacks = trainer.callbacks  # type: ignore[attr-defined]
-    # Of several the last one has the last word, in every epoch.
+    # With several, the last one wins in every epoch.
     plans = [callback for callback in callbacks if isinstance(callback, packages.kin(GradientAccumulationScheduler))]
     if not plans or epochs in (None, -1) or batches == math.inf:
         return int(estimate)

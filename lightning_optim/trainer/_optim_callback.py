@@ -93,7 +93,7 @@ class OptimCallback(Callback):
     def _check(config: OptimConfig, callbacks: list[Callback], module: LightningModule) -> None:
         if isinstance(module, OptimMixin):
             raise IncompatibleTrainer(
-                f"OptimCallback(optim={config.optim!r}) beside {type(module).__name__}, which has OptimMixin "
+                f"OptimCallback(optim={config.optim!r}) together with {type(module).__name__}, which has OptimMixin "
                 f"and names optim={module.optim_config.optim!r} itself. Use one of them: drop the callback, or pass "
                 "optim to the module."
             )

@@ -120,7 +120,7 @@ CONFIG_CASES = (
         rules._request._target_modules_are_projected,
         {"optim": "adamw_torch", "optim_target_modules": ["linear"]},
         (
-            "optim_target_modules=['linear'] beside optim='adamw_torch', which projects nothing",
+            "optim_target_modules=['linear'] together with optim='adamw_torch', which projects nothing",
             "Leave it out, or use optim='galore_adamw' or 'apollo_adamw'",
         ),
     ),
@@ -147,7 +147,7 @@ CONFIG_CASES = (
     Case(
         rules._request._overrides_are_known,
         {"optim": "galore_adamw", "override_on_resume": ["rank"]},
-        ("override_on_resume names 'rank'", "another value of which no state can be kept", "'weight_decay'"),
+        ("override_on_resume names 'rank'", "another value of which would not fit the saved state", "'weight_decay'"),
     ),
 )
 
@@ -263,7 +263,7 @@ FIT_CASES = (
             (
                 "optim='torch.optim.SGD' with fused=True",
                 f"the fused SGD of torch {torch.__version__}",
-                f"'model.embedding.weight' is of torch.{dtype}",
+                f"'model.embedding.weight' is torch.{dtype}",
                 "https://github.com/pytorch/pytorch/issues/191763",
                 "optim='sgd'",
             ),
@@ -286,7 +286,11 @@ FIT_CASES = (
         Run(
             rules._run._two_averages,
             {"optim": "schedule_free_adamw"},
-            (f"the callback {name} beside optim='schedule_free_adamw'", "Remove the callback", "optim='adamw_torch'"),
+            (
+                f"the callback {name} together with optim='schedule_free_adamw'",
+                "Remove the callback",
+                "optim='adamw_torch'",
+            ),
             trainer=lambda callback=callback: {"callbacks": callback()},
         )
         for name, callback in (
@@ -436,7 +440,7 @@ def test_states_that_are_not_paged_count_only_where_something_else_may_be_taken(
 def test_every_rule_has_a_case() -> None:
     covered = {case.rule for case in (*CONFIG_CASES, *FIT_CASES, *BUILD_CASES)}
     # For devices that are not here; for a resumed run (tests/trainer/test_finders.py).
-    apart = {rules._run._xla, rules._run._paging, rules._run._finder_beside_resume}
+    apart = {rules._run._xla, rules._run._paging, rules._run._finder_with_resume}
     assert covered | apart == {*rules.CONFIG_RULES, *rules.RUN_RULES}
 
 
@@ -538,5 +542,5 @@ def test_all_broken_rules_are_named_at_once() -> None:
 def test_warmup_without_a_schedule_is_refused_by_build_optimizer(name: str) -> None:
     with pytest.raises(IncompatibleTrainer) as caught:
         build_optimizer(TokenModel(), name, warmup_steps=5)
-    assert f"warmup_steps=5 beside optim='{name}'" in str(caught.value)
+    assert f"warmup_steps=5 together with optim='{name}'" in str(caught.value)
     assert "build_schedule(optimizer, 'constant_with_warmup', warmup_steps=5)" in str(caught.value)

@@ -530,7 +530,7 @@ def test_the_command_line_and_its_saved_config(
 
 
 def test_a_setting_that_nothing_reads_is_refused() -> None:
-    with pytest.raises(IncompatibleTrainer, match=r"\['attn'\] beside optim='adamw_torch', which projects nothing"):
+    with pytest.raises(IncompatibleTrainer, match=r"\['attn'\] together with optim='adamw_torch', which projects"):
         LitTokens(optim="adamw_torch", optim_target_modules=["attn"])
     with pytest.raises(InvalidOption, match=r"optim_target_modules=1 \(int\)"):
         OptimCallback(NAME, optim_target_modules=1)  # type: ignore[arg-type]

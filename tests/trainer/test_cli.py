@@ -210,27 +210,27 @@ MISTAKES: dict[str, tuple[str, list[str], list[str]]] = {
     "twice": (
         "mixin",
         ["--optim", "sgd", "--model.optim", "adagrad"],
-        ["--optim sgd beside --model.optim adagrad", "Write --optim, or leave --optim out"],
+        ["--optim sgd together with --model.optim adagrad", "Write --optim, or leave --optim out"],
     ),
     "half and half": (
         "mixin",
         ["--optim", "sgd", "--model.lr", "1e-2"],
-        ["--optim sgd beside --model.lr 0.01: the latter would be ignored", "Write --lr"],
+        ["--optim sgd together with --model.lr 0.01: the latter would be ignored", "Write --lr"],
     ),
     "half and half by name": (
         "any",
         ["--model", "tests.trainer.test_cli.OwnDefaults", "--model.lr", "0.5", "--optim", "sgd"],
-        ["--optim sgd beside --model.lr 0.5: the latter would be ignored", "Write --lr"],
+        ["--optim sgd together with --model.lr 0.5: the latter would be ignored", "Write --lr"],
     ),
     "optimizer": (
         "foreign",
         ["--optim", "sgd", "--optimizer", "torch.optim.Adam"],
-        ["--optim sgd beside --optimizer torch.optim.Adam", "Keep --optim NAME"],
+        ["--optim sgd together with --optimizer torch.optim.Adam", "Keep --optim NAME"],
     ),
     "scheduler": (
         "foreign",
         ["--optim", "sgd", "--torch_lr_scheduler", "StepLR", "--torch_lr_scheduler.step_size", "1"],
-        ["--optim sgd beside --torch_lr_scheduler", "--lr_scheduler NAME"],
+        ["--optim sgd together with --torch_lr_scheduler", "--lr_scheduler NAME"],
     ),
 }
 

@@ -118,12 +118,12 @@ def test_a_finder_that_only_suggests_changes_nothing(tmp_path: Path) -> None:
     assert [rate for rate, *_ in rates.seen[:2]] == pytest.approx([0.3, 0.285])
 
 
-def test_a_finder_beside_a_resume_is_refused(tmp_path: Path) -> None:
+def test_a_finder_with_a_resume_is_refused(tmp_path: Path) -> None:
     first = trainer(max_steps=2)
     first.fit(LitTokens(), loader())
     first.save_checkpoint(tmp_path / "two.ckpt")
     model = LitTokens()
-    with pytest.raises(IncompatibleTrainer, match=r"LearningRateFinder beside fit.*Remove the callback"):
+    with pytest.raises(IncompatibleTrainer, match=r"LearningRateFinder together with fit.*Remove the callback"):
         trainer(max_steps=4, callbacks=[finder()]).fit(model, loader(), ckpt_path=tmp_path / "two.ckpt")
     assert not model.losses
 

@@ -82,12 +82,12 @@ CASES = (
     ),
     Case(
         stepping._clipping_of_ones_own,
-        ("optim='sgd_layerwise' beside a configure_gradient_clipping", "Trainer(gradient_clip_val=...)"),
+        ("optim='sgd_layerwise' together with a configure_gradient_clipping", "Trainer(gradient_clip_val=...)"),
         OwnClipping,
     ),
     Case(
         stepping._clipping_of_ones_own,
-        ("strategy='layerwise' beside a configure_gradient_clipping", "a Trainer without strategy='layerwise'"),
+        ("strategy='layerwise' together with a configure_gradient_clipping", "a Trainer without strategy='layerwise'"),
         OwnClipping,
         lambda: {"strategy": "layerwise"},
         {"optim": "torch.optim.SGD", "lr": 0.1},

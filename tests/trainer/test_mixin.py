@@ -324,7 +324,8 @@ class TestCallback:
             assert type(run.optimizers[0]) is torch.optim.SGD
 
     def test_two_sources_are_refused(self) -> None:
-        with pytest.raises(IncompatibleTrainer, match=r"OptimCallback\(optim='sgd'\) beside LitTokens.*'adamw_torch'"):
+        text = r"OptimCallback\(optim='sgd'\) together with LitTokens.*'adamw_torch'"
+        with pytest.raises(IncompatibleTrainer, match=text):
             trainer(callbacks=[OptimCallback("sgd")], max_steps=1).fit(LitTokens(), loader())
         callbacks = [OptimCallback("sgd"), OptimCallback("sgd")]
         with pytest.raises(IncompatibleTrainer, match="two OptimCallbacks in one Trainer; keep one"):

@@ -183,7 +183,7 @@ def test_resume_is_exact_and_crosses_the_packages(optim: str, tmp_path: Path) ->
         (
             {"optim": "schedule_free_adamw"},
             lambda: pl.callbacks.WeightAveraging(),
-            "the callback WeightAveraging beside optim='schedule_free_adamw'",
+            "the callback WeightAveraging together with optim='schedule_free_adamw'",
         ),
     ],
 )

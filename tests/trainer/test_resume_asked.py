@@ -152,9 +152,9 @@ class TestOverrides:
     @pytest.mark.parametrize(
         ("optim", "name", "text"),
         [
-            ("adamw_torch", "learning_rate", "which is nothing that a checkpoint holds"),
+            ("adamw_torch", "learning_rate", "which a checkpoint does not hold"),
             ("adamw_8bit", "min_8bit_size", "which never comes from a checkpoint"),
-            ("galore_adamw", "rank", "under another value of which no state can be kept"),
+            ("galore_adamw", "rank", "another value of which would not fit the saved state"),
         ],
     )
     def test_of_anything_else_are_refused_at_once(self, optim: str, name: str, text: str) -> None:

@@ -1,9 +1,8 @@
 """What cannot work together: each rule says what was passed, why it fails and what to type instead.
 
-Four tables, one per file: :data:`CONFIG_RULES` need only the request and hold when it is written down,
-:data:`RUN_RULES` need the model and, where there is one, the Trainer, :data:`LAYERWISE_RULES` need what is stepped
-during backward and its Trainer, :data:`FUSED_RULES` need what a strategy has stepped by fused kernels. The latter three
-hold before the first batch.
+There is one table per file. :data:`CONFIG_RULES` need only the request and are checked when it is made. The others are
+checked before the first batch: :data:`RUN_RULES` need the model and, where there is one, the Trainer,
+:data:`LAYERWISE_RULES` an optimizer stepped during backward, :data:`FUSED_RULES` one stepped by fused kernels.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Rules for what torch's fused kernels are to step; they hold before the first batch."""
+"""Rules for what torch's fused kernels step; they are checked before the first batch."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ _CLASSES: Mapping[str, type[Optimizer]] = {"adamw": AdamW, "sgd": SGD, "adagrad"
 
 @dataclass(frozen=True)
 class Fusing:
-    """An optimizer that a strategy is to have stepped by a fused kernel.
+    """An optimizer that a strategy would step by a fused kernel.
 
     Attributes:
         strategy: The flag of the strategy.
         optimizer: The optimizer as it was built.
-        asked: The identifier by which it was built, or ``None`` for one of the module's own.
+        asked: The identifier it was built by, or ``None`` for the module's own.
         names: Names of the module's parameters.
-        scales_loss: Whether a GradScaler is at work.
-        sparse: Name of one of its parameters whose gradient is sparse, or empty.
+        scales_loss: Whether a GradScaler is used.
+        sparse: Name of a parameter whose gradient is sparse, or empty.
     """
 
     strategy: str
@@ -53,7 +53,7 @@ class Fusing:
 
     @property
     def parameters(self) -> Iterator[Tensor]:
-        """What it steps."""
+        """The parameters it steps."""
         return (parameter for group in self.optimizer.param_groups for parameter in group["params"])
 
     def name(self, parameter: Tensor) -> str:
@@ -132,10 +132,10 @@ def _sgd_on_cpu_is_not_half(fusing: Fusing) -> str | None:
 
 
 def half_sgd(name: str, parameter: Tensor) -> str:
-    """Returns what is wrong with torch's fused SGD for a half-typed parameter on a CPU."""
+    """Describes what is wrong with torch's fused SGD for a half-precision parameter on a CPU."""
     return (
-        f"the fused SGD of torch {torch.__version__} leaves half-typed parameters on a CPU as they are, but for a few "
-        f"elements, and {name} is of {parameter.dtype} (https://github.com/pytorch/pytorch/issues/191763)."
+        f"the fused SGD of torch {torch.__version__} leaves half-precision parameters on a CPU unchanged, except for a "
+        f"few elements, and {name} is {parameter.dtype} (https://github.com/pytorch/pytorch/issues/191763)."
     )
 
 

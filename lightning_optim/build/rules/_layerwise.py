@@ -14,15 +14,14 @@ class Stepping:
 
     Attributes:
         name: What the user typed to get it: ``"optim='adamw_torch_layerwise'"`` or ``"strategy='layerwise'"``.
-        strategy: The name by which the rules know the Trainer's strategy, or the path of a class that they do not
-            know.
-        automatic: Whether Lightning's automatic optimization is at work.
+        strategy: The rules' name for the Trainer's strategy, or the path of an unknown class.
+        automatic: Whether Lightning's automatic optimization is on.
         clips_norm: Whether ``gradient_clip_val`` is set and clips by norm.
-        norm_clipping: How to clip by norm, if that was given.
+        norm_clipping: How to clip by norm, if given.
         own_clipping: Whether the module overrides ``configure_gradient_clipping``.
         retains_graph: Whether ``LightningModule.backward`` can be called with ``retain_graph=True``.
-        overflow: What an overflow under loss scaling skips, if that was given.
-        scales: Whether a ``GradScaler`` is at work.
+        overflow: What an overflow under loss scaling skips, if given.
+        scales: Whether a ``GradScaler`` is used.
         sparse: Name of a parameter whose gradient is sparse, or empty.
     """
 
@@ -39,28 +38,28 @@ class Stepping:
 
     @property
     def plainly(self) -> str:
-        """What to type to have the optimizer stepped after backward."""
+        """What to type so that the optimizer is stepped after backward."""
         if not self.name.startswith("optim="):
             return f"a Trainer without {self.name}"
         base = self.name.replace("_layerwise'", "'")
         if base != self.name:
             return base
-        # What steps in backward under its own name is stepped after it by its class's path.
+        # A row that always steps in backward is stepped after it when named by its class's path.
         row = REGISTRY.find(self.name.removeprefix("optim=").strip("'"))
         return f"optim={row.implementation!r}"
 
     @property
     def otherwise(self) -> str:
-        """What to type in place of a strategy that averages gradients in hooks."""
+        """What to type instead of a strategy that averages gradients in hooks."""
         if self.strategy != "layerwise_ddp":
             return self.plainly
         plainly = f" and {self.plainly}" if self.name.startswith("optim=") else ""
         return f"Trainer(strategy='ddp'){plainly}"
 
 
-# The strategies that step every optimizer during backward, and which of them to use in place of others.
+# The strategies that step every optimizer during backward.
 STEPPING_STRATEGIES = frozenset({"layerwise", "layerwise_ddp", "layerwise_fsdp2"})
-# Those that leave gradients to the hooks of an optimizer that steps in them, and those that average them there.
+# Those that leave gradients to an optimizer's backward hooks, and those that average gradients in the hooks.
 _LEAVE_GRADIENTS = STEPPING_STRATEGIES | {"single_device", "single_xla_syncfree", "xla_syncfree"}
 _AVERAGE_IN_HOOKS = frozenset({"layerwise_ddp", "xla_syncfree"})
 _INSTEAD = {
@@ -91,8 +90,8 @@ def _clipping_of_ones_own(stepping: Stepping) -> str | None:
     if not stepping.own_clipping:
         return None
     return (
-        f"{stepping.name} beside a configure_gradient_clipping of the module's own: Lightning calls it after backward, "
-        f"when the gradients are stepped and gone. Remove it and set Trainer(gradient_clip_val=...), or use "
+        f"{stepping.name} together with a configure_gradient_clipping of the module's own: Lightning calls it after "
+        "backward, when the gradients are stepped and gone. Remove it and set Trainer(gradient_clip_val=...), or use "
         f"{stepping.plainly}."
     )
 
@@ -163,7 +162,7 @@ LAYERWISE_RULES: tuple[Callable[[Stepping], str | None], ...] = (
 
 
 def gradient_is_gone(stepping: Stepping, hook: str, parameter: str) -> str:
-    """Returns what to say of a hook that was seen to look for a gradient after its parameter was stepped."""
+    """Returns the warning about a hook that looked for a gradient after its parameter was stepped."""
     return (
         f"{hook} looks at the gradient of {parameter!r} and finds None: with {stepping.name} parameters are stepped "
         "during backward and their gradients freed. Log the norm of all with log_grad_norm=True (in optim_args or in "

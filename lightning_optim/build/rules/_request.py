@@ -1,4 +1,4 @@
-"""Rules that need only the request and hold when it is written down."""
+"""Rules that need only the request; they are checked when it is made."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from lightning_optim.table import OptimizerSpec, Options, describe
 
 @dataclass(frozen=True)
 class Request:
-    """An identifier's row, what the user asked of it, and the options among that with defaults filled in."""
+    """An identifier's row, the user's arguments, and the options among them with defaults filled in."""
 
     spec: OptimizerSpec
     config: Arguments
@@ -31,8 +31,8 @@ def _no_schedule_for_averages(request: Request) -> str | None:
     if not request.spec.averages_weights or name in (None, "constant"):
         return None
     return (
-        f"lr_scheduler={name!r} beside optim={request.name!r}, which averages its iterates instead of following a "
-        "schedule. Leave lr_scheduler out"
+        f"lr_scheduler={name!r} together with optim={request.name!r}, which averages its iterates instead of following "
+        "a schedule. Leave lr_scheduler out"
         + ("; warmup_steps is handed to the optimizer itself." if request.spec.warmup == "optimizer" else ".")
     )
 
@@ -43,7 +43,8 @@ def _warmup_has_an_effect(request: Request) -> str | None:
         return None
     if spec.warmup == "none":
         return (
-            f"warmup_steps={config.warmup_steps} beside optim={request.name!r}, which needs no warm-up. Leave it out."
+            f"warmup_steps={config.warmup_steps} together with optim={request.name!r}, which needs no warm-up. Leave "
+            "it out."
         )
     if spec.warmup == "schedule" and config.lr_scheduler is None:
         return (
@@ -60,8 +61,8 @@ def _overrides_are_known(request: Request) -> str | None:
         return None
     options = {info.name: info.scope for info in describe(request.spec.options)}
     reason = {
-        None: "which is nothing that a checkpoint holds",
-        "group": "under another value of which no state can be kept",
+        None: "which a checkpoint does not hold",
+        "group": "another value of which would not fit the saved state",
     }.get(options.get(unknown[0]), "which never comes from a checkpoint")
     return (
         f"override_on_resume names {unknown[0]!r}, {reason}. Of optim={request.name!r} these can win over a "
@@ -76,7 +77,7 @@ def _plateau_and_constant_do_not_warm_up(request: Request) -> str | None:
     if get_schedule(config.lr_scheduler).warms_up:
         return None
     return (
-        f"warmup_steps={config.warmup_steps} beside lr_scheduler={config.lr_scheduler!r}, which has no warm-up. "
+        f"warmup_steps={config.warmup_steps} together with lr_scheduler={config.lr_scheduler!r}, which has no warm-up. "
         "Use lr_scheduler='constant_with_warmup'."
     )
 
@@ -100,7 +101,7 @@ def _lr_is_known(request: Request) -> str | None:
 
 
 def _or_kin(request: Request) -> str:
-    """Returns what to use in place of a class by its path that makes its learning rate itself."""
+    """Returns what to use instead of a class by dotted path that computes its learning rate itself."""
     if not (request.spec.kin and getattr(request.options, "relative_step", False)):
         return ""
     without = " and optim_args={'relative_step': False}" if request.config.lr is None else ""
@@ -112,14 +113,15 @@ def _or_kin(request: Request) -> str:
 def _weight_decay_exists(request: Request) -> str | None:
     if request.config.weight_decay and not request.spec.decays:
         return (
-            f"weight_decay={request.config.weight_decay} beside optim={request.name!r}, which has none. Leave it out."
+            f"weight_decay={request.config.weight_decay} together with optim={request.name!r}, which has none. Leave "
+            "it out."
         )
     return None
 
 
 def _averages_need_a_learning_rate(request: Request) -> str | None:
     if request.spec.averages_weights and request.config.lr == 0:
-        return f"lr=0 beside optim={request.name!r}: the average is weighted by the learning rate. Use lr > 0."
+        return f"lr=0 together with optim={request.name!r}: the average is weighted by the learning rate. Use lr > 0."
     return None
 
 
@@ -128,8 +130,8 @@ def _target_modules_are_projected(request: Request) -> str | None:
     if modules is None or request.spec.projects:
         return None
     return (
-        f"optim_target_modules={modules!r} beside optim={request.name!r}, which projects nothing, would be ignored. "
-        "Leave it out, or use optim='galore_adamw' or 'apollo_adamw'."
+        f"optim_target_modules={modules!r} together with optim={request.name!r}, which projects nothing, would be "
+        "ignored. Leave it out, or use optim='galore_adamw' or 'apollo_adamw'."
     )
 
 
@@ -141,8 +143,9 @@ def _relative_step_makes_the_learning_rate(request: Request) -> str | None:
     if where is None or not getattr(request.options, "relative_step", False):
         return None
     return (
-        f"{where}={given[where]} beside optim={request.name!r} with relative_step=True, which computes the learning "
-        f"rate itself. {'Set' if request.spec.kin else 'Leave lr out, or set'} relative_step=False{_or_kin(request)}."
+        f"{where}={given[where]} together with optim={request.name!r} and relative_step=True, which computes the "
+        f"learning rate itself. {'Set' if request.spec.kin else 'Leave lr out, or set'} "
+        f"relative_step=False{_or_kin(request)}."
     )
 
 

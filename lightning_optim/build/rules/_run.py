@@ -1,4 +1,4 @@
-"""Rules that need the model and, where there is one, the Trainer; they hold before the first batch."""
+"""Rules that need the model and, where there is one, the Trainer; they are checked before the first batch."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ from lightning_optim.table import OptimizerSpec
 
 @dataclass(frozen=True)
 class TrainerFacts:
-    """What the rules need to know of a Trainer.
+    """What the rules need to know about a Trainer.
 
     Attributes:
-        forgetful: Name of the class of a finder that would make Lightning forget the checkpoint it resumes, or empty.
-        averaging: Name of the class of a callback that exchanges the weights for an average of its own, or empty.
+        forgetful: Class name of a finder that would make Lightning forget the checkpoint it resumes, or empty.
+        averaging: Class name of a callback that replaces the weights by its own average, or empty.
     """
 
     forgetful: str = ""
@@ -55,7 +55,7 @@ class Run:
 
     @property
     def devices(self) -> set[str]:
-        """The types of device that the parameters are on."""
+        """The device types that the parameters are on."""
         return device_types(self.parameters)
 
     @property
@@ -77,7 +77,7 @@ def _device(run: Run) -> str | None:
 
 def _paging(run: Run) -> str | None:
     if not run.request.config.optim_fallback or run.spec.paged_on is None or run.devices <= run.spec.paged_on:
-        # Without a fallback they train unpaged where they cannot be paged, and say so.
+        # Without a fallback they train unpaged where they cannot be paged, with a warning.
         return None
     return f"optim={run.name!r} pages its states on {', '.join(sorted(run.spec.paged_on))} only."
 
@@ -109,7 +109,7 @@ def _compiler(run: Run) -> str | None:
 
 
 def cpp_compiler() -> str:
-    """Returns the command that torch.compile takes for C++ on a CPU."""
+    """Returns the C++ compiler command that torch.compile uses on a CPU."""
     return os.environ.get("CXX") or ("clang++" if sys.platform == "darwin" else "g++")
 
 
@@ -130,7 +130,7 @@ def _sparse_gradients(run: Run) -> str | None:
     decayed = [group for group in run.groups if group.get("weight_decay")]
     if any(sparse_p.parameter is p for sparse_p in sparse for group in decayed for p in group["params"]):
         return (
-            f"weight_decay beside the sparse gradients of {name!r}: torch cannot decay them. Add "
+            f"weight_decay together with the sparse gradients of {name!r}: torch cannot decay them. Add "
             f"param_groups={{{name!r}: {{'weight_decay': 0.0}}}}, or create the embedding with sparse=False."
         )
     return None
@@ -204,19 +204,19 @@ def _two_averages(run: Run) -> str | None:
     if not (run.spec.averages_weights and rival):
         return None
     return (
-        f"the callback {rival} beside optim={run.name!r}: both exchange the weights around validation and "
+        f"the callback {rival} together with optim={run.name!r}: both exchange the weights around validation and "
         "saving. Remove the callback (schedule-free weights are averages already), or use optim='adamw_torch'."
     )
 
 
-def _finder_beside_resume(run: Run) -> str | None:
+def _finder_with_resume(run: Run) -> str | None:
     finder = run.trainer.forgetful if run.trainer else ""
     if not finder:
         return None
     return (
-        f"the callback {finder} beside fit(ckpt_path=...): when it has run, Lightning has forgotten the checkpoint, "
-        "and optimizer, schedule and progress would start anew. Remove the callback for the resumed run: the "
-        "checkpoint holds the learning rate; the batch size is an argument of the module or datamodule."
+        f"the callback {finder} together with fit(ckpt_path=...): when it has run, Lightning has forgotten the "
+        "checkpoint, and optimizer, schedule and progress would start anew. Remove the callback for the resumed run: "
+        "the checkpoint holds the learning rate; the batch size is an argument of the module or datamodule."
     )
 
 
@@ -234,5 +234,5 @@ RUN_RULES: tuple[Callable[[Run], str | None], ...] = (
     _fused_sgd_on_cpu_is_not_half,
     _fused_parameters_are_packed,
     _two_averages,
-    _finder_beside_resume,
+    _finder_with_resume,
 )

@@ -24,12 +24,12 @@ class PJRTAccelerator(XLAAccelerator):
 
     Lightning's own ``accelerator="tpu"`` counts TPUs, and is not available where there is none. This one takes what
     ``PJRT_DEVICE`` says, such as ``TPU``, ``CPU`` or the name of a plugin. It needs one of the strategies
-    ``single_xla_syncfree`` and ``xla_syncfree``. Lightning's ``SingleDeviceXLAStrategy(device)`` and, on several
-    devices, ``xla`` take it, too. Another strategy, or none beside ``accelerator="pjrt"``, is an error when the Trainer
-    is made, a ``ValueError`` if it is Lightning's.
+    ``single_xla_syncfree`` and ``xla_syncfree``, or Lightning's ``SingleDeviceXLAStrategy(device)`` or, on several
+    devices, ``xla``. Any other strategy, or none, is an error when the Trainer is made, a ``ValueError`` if it is
+    Lightning's.
 
-    Where torch_xla was imported before lightning_optim, and ``PJRT_DEVICE`` is ``CPU``, nobody can tell who has set
-    it: that is a warning.
+    If torch_xla was imported before lightning_optim and ``PJRT_DEVICE`` is ``CPU``, it cannot be known who set it:
+    that is a warning.
 
     Raises:
         MissingDependency: If torch_xla is not installed, or not for this torch.

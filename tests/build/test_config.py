@@ -188,7 +188,7 @@ def test_a_missing_package_is_an_error_only_when_the_optimizer_is_built() -> Non
         ({"lr": -1}, "lr=-1 is out of range"),
         ({"lr_scheduler": "nope"}, "no lr_scheduler 'nope'"),
         ({"warmup_steps": -1}, "warmup_steps=-1"),
-        ({"param_groups": 3}, "param_groups=3 is no mapping"),
+        ({"param_groups": 3}, "param_groups=3 is not a mapping"),
         ({"optim_target_modules": 3}, "optim_target_modules=3"),
     ],
 )

@@ -1,7 +1,7 @@
-"""The algorithms that we own, pure torch, one per file; ``adapters/`` mends classes of other packages.
+"""Our own algorithms, pure torch, one per file; ``adapters/`` fixes classes of other packages.
 
-Public: the classes below may be used with any training loop. A change here must leave old state dicts loadable, or
-raise the class's ``version`` and say so in its docstring.
+Public: the classes below work with any training loop. A change here must keep old state dicts loadable, or increment
+the class's ``version`` and document it in its docstring.
 """
 
 from __future__ import annotations
@@ -37,7 +37,6 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    # It needs bitsandbytes, an optional package.
     if name == "GaLoreAdamW8bit":
         try:
             from lightning_optim.optimizers.adapters._galore import GaLoreAdamW8bit

@@ -6,7 +6,6 @@ Adafactor: Adaptive Learning Rates with Sublinear Memory Cost, https://arxiv.org
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -18,62 +17,29 @@ from lightning_optim.optimizers._factored import factored_update, moment_shapes,
 from lightning_optim.optimizers._stacks import batches, stack, stacked, unstack
 
 
-def adafactor_update(
-    gradients: Tensor,
-    moments: Mapping[str, Tensor],
-    *,
-    step: int,
-    rate: float | Tensor,
-    eps: float,
-    clip_threshold: float,
-    decay_rate: float,
-    beta1: float | None,
-) -> Tensor:
-    """Returns what Adafactor subtracts from parameters of one shape.
-
-    Args:
-        gradients: A stack of gradients, ``[B, *shape]``, float32 or float64.
-        moments: Stacks of the second moment (see :func:`~lightning_optim.optimizers._factored.factored_update`) and,
-            unless ``beta1`` is ``None``, ``"exp_avg"`` of the gradients' shape; changed in place.
-        step: Number of this step; the first is 1.
-        rate: Learning rate; a number, or ``[B, 1, ...]`` with as many dimensions as the gradients.
-        eps: Added to squared gradients.
-        clip_threshold: Largest root mean square of an update before the learning rate.
-        decay_rate: The second moment keeps ``1 - step**decay_rate`` of its old value.
-        beta1: Decay rate of the average of updates, which include the learning rate; ``None`` for no average.
-
-    Returns:
-        ``[B, *shape]``; with ``beta1`` it is ``moments["exp_avg"]`` itself.
-    """
-    update = factored_update(
-        gradients, moments, step=step, eps=eps, clip_threshold=clip_threshold, decay_rate=decay_rate, scale=rate
-    )
-    return update if beta1 is None else moments["exp_avg"].lerp_(update, 1 - beta1)
-
-
 def default_lr(relative_step: bool) -> float:
-    """Returns the learning rate where none is given; with ``relative_step`` it is a factor."""
+    """Returns the default learning rate; with ``relative_step`` it is a factor."""
     return 1.0 if relative_step else 1e-3
 
 
 class Adafactor(OwnOptimizer):
     """Adafactor: a second moment of ``m + n`` instead of ``m * n`` numbers per matrix, no first moment by default.
 
-    The second moment of a parameter with two dimensions or more is factored over the last two, and float32 for
+    The second moment of a parameter with two or more dimensions is factored over the last two, and is float32 for
     parameters of two bytes per element.
 
     Args:
         params: Parameters or param groups.
-        lr: Learning rate; with ``relative_step`` a factor of the rate that the step number gives. ``None`` means 1e-3,
+        lr: Learning rate; with ``relative_step`` a factor on the rate that the step number gives. ``None`` means 1e-3,
             with ``relative_step`` 1.
-        eps: What is added to squared gradients; the least root mean square that ``scale_parameter`` multiplies by.
+        eps: Added to squared gradients; lower bound of the root mean square that ``scale_parameter`` multiplies by.
         clip_threshold: Largest root mean square of an update before the learning rate.
         decay_rate: The second moment keeps ``1 - step**decay_rate`` of its old value.
-        beta1: Decay rate of an average of updates, stored at the parameter's size; ``None`` for none.
+        beta1: Decay rate of an average of updates, stored at the parameter's size; ``None`` for no average.
         weight_decay: Decoupled weight decay.
         scale_parameter: Whether the learning rate is multiplied by the root mean square of the parameter.
         relative_step: Whether the learning rate is multiplied by ``min(1e-2, 1 / sqrt(step))``.
-        warmup_init: Whether that minimum is with ``1e-6 * step`` instead of 1e-2.
+        warmup_init: Whether ``1e-6 * step`` replaces the 1e-2 in that minimum.
 
     Raises:
         InvalidOption: If a group has ``warmup_init`` without ``relative_step``.
@@ -104,7 +70,7 @@ class Adafactor(OwnOptimizer):
         return self._initial_moments(parameter, tuple(parameter.shape), group)
 
     def _initial_moments(self, parameter: Tensor, shape: tuple[int, ...], group: dict[str, Any]) -> dict[str, Any]:
-        """Returns zeros for what is kept of gradients of ``shape``."""
+        """Returns zeros for the moments of gradients of ``shape``."""
         dtype, device = compute_dtype(parameter), parameter.device
         return {name: torch.zeros(size, dtype=dtype, device=device) for name, size in _kept(shape, group).items()}
 
@@ -123,9 +89,9 @@ class Adafactor(OwnOptimizer):
                 write_back(batch, values.unbind())
 
     def _rate(self, parameters: Tensor | None, step: int, group: dict[str, Any]) -> float | Tensor:
-        """Returns the learning rate of each of a stack of parameters ``[B, *shape]``, or one for all.
+        """Returns the learning rate for each of a stack of parameters ``[B, *shape]``, or one for all.
 
-        The parameters are needed with ``scale_parameter`` alone.
+        Only ``scale_parameter`` needs the parameters.
         """
         lr = float(group["lr"])
         if group["relative_step"]:
@@ -143,26 +109,27 @@ class Adafactor(OwnOptimizer):
         group: dict[str, Any],
         stack_dims: int = 0,
     ) -> Tensor:
-        """Returns what to subtract for a stack of gradients, and updates what the state keeps of them.
+        """Returns what to subtract for a stack of gradients ``[B, *shape]`` and advances the moments.
 
-        The first ``stack_dims`` dimensions of what a state keeps are part of the stack.
+        The first ``stack_dims`` dimensions of the moments in a state are part of the stack. ``rate`` is a number, or
+        ``[B, 1, ...]`` with as many dimensions as the gradients; an average of updates includes it.
         """
-        states = [self.state[parameter] for parameter in parameters]
+        states, beta1 = [self.state[parameter] for parameter in parameters], group["beta1"]
         with stacked(states, _kept(tuple(gradients.shape[1:]), group), stack_dims) as moments:
-            return adafactor_update(
+            update = factored_update(
                 gradients,
                 moments,
                 step=step,
-                rate=rate,
                 eps=group["eps"][0],
                 clip_threshold=group["clip_threshold"],
                 decay_rate=group["decay_rate"],
-                beta1=group["beta1"],
+                scale=rate,
             )
+            return update if beta1 is None else moments["exp_avg"].lerp_(update, 1 - beta1)
 
 
 def _kept(shape: tuple[int, ...], group: dict[str, Any]) -> dict[str, tuple[int, ...]]:
-    """Returns the shapes by name of what is kept of gradients of ``shape``."""
+    """Returns the shapes of the moments of gradients of ``shape``, by name."""
     first = {} if group["beta1"] is None else {"exp_avg": shape}
     return {**moment_shapes(shape), **first}
 

@@ -1,4 +1,4 @@
-"""AdaLomo, an Adafactor made to be stepped during backward."""
+"""AdaLomo, an Adafactor for optimizer-in-backward."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ class AdaLomo(Adafactor):
 
     AdaLomo: Low-memory Optimization with Adaptive Learning Rate, https://arxiv.org/abs/2310.10195.
 
-    It has no hooks of its own: the layerwise engine steps it during backward, which is the paper's point.
+    It registers no hooks: the layerwise engine steps it during backward, which is the paper's point.
 
     Args:
         params: Parameters or param groups.
         lr: Learning rate, multiplied by the root mean square of each parameter.
-        eps: What is added to squared gradients; the least root mean square that the rate is multiplied by.
+        eps: Added to squared gradients; lower bound of the root mean square that the rate is multiplied by.
         clip_threshold: Largest root mean square of an update before the learning rate.
         decay_rate: The second moment keeps ``1 - step**decay_rate`` of its old value.
         weight_decay: Decoupled weight decay.

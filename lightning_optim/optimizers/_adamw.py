@@ -1,6 +1,6 @@
-"""The AdamW update: GaLore and APOLLO take it in their subspaces and where they do not project, GrokAdamW everywhere.
+"""The AdamW update, shared by GaLore and APOLLO (inside and outside of their subspaces) and GrokAdamW.
 
-Decoupled Weight Decay Regularization, https://arxiv.org/abs/1711.05101, as ``torch.optim.AdamW`` has it.
+Decoupled Weight Decay Regularization, https://arxiv.org/abs/1711.05101, as in ``torch.optim.AdamW``.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch import Tensor
 from lightning_optim._compat import kernels
 from lightning_optim.errors import InvalidOption
 
-# Where torch has the kernel that reads and writes everything once.
+# Devices with torch's fused kernel, which reads and writes everything once.
 _FUSED = frozenset({"cpu", "cuda", "mps", "xpu"})
 
 
@@ -30,21 +30,13 @@ def adamw_update(
     eps: float,
     weight_decay: float,
 ) -> None:
-    """Takes one AdamW step in place, with torch's semantics: decoupled decay, epsilon beside the corrected denominator.
+    """Takes one AdamW step in place, as torch does: decoupled decay, epsilon added to the bias-corrected denominator.
 
-    Args:
-        parameters: What to step; contiguous tensors of one dtype and device, as all other lists are.
-        gradients: Their gradients.
-        exp_avgs: First moments, changed in place.
-        exp_avg_sqs: Second moments, changed in place.
-        step: Number of this step; the first is 1.
-        lr: Learning rate.
-        betas: Decay rates of the moments.
-        eps: Added to the denominator.
-        weight_decay: Decoupled weight decay.
+    All tensors are contiguous and share one dtype and device; parameters and moments change in place. The first
+    ``step`` is 1.
 
     Raises:
-        InvalidOption: If a moment is not of its parameter's shape; torch's kernel would write beyond it.
+        InvalidOption: If a moment does not have its parameter's shape; torch's kernel would write out of bounds.
     """
     if not parameters:
         return
@@ -82,7 +74,7 @@ def adamw_update(
 
 
 def check_moment(gradient: Tensor, moment: Tensor) -> None:
-    """Raises :class:`InvalidOption` for a moment that cannot be of this gradient."""
+    """Raises :class:`InvalidOption` if a moment does not have its gradient's shape."""
     if gradient.shape != moment.shape:
         raise InvalidOption(
             f"the optimizer keeps moments of shape {tuple(moment.shape)} for gradients of shape "

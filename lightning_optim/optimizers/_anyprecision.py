@@ -1,4 +1,4 @@
-"""AnyPrecisionAdamW: AdamW whose states have chosen dtypes, with Kahan summation for low-precision parameters.
+"""AnyPrecisionAdamW: AdamW with configurable state dtypes and Kahan summation for low-precision parameters.
 
 The algorithm of torchdistx (https://github.com/pytorch/torchdistx); Kahan summation of bfloat16 weights: Revisiting
 BFloat16 Training, https://arxiv.org/abs/2010.06192.
@@ -16,21 +16,21 @@ from lightning_optim._compat import kernels
 from lightning_optim.errors import InvalidOption, listing
 from lightning_optim.optimizers._base import OwnOptimizer, hyperparameters
 
-#: The dtypes that states may have, by name.
+#: The dtypes that a state may have.
 StateDtype = Literal["float32", "bfloat16", "float16", "float64"]
 
 _DTYPES = ("momentum_dtype", "variance_dtype", "compensation_buffer_dtype")
 
 
 class AnyPrecisionAdamW(OwnOptimizer):
-    """AdamW that updates parameters in their own dtype and keeps each state in a dtype of choice.
+    """AdamW that updates parameters in their own dtype and keeps each state in a dtype of your choice.
 
-    Every operation in place rounds to the dtype of what it changes. In bfloat16 that loses updates smaller than half a
-    unit in the last place of a weight; with Kahan summation the part that was lost is kept in a compensation buffer and
-    added at a later step. Weight decay is not compensated.
+    Every in-place operation rounds to the dtype of its target. In bfloat16 this loses updates smaller than half a unit
+    in the last place of a weight; Kahan summation keeps what was lost in a compensation buffer and adds it in a later
+    step. Weight decay is not compensated.
 
     Dtypes are given as ``"bfloat16"``, ``"torch.bfloat16"`` or ``torch.bfloat16`` and may differ between param groups,
-    which hold them as plain strings.
+    which store them as plain strings.
 
     Args:
         params: Parameters or param groups, real and dense.
@@ -38,13 +38,13 @@ class AnyPrecisionAdamW(OwnOptimizer):
         betas: Decay rates of the first and second moment.
         eps: Added to the denominator, in the dtype of the second moment.
         weight_decay: Decoupled weight decay.
-        use_kahan_summation: Whether to keep what rounding takes from the parameters' updates.
+        use_kahan_summation: Whether to compensate the rounding of parameter updates.
         momentum_dtype: Dtype of the first moment.
         variance_dtype: Dtype of the second moment; torchdistx's own default is bfloat16, Hugging Face's float32.
-        compensation_buffer_dtype: Dtype of what rounding took.
+        compensation_buffer_dtype: Dtype of the compensation buffer.
 
     Raises:
-        InvalidOption: If a dtype is none of float32, bfloat16, float16 and float64.
+        InvalidOption: If a dtype is not one of float32, bfloat16, float16 and float64.
         InvalidParamGroups: If a parameter is complex or its gradient sparse.
     """
 
@@ -78,8 +78,7 @@ class AnyPrecisionAdamW(OwnOptimizer):
         return {name: torch.zeros_like(parameter, dtype=getattr(torch, dtype)) for name, dtype in state.items()}
 
     def _loaded_dtype(self, tensor: Tensor, parameter: Tensor) -> torch.dtype:
-        # The one that was chosen for it.
-        return tensor.dtype
+        return tensor.dtype  # as configured
 
     def _update(self, parameters: list[Tensor], step: int, group: dict[str, Any]) -> None:
         states = [self.state[parameter] for parameter in parameters]
@@ -110,25 +109,14 @@ def anyprecision_update(
     eps: float,
     weight_decay: float,
 ) -> None:
-    """Takes one AnyPrecisionAdamW step in place; every list has one dtype of its own.
+    """Takes one AnyPrecisionAdamW step in place; each list has its own dtype, and the first ``step`` is 1.
 
-    Args:
-        parameters: What to step.
-        gradients: Their gradients.
-        exp_avgs: First moments, changed in place.
-        exp_avg_sqs: Second moments, changed in place.
-        compensations: What rounding has taken from the parameters so far, changed in place; ``None`` for no Kahan
-            summation.
-        step: Number of this step; the first is 1.
-        lr: Learning rate.
-        betas: Decay rates of the moments.
-        eps: Added to the denominator.
-        weight_decay: Decoupled weight decay.
+    ``compensations`` hold what rounding has taken from the parameters so far; ``None`` means no Kahan summation.
     """
     beta1, beta2 = betas
     if weight_decay:
         _scale_(parameters, 1 - lr * weight_decay)
-    # Products and sums round one after the other: a lerp would round once, and give other bits in bfloat16.
+    # Separate products and sums, as in torchdistx: a lerp rounds once and gives different bits in bfloat16.
     _scale_(exp_avgs, beta1)
     kernels.foreach_add_(exp_avgs, gradients, alpha=1 - beta1)
     _scale_(exp_avg_sqs, beta2)
@@ -149,29 +137,28 @@ def anyprecision_update(
 
 
 def check_epsilon(eps: float, variance_dtype: str) -> None:
-    """Raises :class:`InvalidOption` for an epsilon that the second moment's dtype rounds to 0: zeros divide by it."""
+    """Raises :class:`InvalidOption` for an epsilon that the second moment's dtype rounds to 0: zero by zero is NaN."""
     float16 = torch.finfo(torch.float16)
     smallest = float16.smallest_normal * float16.eps
     if variance_dtype == "float16" and eps < smallest:
         raise InvalidOption(
-            f"eps={eps:g} rounds to 0 beside variance_dtype='float16', so that parameters become NaN; set "
+            f"eps={eps:g} rounds to 0 with variance_dtype='float16', and parameters would become NaN; set "
             f"eps={smallest:.0e} or larger, or variance_dtype='bfloat16'"
         )
 
 
 def _scale_(tensors: list[Tensor], factor: float) -> None:
-    # On a CPU, _foreach_mul_ rounds a Python number to the tensors' dtype first, where 0.999 may be 1.
+    # On CPU, _foreach_mul_ rounds a Python number to the tensors' dtype first, where 0.999 may become 1.
     dtype, device = torch.promote_types(tensors[0].dtype, torch.float32), tensors[0].device
     kernels.foreach_mul_(tensors, torch.full((), factor, dtype=dtype, device=device))
 
 
 def _with_dtype_names(group: dict[str, Any]) -> dict[str, Any]:
-    """Returns the group with its dtypes as plain strings."""
     return {name: _dtype_name(name, value) if name in _DTYPES else value for name, value in group.items()}
 
 
 def _dtype_name(option: str, value: Any) -> str:
     name = str(value).removeprefix("torch.")
     if name not in get_args(StateDtype):
-        raise InvalidOption(f"{option}={value!r} is no dtype of a state; allowed: {listing(get_args(StateDtype))}")
+        raise InvalidOption(f"{option}={value!r} is not a state dtype; allowed: {listing(get_args(StateDtype))}")
     return name

@@ -1,4 +1,4 @@
-"""APOLLO: gradients scaled per channel, or as a whole, by what AdamW makes of their random projection.
+"""APOLLO: scales gradients, per channel or as a whole, as AdamW scales their random projection.
 
 APOLLO: SGD-like Memory, AdamW-level Performance, https://arxiv.org/abs/2412.05270.
 """
@@ -17,7 +17,7 @@ from lightning_optim.optimizers._low_rank import LowRankAdamW, StateDtype, as_ma
 from lightning_optim.optimizers._projection import base_shapes, gaussian, project
 from lightning_optim.optimizers._stacks import stacked, unstack
 
-# Elements whose squares stay in the cache; fewer would begin and end all threads more often.
+# Elements whose squares fit into the cache; smaller blocks would start and join the threads more often.
 _BLOCK = 2**22
 
 
@@ -25,14 +25,14 @@ class ApolloAdamW(LowRankAdamW):
     """Steps along the gradient, each channel as far as AdamW would step in a random subspace of ``rank`` directions.
 
     A projected matrix ``[m, n]``, ``m <= n``, keeps ``2 * rank * n`` moments: those of ``R = P @ G``, where ``P`` is
-    Gaussian ``N(0, 1 / rank)`` and drawn anew every ``update_proj_gap`` steps. With AdamW's ``R~`` of ``R`` the update
-    is ``G`` with its columns scaled by ``‖R~[:, j]‖ / ‖R[:, j]‖``, or all of it by ``‖R~‖ / ‖R‖``. The state holds the
-    seed of ``P``, not ``P``. Other parameters are stepped as by ``torch.optim.AdamW``.
+    Gaussian ``N(0, 1 / rank)`` and redrawn every ``update_proj_gap`` steps. With ``R~``, AdamW's update for ``R``, the
+    step is ``G`` with its columns scaled by ``‖R~[:, j]‖ / ‖R[:, j]‖``, or all of it by ``‖R~‖ / ‖R‖``. The state holds
+    the seed of ``P``, not ``P``. Other parameters are stepped as by ``torch.optim.AdamW``.
 
     APOLLO-Mini is ``rank=1, scale=128.0, scale_type="tensor"``.
 
-    Where the gradient of a channel is zero, or nothing of it is seen in the subspace, the channel stays as it is. The
-    growth of the update is measured against the last update that was not zero.
+    A channel whose gradient is zero, or projects to zero, is not changed. The growth of an update is measured against
+    the last nonzero update.
 
     Args:
         params: Parameters or param groups; all arguments below may differ between groups.
@@ -42,27 +42,26 @@ class ApolloAdamW(LowRankAdamW):
         weight_decay: Decoupled weight decay.
         rank: Directions of the subspace; ``None``: the group is not projected.
         update_proj_gap: Steps between two subspaces.
-        scale: The update of projected parameters is multiplied by its square root, as in apollo-torch.
+        scale: Updates of projected parameters are multiplied by its square root, as in apollo-torch.
         proj_type: Side to project, see :func:`~lightning_optim.optimizers._projection.sides`; not ``"full"``.
         proj: ``"random"``, or ``"svd"``: the leading singular vectors of the gradient, which are stored.
         scale_type: ``"channel"`` or ``"tensor"``.
-        norm_growth_limit: The norm of an update is at most this many times the norm of the one before; ``None``: no
-            limit.
-        seed: Of the first random projection; the ones after it take the numbers that follow.
-        state_dtype: Dtype of moments and bases, as of :class:`~lightning_optim.optimizers.GaLoreAdamW`.
-        stack_dims: How many leading dimensions of the group's parameters count matrices: 1 for experts ``[E, m, n]``.
-            Each matrix is scaled and its growth limited by itself.
+        norm_growth_limit: Upper bound of an update's norm relative to the previous one's; ``None``: no limit.
+        seed: Seed of the first random projection; later ones use the numbers that follow.
+        state_dtype: Dtype of moments and bases, see :class:`~lightning_optim.optimizers.GaLoreAdamW`.
+        stack_dims: How many leading dimensions of the group's parameters index matrices: 1 for experts ``[E, m, n]``.
+            Each matrix is scaled, and its growth limited, separately.
 
     Raises:
-        InvalidOption: If ``rank`` or ``update_proj_gap`` is no whole number of at least 1, or ``proj``, ``proj_type``,
-            ``scale_type`` or ``state_dtype`` is none of the above, or float16 parameters are given
+        InvalidOption: If ``rank`` or ``update_proj_gap`` is not a whole number of at least 1; if ``proj``,
+            ``proj_type``, ``scale_type`` or ``state_dtype`` is not one of the above; for float16 parameters with
             ``state_dtype="parameter"``.
         InvalidParamGroups: If a parameter is complex or sharded, or a gradient is sparse.
     """
 
     choices: ClassVar = {
         "proj": ("random", "svd"),
-        # Not "full": a channel is what is left of a row or a column, so one side stays as it is.
+        # Not "full": a channel is a row or a column, so one side must not be projected.
         "proj_type": ("std", "reverse_std", "right", "left"),
         "scale_type": ("channel", "tensor"),
         "state_dtype": get_args(StateDtype),
@@ -102,7 +101,7 @@ class ApolloAdamW(LowRankAdamW):
         gradient = as_stack(found, stack_dims)
         update = self._adamw_of(parameters, low, step, group)
         scaled = (1, 2) if group["scale_type"] == "tensor" else (1,) if right is None else (2,)
-        # A zero divided by zero, or a moment that outlasts its gradient.
+        # Zero divided by zero, or a moment that outlasts its gradient.
         scaling = (_norms(update, scaled) / _norms(low, scaled)).nan_to_num_(0.0, 0.0)
         if group["norm_growth_limit"] is not None:
             norm = torch.linalg.vector_norm(_norms(gradient, scaled) * scaling, dim=(1, 2)).unsqueeze(1)
@@ -119,7 +118,7 @@ class ApolloAdamW(LowRankAdamW):
         write_back(parameters, weights)
 
     def _limited(self, parameters: Sequence[Tensor], norm: Tensor, growth: float) -> Tensor:
-        """Returns factors ``[matrices, 1]`` that limit the growth of the updates, and notes the norms that remain."""
+        """Returns factors ``[matrices, 1]`` that limit the updates' growth, and stores the limited norms."""
         states = [self.state[parameter] for parameter in parameters]
         for state in states:
             if "update_norm" not in state:
@@ -127,7 +126,7 @@ class ApolloAdamW(LowRankAdamW):
         with stacked(states, ("update_norm",)) as noted:
             last = noted["update_norm"].view(norm.shape)
             limited = torch.minimum(norm, growth * last)
-            # No update could follow one of norm zero.
+            # After a stored norm of zero, every later update would be zero.
             last.copy_(torch.where(limited > 0, limited, last))
         return (limited / norm).nan_to_num_(0.0)
 
@@ -142,29 +141,29 @@ class ApolloAdamW(LowRankAdamW):
                 state["seed"] = state["seed"] + 1 if "seed" in state else group["seed"]
         ((name, (side, rank)),) = base_shapes(gradients[0].shape, group["rank"], group["proj_type"]).items()
         seeds = [state["seed"] for state in states]
-        # One for all, unless the gap was changed while some parameters had no gradient.
+        # A single seed, unless the gap was changed while some parameters had no gradient.
         found = {seed: self._projection(seed, side, rank, gradients[0]) for seed in set(seeds)}
         bases = [found[seed] for seed in seeds for _ in range(len(gradients) // len(parameters))]
         return (bases, None) if name == "left" else (None, bases)
 
     def _projection(self, seed: int, side: int, rank: int, like: Tensor) -> Tensor:
-        """Returns the transposed random projection ``[side, rank]`` of a seed; draws none that was used last."""
+        """Returns the transposed random projection ``[side, rank]`` of a seed; the last one is cached."""
         kind = side, rank, like.dtype, like.device
         if kind not in self._projections or self._projections[kind][0] != seed:
             self._projections[kind] = seed, gaussian(seed, side, rank, like).div_(math.sqrt(rank))
         return self._projections[kind][1]
 
     def _forget_projections(self) -> None:
-        # Made anew from the seeds in the state; torch leaves attributes such as this out of copies and pickles.
+        # Redrawn from the seeds in the state; torch leaves such attributes out of copies and pickles.
         self._projections: dict[tuple[int, int, torch.dtype, torch.device], tuple[int, Tensor]] = {}
 
 
 def _norms(matrices: Tensor, dims: tuple[int, ...]) -> Tensor:
-    """Returns the 2-norms of ``[batch, rows, columns]`` over ``dims``, which are kept with size 1."""
+    """Returns the 2-norms of ``[batch, rows, columns]`` over ``dims``, kept with size 1."""
     if dims != (1,) or matrices.device.type != "cpu":
         norms: Tensor = torch.linalg.vector_norm(matrices, dim=dims, keepdim=True)
         return norms
-    # On CPU 20 times faster than torch's norm down the columns, and without squares of the matrix's size.
+    # On CPU, 20 times faster than torch's norm over the rows, without a temporary of the matrix's size.
     blocks = torch.split(matrices, max(1, _BLOCK // matrices.shape[-1]), dim=1)
     squares = [(block * block).sum(1, keepdim=True) for block in blocks]
     return torch.stack(squares).sum(0).sqrt_()

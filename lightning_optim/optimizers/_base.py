@@ -1,4 +1,4 @@
-"""What the optimizers we own have in common: the walk over the groups, precision, refusals and the state dict."""
+"""What our own optimizers share: the loop over the groups, precision, refusals and the state dict."""
 
 from __future__ import annotations
 
@@ -21,40 +21,40 @@ from lightning_optim.stepping import (
     uncompiled,
 )
 
-# Elements of the parameters that are updated together.
+# How many elements are updated together at most.
 _TEMPORARY = 2**24
 
 
 class OwnOptimizer(StepsUncompiled):
-    """Base of the optimizers we own.
+    """Base of our own optimizers.
 
-    A subclass gives the state that a parameter starts with (:meth:`_initial_state`) and updates parameters of one kind
-    together (:meth:`_update`): same number of steps, device and dtype. So every scalar of an update is one
-    Python number, and the arithmetic is done by operations over lists or stacks of tensors.
+    A subclass provides a parameter's initial state (:meth:`_initial_state`) and updates all parameters with the same
+    step count, device and dtype together (:meth:`_update`). Every scalar of an update is therefore one Python number,
+    and the arithmetic runs over lists or stacks of tensors.
 
-    The arithmetic is float32 for parameters of two bytes per element and in the parameter's dtype for others, and so
-    are the states unless the algorithm says otherwise. So they are when a state dict is loaded, whatever the dtype of
-    the parameters it was saved for; ``torch.optim.Optimizer`` casts states to the parameter's.
+    Arithmetic and, unless the algorithm says otherwise, states are float32 for parameters of two bytes per element and
+    in the parameter's dtype for others. That also holds for a loaded state dict, whatever the dtype of the parameters
+    it was saved for; ``torch.optim.Optimizer`` casts states to the parameter's dtype.
 
-    A parameter's state is in ``self.state`` alone and nothing depends on which other parameters are stepped with it:
-    the layerwise engine steps buckets with the same results.
+    All state is in ``self.state``, and no parameter's update depends on which others are stepped with it: the layerwise
+    engine steps buckets with the same results.
 
     Args:
         params: Parameters or param groups, real and dense.
         defaults: The groups' hyperparameters.
 
     Raises:
-        InvalidParamGroups: If a parameter is complex, or sharded (a DTensor) and the algorithm cannot tell its shards.
+        InvalidParamGroups: If a parameter is complex, or sharded (a DTensor) and the algorithm needs whole matrices.
         InvalidOption: If a state dict of another format is loaded.
     """
 
-    #: Number of the state's format; raised when what a state dict holds changes its meaning.
+    #: Version of the state's format; incremented when the meaning of a state dict changes.
     version: ClassVar[int] = 1
-    #: Whether the update is right on a shard of a parameter.
+    #: Whether the update is correct on a shard of a parameter.
     sharded: ClassVar[bool] = False
 
     def __init__(self, params: Any, defaults: dict[str, Any]) -> None:
-        # The state dict that is being loaded.
+        # The state dict being loaded.
         self._taken: dict[str, Any] | None = None
         super().__init__(params, {**defaults, FORMAT: self.format()})
 
@@ -63,15 +63,15 @@ class OwnOptimizer(StepsUncompiled):
         raise NotImplementedError
 
     def _update(self, parameters: list[Tensor], step: int, group: dict[str, Any]) -> None:
-        """Takes step number ``step`` (the first is 1) with parameters of one kind, in place."""
+        """Takes step number ``step`` (the first is 1) in place, with parameters of the same device and dtype."""
         raise NotImplementedError
 
     def _steppable(self, parameters: list[Tensor]) -> list[Tensor]:
-        """Returns the parameters to step, of one group and with gradients."""
+        """Returns which of these parameters of one group, all with gradients, to step."""
         return parameters
 
     def _check_group(self, group: dict[str, Any]) -> None:
-        """Raises what the class says about a group that cannot be stepped as its values ask."""
+        """Refuses a group with values out of range or parameters that cannot be stepped."""
         for name in ("lr", "eps", "weight_decay", "betas"):
             value = group.get(name, 0.0)
             numbers = value if isinstance(value, (tuple, list)) else (value,)
@@ -90,30 +90,28 @@ class OwnOptimizer(StepsUncompiled):
     @torch.no_grad()
     def _step(self) -> None:
         for group in self.param_groups:
-            alive = [parameter for parameter in group["params"] if parameter.grad is not None and parameter.numel()]
-            self._refuse_sparse(alive)
+            live = [parameter for parameter in group["params"] if parameter.grad is not None and parameter.numel()]
+            self._refuse_sparse(live)
             kinds: dict[tuple[int, Any, Any, Any], list[Tensor]] = {}
-            for parameter in self._steppable(alive) if alive else ():
-                # By type: a DTensor and a plain tensor do not go into one operation.
+            for parameter in self._steppable(live) if live else ():
+                # By type: a DTensor and a plain tensor cannot share an operation.
                 kind = self._begin(parameter, group), parameter.device, parameter.dtype, type(parameter)
                 kinds.setdefault(kind, []).append(parameter)
             for (step, device, *_), parameters in kinds.items():
-                # Stepped inside training_step (manual optimization), there may be an autocast around.
+                # In training_step (manual optimization), autocast may be active.
                 with _without_autocast(device.type):
                     for part in _parts(parameters):
                         self._update(part, step, group)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Loads as torch does, but state tensors are of the dtype to compute in, not of the parameter's.
-
-        As torch has it, hyperparameters come from the state dict.
+        """Loads as torch does, hyperparameters included, but keeps states in the compute dtype, not the parameter's.
 
         Raises:
             InvalidOption: If another optimizer, or a newer version of this one, wrote ``state_dict``, or if its groups
                 held other parameters (where the groups name them in ``"members"``).
         """
         marks = [{key: group[key] for key in MARKS if key in group} for group in self.param_groups]
-        # After the hooks of others, which may translate a state dict.
+        # Runs after hooks registered by others, which may translate a state dict.
         handle = self.register_load_state_dict_pre_hook(OwnOptimizer._take_tensors)
         try:
             super().load_state_dict(state_dict)
@@ -125,17 +123,17 @@ class OwnOptimizer(StepsUncompiled):
 
     @staticmethod
     def _take_tensors(optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
-        """Checks a state dict and hands it on without its tensors, which torch would cast."""
+        """Checks a state dict and returns it without its tensors, which torch would cast."""
         assert isinstance(optimizer, OwnOptimizer)
         refuse_foreign(optimizer.param_groups, state_dict["param_groups"], type(optimizer).__name__, marked_only=True)
         optimizer._taken = state_dict
         plain = {
-            identity: {name: value for name, value in state_dict["state"][identity].items() if not _is_tensor(value)}
+            identity: {k: value for k, value in state_dict["state"][identity].items() if not isinstance(value, Tensor)}
             for group in state_dict["param_groups"]
             for identity in group["params"]
             if identity in state_dict["state"]
         }
-        # What belongs to no parameter torch takes as it is.
+        # torch takes entries that belong to no parameter unchanged.
         return {**state_dict, "state": {**state_dict["state"], **plain}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -143,23 +141,23 @@ class OwnOptimizer(StepsUncompiled):
         taken = vars(self).setdefault("_taken", None)
         if taken is None:
             return
-        # load_state_dict is under way: hooks that follow see the whole state.
+        # Inside load_state_dict, before its post hooks: they see the whole state.
         ids = [identity for group in taken["param_groups"] for identity in group["params"]]
         parameters = [parameter for group in self.param_groups for parameter in group["params"]]
         for identity, parameter in zip(ids, parameters, strict=True):
-            tensors = {name: value for name, value in taken["state"].get(identity, {}).items() if _is_tensor(value)}
+            tensors = {k: value for k, value in taken["state"].get(identity, {}).items() if isinstance(value, Tensor)}
             if "step" in tensors:
                 self.state[parameter]["step"] = int(tensors.pop("step"))
             if tensors:
                 self.state[parameter].update(self._loaded(tensors, parameter))
 
     def _loaded(self, tensors: Mapping[str, Tensor], parameter: Tensor) -> dict[str, Tensor]:
-        """Returns copies for ``parameter`` of a state's tensors, saved perhaps for one of another dtype or device."""
+        """Returns copies of a state's tensors, which may have another dtype or device, for ``parameter``."""
         dtypes = {name: self._loaded_dtype(tensor, parameter) for name, tensor in tensors.items()}
         return {name: tensors[name].detach().to(parameter.device, dtypes[name], copy=True) for name in tensors}
 
     def _loaded_dtype(self, tensor: Tensor, parameter: Tensor) -> torch.dtype:
-        """Returns the dtype that a tensor of a state takes with a parameter: that to compute in, if it was of one."""
+        """Returns the dtype for a loaded state tensor: the compute dtype if it was saved in one, else its own."""
         wide = compute_dtype(parameter)
         computes = tensor.dtype in (torch.float32, torch.float64) or (
             tensor.is_floating_point() and wide is torch.float64
@@ -167,7 +165,7 @@ class OwnOptimizer(StepsUncompiled):
         return wide if computes else tensor.dtype
 
     def _begin(self, parameter: Tensor, group: dict[str, Any]) -> int:
-        """Counts a step of a parameter, the first one from its initial state."""
+        """Counts a step of a parameter and returns its number; initializes the state before the first."""
         state = self.state[parameter]
         if "step" not in state:
             state.update({"step": 0, **self._initial_state(parameter, group), **state})
@@ -198,17 +196,13 @@ class OwnOptimizer(StepsUncompiled):
 
     @classmethod
     def format(cls) -> str:
-        """Returns the format of its state, as its groups carry it."""
+        """Returns the name of its state's format, as stored in the groups."""
         return f"{cls.__name__}/{cls.version}"
 
 
 def hyperparameters(arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the arguments of a constructor, its ``locals()``, as defaults of the groups under the same names."""
+    """Returns the ``locals()`` of a constructor as defaults of the groups."""
     return {name: value for name, value in arguments.items() if name not in ("self", "params", "__class__")}
-
-
-def _is_tensor(value: Any) -> bool:
-    return isinstance(value, Tensor)
 
 
 def compute_dtype(parameter: Tensor) -> torch.dtype:
@@ -217,29 +211,29 @@ def compute_dtype(parameter: Tensor) -> torch.dtype:
 
 
 def to_compute_dtype(tensors: Iterable[Tensor]) -> list[Tensor]:
-    """Returns the tensors in their compute dtype and contiguous: themselves where they are so, else copies."""
+    """Returns the tensors contiguous and in their compute dtype; copies only where needed."""
     return [_converted(tensor, compute_dtype(tensor)) for tensor in tensors]
 
 
 def write_back(parameters: Sequence[Tensor], values: Sequence[Tensor]) -> None:
-    """Rounds ``values``, made of ``parameters`` by :func:`to_compute_dtype`, back into them where they are copies."""
+    """Rounds the results of :func:`to_compute_dtype` back into ``parameters`` where they are copies."""
     for parameter, value in zip(parameters, values, strict=True):
         if parameter.dtype is not value.dtype or not parameter.is_contiguous():
             parameter.copy_(value)
 
 
 def gradients(parameters: Iterable[Tensor]) -> list[Tensor]:
-    """Returns the gradients in their parameters' compute dtype, contiguous."""
+    """Returns the gradients, contiguous and in their parameters' compute dtype."""
     return [_converted(p.grad, compute_dtype(p)) for p in parameters if p.grad is not None]
 
 
 def _converted(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    # Asked first: operations that do nothing take most of the time of a step over many small tensors.
+    # Checked first: no-op calls would dominate a step over many small tensors.
     return tensor if tensor.dtype is dtype and tensor.is_contiguous() else tensor.detach().to(dtype).contiguous()
 
 
 def _parts(parameters: list[Tensor]) -> Iterator[list[Tensor]]:
-    """Divides parameters so that temporary copies of a part stay small, unless a single one is large."""
+    """Splits parameters into parts whose temporary copies stay small, unless a single parameter is large."""
     part: list[Tensor] = []
     elements = 0
     for parameter in parameters:

@@ -1,4 +1,4 @@
-"""Adafactor's second moment, kept as the means of its rows and columns.
+"""Adafactor's second moment, stored as the means of its rows and columns.
 
 Adafactor: Adaptive Learning Rates with Sublinear Memory Cost, https://arxiv.org/abs/1804.04235.
 """
@@ -12,33 +12,25 @@ from typing import Any
 import torch
 from torch import Tensor
 
-_ROW, _COLUMN, _FULL = "exp_avg_sq_row", "exp_avg_sq_col", "exp_avg_sq"
+#: Names of its tensors.
+TENSORS = _ROW, _COLUMN, _FULL = "exp_avg_sq_row", "exp_avg_sq_col", "exp_avg_sq"
 
 
 def moment_shapes(shape: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
     """Returns the shapes of the second moment's tensors by name, for a parameter of this shape.
 
-    With two dimensions or more it is factored over the last two: ``exp_avg_sq_row`` lacks the last dimension,
-    ``exp_avg_sq_col`` the last but one. Else it is ``exp_avg_sq`` of the parameter's shape.
+    With two or more dimensions it is factored over the last two: ``exp_avg_sq_row`` lacks the last dimension,
+    ``exp_avg_sq_col`` the second to last. Otherwise it is ``exp_avg_sq`` of the parameter's shape.
     """
     if len(shape) < 2:
         return {_FULL: shape}
     return {_ROW: shape[:-1], _COLUMN: shape[:-2] + shape[-1:]}
 
 
-def row_elements(shape: tuple[int, ...], options: Any = None) -> int:
-    """Returns the number of elements of ``exp_avg_sq_row``, 0 if there is none; fits ``Buffer.elements``."""
-    return _elements(_ROW, shape)
-
-
-def column_elements(shape: tuple[int, ...], options: Any = None) -> int:
-    """Returns the number of elements of ``exp_avg_sq_col``, 0 if there is none; fits ``Buffer.elements``."""
-    return _elements(_COLUMN, shape)
-
-
-def full_elements(shape: tuple[int, ...], options: Any = None) -> int:
-    """Returns the number of elements of ``exp_avg_sq``, 0 if there is none; fits ``Buffer.elements``."""
-    return _elements(_FULL, shape)
+def elements(name: str, shape: tuple[int, ...], options: Any = None) -> int:
+    """Returns the number of elements of the tensor ``name``, 0 if a parameter of this shape does not have it."""
+    # Empty parameters are never stepped and have no state, even where the mean of their rows would have elements.
+    return math.prod(moment_shapes(shape).get(name, (0,))) if math.prod(shape) else 0
 
 
 def factored_update(
@@ -55,13 +47,13 @@ def factored_update(
 
     Args:
         gradients: A stack of gradients, ``[B, *shape]``, float32 or float64.
-        moments: Stacks of the second moment's tensors by name, ``[B, *moment_shape]`` with the names and shapes of
+        moments: Stacks of the second moment's tensors, ``[B, *moment_shape]`` with the names and shapes of
             :func:`moment_shapes`; changed in place.
-        step: Number of this step; the first is 1, and what ``moments`` then hold does not matter.
+        step: Number of this step; the first is 1 and ignores the content of ``moments``.
         eps: Added to the squared gradients.
         clip_threshold: Largest root mean square of an update before it is scaled.
         decay_rate: The moment keeps ``1 - step**decay_rate`` of its old value.
-        scale: What the updates are multiplied by; a number, or as :func:`rms` returns them.
+        scale: Factor on the updates; a number, or a tensor of the shape that :func:`rms` returns.
 
     Returns:
         The updates, a new tensor of the gradients' shape and dtype.
@@ -81,17 +73,8 @@ def factored_update(
 
 
 def rms(stack: Tensor) -> Tensor:
-    """Returns the root mean square of each ``stack[i]``, of shape ``[B, 1, ...]`` with as many dimensions as the stack.
-
-    Args:
-        stack: A stack ``[B, *shape]`` of tensors that are not empty.
-    """
+    """Returns the root mean squares of a nonempty stack ``[B, *shape]``: ``[B, 1, ...]`` with as many dimensions."""
     rows = stack if stack.ndim > 1 else stack.unsqueeze(-1)
-    # In two stages: a single sum over a large matrix loses digits (6e-4 of the norm at 4096 x 4096 in float32).
+    # In two stages: a single sum over a large matrix loses precision (6e-4 of the norm at 4096 x 4096 in float32).
     norms: Tensor = torch.linalg.vector_norm(torch.linalg.vector_norm(rows, dim=-1).reshape(len(stack), -1), dim=1)
     return (norms / math.sqrt(stack[0].numel())).view(-1, *(1,) * (stack.ndim - 1))
-
-
-def _elements(name: str, shape: tuple[int, ...]) -> int:
-    # What is empty is never stepped and has no state, even where the mean of its rows would have elements.
-    return math.prod(moment_shapes(shape).get(name, (0,))) if math.prod(shape) else 0

@@ -1,4 +1,4 @@
-"""GaLore with AdamW: moments are kept in the subspace of the gradient's leading singular vectors.
+"""GaLore with AdamW: moments live in the subspace of the gradient's leading singular vectors.
 
 GaLore: Memory-Efficient LLM Training by Gradient Low-Rank Projection, https://arxiv.org/abs/2403.03507.
 """
@@ -17,32 +17,32 @@ from lightning_optim.optimizers._projection import ProjectionMethod, ProjectionT
 
 
 class GaLoreAdamW(LowRankAdamW):
-    """AdamW whose moments live in a subspace of ``rank`` directions, found anew every ``update_proj_gap`` steps.
+    """AdamW whose moments live in a subspace of ``rank`` directions, recomputed every ``update_proj_gap`` steps.
 
     A projected matrix ``[m, n]``, ``m <= n``, keeps ``2 * rank * n`` moments and a basis of ``m * rank`` elements.
-    AdamW is torch's: decoupled decay of the weights, bias-corrected epsilon. The moments stay as they are when the
-    projection changes, as in the paper.
+    AdamW is torch's: decoupled weight decay, epsilon added to the bias-corrected denominator. As in the paper, a change
+    of the projection leaves the moments as they are.
 
     Args:
         params: Parameters or param groups; all arguments below may differ between groups.
         lr: Learning rate.
         betas: Decay rates of the first and second moment.
-        eps: Added to the denominator; ``None`` means 1e-8, and with ``match_galore_torch`` galore-torch's 1e-6.
+        eps: Added to the denominator; ``None`` means 1e-8, or galore-torch's 1e-6 with ``match_galore_torch``.
         weight_decay: Decoupled weight decay.
         rank: Directions of the subspace; ``None``: the group is not projected.
         update_proj_gap: Steps between two searches for the subspace.
         scale: Factor on the learning rate of projected parameters.
         proj_type: Side to project, see :func:`~lightning_optim.optimizers._projection.sides`; ``"full"`` is both.
         projection: ``"randomized"`` or ``"svd"``, see :func:`~lightning_optim.optimizers._projection.find_bases`.
-        match_galore_torch: Do as galore-torch 1.0, for comparisons: the epsilon is not bias-corrected, and the decay
-            comes after the update.
+        match_galore_torch: Match galore-torch 1.0, for comparisons: epsilon without bias correction, and weight decay
+            after the update.
         state_dtype: Dtype of moments and bases: ``"float32"`` (float64 for float64 parameters), or ``"parameter"``, the
-            parameter's own; the arithmetic is float32 in both.
-        stack_dims: How many leading dimensions of the group's parameters count matrices: 1 for experts ``[E, m, n]``.
+            parameter's own; arithmetic is float32 in both cases.
+        stack_dims: How many leading dimensions of the group's parameters index matrices: 1 for experts ``[E, m, n]``.
 
     Raises:
-        InvalidOption: If ``rank`` or ``update_proj_gap`` is no whole number of at least 1, or float16 parameters are
-            given ``state_dtype="parameter"``.
+        InvalidOption: If ``rank`` or ``update_proj_gap`` is not a whole number of at least 1; for float16 parameters
+            with ``state_dtype="parameter"``.
         InvalidParamGroups: If a parameter is complex or sharded, or a gradient is sparse.
     """
 
@@ -90,12 +90,12 @@ class GaLoreAdamW(LowRankAdamW):
 
 
 def default_eps(match_galore_torch: bool) -> float:
-    """Returns the epsilon where none is given: torch's, or galore-torch's."""
+    """Returns the default epsilon, torch's or galore-torch's."""
     return 1e-6 if match_galore_torch else 1e-8
 
 
 def _as_upstream(group: dict[str, Any], step: int) -> dict[str, Any]:
-    """Returns the group with the epsilon that amounts, beside the corrected denominator, to ``eps`` before it."""
+    """Returns the group with the epsilon that, after bias correction, equals ``eps`` before it."""
     return {**group, "eps": group["eps"] / math.sqrt(1 - group["betas"][1] ** step)}
 
 
@@ -111,14 +111,8 @@ def add_to_weights(
 ) -> None:
     """Computes ``beta * matrix + alpha * left @ update @ rightᵀ`` for the matrices of parameters, in place.
 
-    Args:
-        parameters: Weights of one shape.
-        update: ``[batch, ...]``, one for each matrix, in the subspace, in the compute dtype.
-        left: Left bases or ``None``.
-        right: Right bases or ``None``.
-        beta: Factor on the weights; a tensor ``[batch, 1, 1]`` has one for each.
-        alpha: Factor on the update.
-        stack_dims: Leading dimensions of the parameters that count matrices.
+    ``update`` is ``[batch, ...]``, one per matrix, in the subspace and the compute dtype; a tensor ``beta`` is
+    ``[batch, 1, 1]``. The parameters share one shape.
     """
     if left is not None and right is not None:
         update, left = products(left, update.unbind()), None
@@ -126,7 +120,7 @@ def add_to_weights(
     one: Sequence[Tensor] = update.unbind() if left is None else left
     other: Sequence[Tensor] = update.unbind() if right is None else [basis.mT for basis in right]
     weights = to_compute_dtype(parameters)
-    # In one pass over the weights, if all have the same factor.
+    # One pass over the weights if all have the same factor.
     for index, (weight, first, second) in enumerate(zip(as_matrices(weights, stack_dims), one, other, strict=True)):
         if isinstance(beta, Tensor):
             weight.mul_(beta[index])

@@ -1,4 +1,4 @@
-"""GaLore with Adafactor: its factored second moment is kept in the subspace.
+"""GaLore with Adafactor, whose factored second moment lives in the subspace.
 
 GaLore: Memory-Efficient LLM Training by Gradient Low-Rank Projection, https://arxiv.org/abs/2403.03507.
 """
@@ -17,15 +17,15 @@ from lightning_optim.optimizers._projection import ProjectionMethod, ProjectionT
 
 
 class GaLoreAdafactor(LowRankOptimizer, Adafactor):
-    """Adafactor whose moments live in a subspace of ``rank`` directions, found anew every ``update_proj_gap`` steps.
+    """Adafactor whose moments live in a subspace of ``rank`` directions, recomputed every ``update_proj_gap`` steps.
 
     A projected matrix ``[m, n]``, ``m <= n``, keeps a basis of ``m * rank`` elements, means of ``rank`` rows and ``n``
     columns and, with ``beta1``, a first moment of ``rank * n``.
 
     Args:
         params: Parameters or param groups; all arguments below may differ between groups.
-        lr: As of :class:`~lightning_optim.optimizers.Adafactor`, like the arguments up to ``warmup_init``.
-        eps: As in :class:`Adafactor`; the least root mean square is that of the weights, not of their projection.
+        lr: As in :class:`~lightning_optim.optimizers.Adafactor`.
+        eps: As in :class:`Adafactor`; the lower bound applies to the weights, not to their projection.
         clip_threshold: As in :class:`Adafactor`, but of the update in the subspace.
         decay_rate: As in :class:`Adafactor`.
         beta1: As in :class:`Adafactor`.
@@ -39,11 +39,11 @@ class GaLoreAdafactor(LowRankOptimizer, Adafactor):
         proj_type: Side to project, see :func:`~lightning_optim.optimizers._projection.sides`; ``"full"`` is both.
         projection: ``"randomized"`` or ``"svd"``, see :func:`~lightning_optim.optimizers._projection.find_bases`.
         state_dtype: Dtype of bases and first moments, see :class:`~lightning_optim.optimizers.GaLoreAdamW`; the
-            factored second moment, small as it is, stays float32: in bfloat16 it would soon stop moving.
-        stack_dims: As in :class:`Adafactor`; the update is clipped matrix by matrix.
+            factored second moment, which is small, stays float32: in bfloat16 it would soon stop changing.
+        stack_dims: As in :class:`~lightning_optim.optimizers.GaLoreAdamW`; updates are clipped matrix by matrix.
 
     Raises:
-        InvalidOption: If ``rank`` or ``update_proj_gap`` is no whole number of at least 1, or a group has
+        InvalidOption: If ``rank`` or ``update_proj_gap`` is not a whole number of at least 1, or a group has
             ``warmup_init`` without ``relative_step``.
         InvalidParamGroups: If a parameter is complex or sharded, or a gradient is sparse.
     """

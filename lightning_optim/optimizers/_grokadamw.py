@@ -1,4 +1,4 @@
-"""GrokAdamW: AdamW on gradients whose slow component is amplified, less so while the model overfits.
+"""GrokAdamW: AdamW on gradients with an amplified slow component, amplified less while the model overfits.
 
 The algorithm of the package grokadamw (https://github.com/cognitivecomputations/grokadamw) after Grokfast: Accelerated
 Grokking by Amplifying Slow Gradients, https://arxiv.org/abs/2405.20233.
@@ -25,20 +25,19 @@ from lightning_optim.optimizers._base import (
 
 
 class GrokAdamW(OwnOptimizer):
-    """AdamW that amplifies the slow component of the gradient, an exponential average of it.
+    """AdamW that amplifies the slow component of the gradient, an exponential moving average.
 
-    How much of the past the average keeps falls with the grokking signal, the relative excess of the evaluation loss
-    over the training loss. Both losses are values of the param groups, ``"train_loss"`` and ``"eval_loss"``, floats or
-    ``None`` where unknown (then the signal is 0); :class:`~lightning_optim.GrokkingSignal` writes
-    them. So they are in checkpoints.
+    The average's decay rate falls with the grokking signal, the relative excess of the evaluation loss over the
+    training loss. Both losses are entries of the param groups, ``"train_loss"`` and ``"eval_loss"``, floats or ``None``
+    if unknown (the signal is then 0). :class:`~lightning_optim.GrokkingSignal` writes them, and checkpoints hold them.
 
-    The first decay rate falls along a group: its i-th parameter, counted whether or not it has a gradient, has
-    ``betas[0] * (1 - gamma) ** i``. The order within the groups is thus part of the hyperparameters.
+    The first decay rate falls along a group: its i-th parameter, counted whether or not it has a gradient, uses
+    ``betas[0] * (1 - gamma) ** i``. The order within a group is thus a hyperparameter.
 
     It differs from the package on purpose: bias correction uses each parameter's own decay rate; a parameter's position
-    does not depend on which others have a gradient; epsilon stands beside the corrected denominator, as in
-    ``torch.optim.AdamW``; the arithmetic and the states of bfloat16 and float16 parameters are float32; states stay on
-    the parameter's device; gradients are not clipped here, nor changed.
+    does not depend on which others have a gradient; epsilon is added to the bias-corrected denominator, as in
+    ``torch.optim.AdamW``; arithmetic and states of bfloat16 and float16 parameters are float32; states stay on the
+    parameter's device; gradients are neither clipped nor changed.
 
     Args:
         params: Parameters or param groups, real and dense.
@@ -46,9 +45,9 @@ class GrokAdamW(OwnOptimizer):
         betas: Decay rates of the first moment (of the first parameter of a group) and of the second.
         eps: Added to the denominator.
         weight_decay: Decoupled weight decay.
-        alpha_init: Decay rate of the gradient's average where the signal is 0.
-        lamb: How many times the average is added to the gradient.
-        gamma: By which fraction the first decay rate falls from one parameter of a group to the next.
+        alpha_init: Decay rate of the gradient's average when the signal is 0.
+        lamb: Factor on the average when it is added to the gradient.
+        gamma: Fraction by which the first decay rate falls from one parameter of a group to the next.
         grokking_signal_decay_rate: How fast the average's decay rate falls with the signal.
 
     Raises:
@@ -73,7 +72,7 @@ class GrokAdamW(OwnOptimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        # torch pickles and copies nothing but defaults, groups and state.
+        # torch pickles and copies only defaults, groups and state.
         self._number()
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -81,7 +80,7 @@ class GrokAdamW(OwnOptimizer):
         self._number()
 
     def _number(self) -> None:
-        # An attribute, because the layerwise engine's inner optimizers share it: their groups hold a bucket only.
+        # An attribute: the layerwise engine's inner optimizers share it, while their groups hold one bucket only.
         self._positions = {p: index for group in self.param_groups for index, p in enumerate(group["params"])}
 
     def _initial_state(self, parameter: Tensor, group: dict[str, Any]) -> dict[str, Any]:
@@ -115,14 +114,9 @@ class GrokAdamW(OwnOptimizer):
 
 
 def grokking_signal(train_loss: float | None, eval_loss: float | None) -> float:
-    """Returns by which part the larger loss exceeds the training loss.
+    """Returns the excess of the evaluation loss over the training loss, as a fraction of the evaluation loss.
 
-    Args:
-        train_loss: Loss on training data.
-        eval_loss: Loss on other data.
-
-    Returns:
-        0 if the evaluation loss is not larger, the larger one is not positive, or one is unknown or not finite.
+    It is 0 if the evaluation loss is not the larger one or not positive, or if one is unknown or not finite.
     """
     if train_loss is None or eval_loss is None or not (math.isfinite(train_loss) and math.isfinite(eval_loss)):
         return 0.0
@@ -145,26 +139,14 @@ def grokadamw_update(
     alpha: float,
     lamb: float,
 ) -> None:
-    """Takes one GrokAdamW step in place, with torch's AdamW semantics: decoupled decay, epsilon beside the root.
+    """Takes one GrokAdamW step in place, with the semantics of :func:`adamw_update`.
 
-    Args:
-        parameters: What to step; tensors of one dtype and device, as all other lists are.
-        gradients: Their gradients.
-        exp_avgs: First moments, changed in place.
-        exp_avg_sqs: Second moments, changed in place.
-        grok_emas: Averages of the gradients, changed in place.
-        step: Number of this step; the first is 1.
-        lr: Learning rate.
-        beta1s: Decay rate of the first moment, per parameter.
-        beta2: Decay rate of the second moment.
-        eps: Added to the denominator.
-        weight_decay: Decoupled weight decay.
-        alpha: Decay rate of the gradients' averages.
-        lamb: How many times the average is added to the gradient.
+    ``beta1s`` are the first moments' decay rates, one per parameter; ``alpha`` is that of the gradients' averages
+    ``grok_emas``, which are added to the gradients ``lamb`` times.
     """
     kernels.foreach_lerp_(grok_emas, gradients, 1 - alpha)
     amplified = kernels.foreach_add(gradients, grok_emas, alpha=lamb)
-    # One by one, because decay rates differ: a kernel that reads and writes everything once gains more than lists do.
+    # One by one, because decay rates differ: the fused kernel gains more than lists of tensors would.
     for tensors in zip(beta1s, parameters, amplified, exp_avgs, exp_avg_sqs, strict=True):
         beta1, lists = tensors[0], [[tensor] for tensor in tensors[1:]]
         adamw_update(*lists, step=step, lr=lr, betas=(beta1, beta2), eps=eps, weight_decay=weight_decay)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
@@ -11,26 +10,12 @@ from lightning_optim._compat import kernels
 from lightning_optim.optimizers._base import OwnOptimizer, gradients, hyperparameters, to_compute_dtype, write_back
 
 
-def lomo_update(parameters: Sequence[Tensor], gradients: Sequence[Tensor], *, lr: float, weight_decay: float) -> None:
-    """Takes one step of gradient descent in place.
-
-    Args:
-        parameters: What to step; tensors of one dtype and device, float32 or float64.
-        gradients: Their gradients, of the same shapes, dtype and device.
-        lr: Learning rate.
-        weight_decay: Decoupled weight decay.
-    """
-    if weight_decay:
-        kernels.foreach_mul_(list(parameters), 1 - lr * weight_decay)
-    kernels.foreach_add_(list(parameters), list(gradients), alpha=-lr)
-
-
 class LOMO(OwnOptimizer):
-    """LOMO: stochastic gradient descent without state, made to be stepped during backward.
+    """LOMO: stochastic gradient descent without state, for optimizer-in-backward.
 
     Full Parameter Fine-tuning for Large Language Models with Limited Resources, https://arxiv.org/abs/2306.09782.
 
-    It has no hooks of its own: the layerwise engine steps it during backward, which is the paper's point.
+    It registers no hooks: the layerwise engine steps it during backward, which is the paper's point.
     Parameters of two bytes per element are stepped in float32 and rounded once.
 
     Args:
@@ -48,6 +33,8 @@ class LOMO(OwnOptimizer):
         return {}
 
     def _update(self, parameters: list[Tensor], step: int, group: dict[str, Any]) -> None:
-        values = to_compute_dtype(parameters)
-        lomo_update(values, gradients(parameters), lr=float(group["lr"]), weight_decay=group["weight_decay"])
+        lr, values = float(group["lr"]), to_compute_dtype(parameters)
+        if group["weight_decay"]:
+            kernels.foreach_mul_(values, 1 - lr * group["weight_decay"])
+        kernels.foreach_add_(values, gradients(parameters), alpha=-lr)
         write_back(parameters, values)

@@ -1,4 +1,4 @@
-"""What GaLore and APOLLO have in common: which parameters are projected, when, and what happens if that fails."""
+"""What GaLore and APOLLO share: which parameters are projected, when, and what happens if that fails."""
 
 from __future__ import annotations
 
@@ -26,39 +26,39 @@ from lightning_optim.optimizers._projection import (
 )
 from lightning_optim.optimizers._stacks import batches, stack, stacked
 
-#: The dtype of moments and bases; ``"parameter"``: that of the parameter.
+#: The dtype of moments and bases; ``"parameter"`` means the parameter's dtype.
 StateDtype = Literal["float32", "parameter"]
 #: Names of AdamW's moments in the state.
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 class LowRankOptimizer(OwnOptimizer):
-    """Base of optimizers that project the gradients of the groups whose ``rank`` is not ``None``.
+    """Base of optimizers that project the gradients of groups whose ``rank`` is not ``None``.
 
-    In such a group parameters with two or more dimensions are projected, as the matrix ``[out, rest]`` if they have
-    more (convolutions). With ``stack_dims`` the first dimensions count matrices, each of which has a basis and moments
-    of its own: experts ``[E, m, n]`` are ``E`` matrices ``[m, n]`` with ``stack_dims=1``. Parameters that have too few
-    dimensions are stepped as those of groups without a rank.
+    In such a group, parameters with two or more dimensions are projected; one with more than two (a convolution) counts
+    as the matrix ``[out, rest]``. With ``stack_dims``, the leading dimensions index matrices, each with its own basis
+    and moments: experts ``[E, m, n]`` are ``E`` matrices ``[m, n]`` with ``stack_dims=1``. Parameters with too few
+    dimensions are stepped like those of groups without a rank.
 
-    A parameter whose gradient is not finite is not stepped: its weights, its state and its projection stay as they
-    are, its state counts it (``"skipped"``) and a warning says so. If a decomposition fails, the last projection stays
-    (``"kept"`` counts). If a gradient is zero when its subspace is due, the next one that is not is asked
-    (``"found"`` is false until then; of a stack it is a list).
+    A parameter with a non-finite gradient is not stepped: its weights, state and projection stay as they are, the state
+    counts the skip (``"skipped"``) and a warning is issued. If a decomposition fails, the last projection stays
+    (counted in ``"kept"``). If a gradient is zero when a new subspace is due, the next nonzero gradient decides it
+    (``"found"`` is false until then; a list for a stack).
     """
 
     def _initial_moments(self, parameter: Tensor, shape: tuple[int, ...], group: dict[str, Any]) -> dict[str, Any]:
-        """Returns the state of the update that is taken in ``shape``."""
+        """Returns the initial state of an update computed in ``shape``."""
         raise NotImplementedError
 
     def _step_plainly(self, parameters: list[Tensor], step: int, group: dict[str, Any]) -> None:
-        """Steps parameters of one kind that are not projected."""
+        """Steps parameters that are not projected."""
         raise NotImplementedError
 
     def _step_projected(self, parameters: list[Tensor], step: int, group: dict[str, Any]) -> None:
-        """Steps projected parameters of one kind and of one shape; one alone if it is a stack of matrices."""
+        """Steps projected parameters of one shape; a stack of matrices comes alone."""
         raise NotImplementedError
 
-    #: The values that the arguments which are words may have.
+    #: Allowed values of the string arguments.
     choices: ClassVar[Mapping[str, tuple[str, ...]]] = {
         "proj_type": get_args(ProjectionType),
         "projection": get_args(ProjectionMethod),
@@ -72,18 +72,15 @@ class LowRankOptimizer(OwnOptimizer):
                 raise InvalidOption(
                     f"{name}={group[name]!r} of {type(self).__name__} is unknown; use one of {listing(allowed)}"
                 )
-        for name in ("rank", "update_proj_gap"):
+        for name, least in (("rank", 1), ("update_proj_gap", 1), ("stack_dims", 0)):
             value = group[name]
-            if not (isinstance(value, Integral) and int(value) >= 1) and not (name == "rank" and value is None):
-                raise InvalidOption(f"{name}={value!r} of {type(self).__name__} is no whole number of at least 1")
-        stack_dims = group["stack_dims"]
-        if not (isinstance(stack_dims, Integral) and int(stack_dims) >= 0):
-            raise InvalidOption(f"stack_dims={stack_dims!r} of {type(self).__name__} is no whole number of at least 0")
+            if not (isinstance(value, Integral) and int(value) >= least) and not (name == "rank" and value is None):
+                raise InvalidOption(f"{name}={value!r} of {type(self).__name__} is not a whole number >= {least}")
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         for group in self.param_groups:
-            # Checkpoints from before there were these.
+            # Missing in older checkpoints.
             group.setdefault("state_dtype", "float32")
             group.setdefault("stack_dims", 0)
 
@@ -99,7 +96,7 @@ class LowRankOptimizer(OwnOptimizer):
         found = [parameter.grad for parameter in parameters if parameter.grad is not None]
         norms = kernels.foreach_norm(found)
         device = norms[0].device
-        # One answer from the device for all of them.
+        # One synchronization with the device for all of them.
         if bool(torch.stack([norm if norm.device == device else norm.to(device) for norm in norms]).isfinite().all()):
             return parameters
         # A norm may overflow where the gradient is finite.
@@ -110,7 +107,7 @@ class LowRankOptimizer(OwnOptimizer):
             state["skipped"] = state.get("skipped", 0) + 1
         if skipped:
             count = max(self.state[parameter]["skipped"] for parameter in skipped)
-            self._warn_rarely(f"{len(skipped)} parameters whose gradients are not finite were not stepped", count)
+            self._warn_rarely(f"{len(skipped)} parameters with non-finite gradients were not stepped", count)
         return [parameter for parameter in parameters if finite[parameter]]
 
     def _update(self, parameters: list[Tensor], step: int, group: dict[str, Any]) -> None:
@@ -134,13 +131,9 @@ class LowRankOptimizer(OwnOptimizer):
     def _bases(
         self, parameters: Sequence[Tensor], gradients: Sequence[Tensor], step: int, group: dict[str, Any]
     ) -> tuple[list[Tensor] | None, list[Tensor] | None]:
-        """Returns the left and the right bases to project with; finds new ones from the gradients where that is due.
+        """Returns the left and right bases for parameters of one shape; finds new ones from ``gradients`` when due.
 
-        Args:
-            parameters: Parameters of one shape.
-            gradients: The matrices of their gradients.
-            step: Number of this step.
-            group: Their group.
+        ``gradients`` are matrices, as many per parameter as its stack has.
         """
         shapes = base_shapes(parameters[0].shape[group["stack_dims"] :], group["rank"], group["proj_type"])
         due = (step - 1) % group["update_proj_gap"] == 0
@@ -165,7 +158,7 @@ class LowRankOptimizer(OwnOptimizer):
         *,
         due: bool,
     ) -> None:
-        """Finds bases of these shapes for the matrices of a parameter: for all if it is ``due``, or for the missing."""
+        """Finds bases of these shapes for a parameter's matrices: for all if ``due``, else for those without one."""
         state = self.state[parameter]
         counts = parameter.shape[: group["stack_dims"]]
         found = list(state["found"]) if counts else [state.get("found", False)]
@@ -174,7 +167,7 @@ class LowRankOptimizer(OwnOptimizer):
         for index, gradient in enumerate(gradients):
             if not due and complete and found[index]:
                 continue
-            found[index] = bool(gradient.any())  # else it is looked for again in the next step
+            found[index] = bool(gradient.any())  # if zero, the next step tries again
             chosen = _decomposed(gradient, shapes, group["projection"]) if found[index] else {}
             if found[index] and not chosen:
                 state["kept"] = state.get("kept", 0) + 1
@@ -188,7 +181,7 @@ class LowRankOptimizer(OwnOptimizer):
             if by_index:
                 shape = (*counts, *shapes[name])
                 kept = name in state and state[name].shape == shape
-                # Anew, not in place: whoever holds the state of before has it still.
+                # A new tensor: references to the old state must keep their values.
                 state[name] = (
                     state[name].clone()
                     if kept
@@ -201,20 +194,20 @@ class LowRankOptimizer(OwnOptimizer):
     def _warn_rarely(self, what: str, count: int) -> None:
         if math.log2(count).is_integer():
             warnings.warn(
-                f"{type(self).__name__}: {what} (time number {count}; said again when that has doubled)",
+                f"{type(self).__name__}: {what} (count: {count}; the next warning comes when it has doubled)",
                 RuntimeWarning,
                 stacklevel=2,
             )
 
 
 class LowRankAdamW(LowRankOptimizer):
-    """A low-rank optimizer whose moments are AdamW's; its arithmetic is float32 whatever their dtype."""
+    """A low-rank optimizer with AdamW's moments; arithmetic is float32 whatever their dtype."""
 
     def _check_group(self, group: dict[str, Any]) -> None:
         super()._check_group(group)
         if group["state_dtype"] == "parameter" and any(p.dtype is torch.float16 for p in group["params"]):
             raise InvalidOption(
-                f"state_dtype='parameter' of {type(self).__name__} for float16 parameters: squares of small gradients "
+                f"state_dtype='parameter' of {type(self).__name__} with float16 parameters: squares of small gradients "
                 "round to 0 in float16. Use state_dtype='float32', or bfloat16 parameters (precision='bf16-true')"
             )
 
@@ -230,9 +223,9 @@ class LowRankAdamW(LowRankOptimizer):
     def _adamw_of(
         self, parameters: Sequence[Tensor], low: Tensor, step: int, group: dict[str, Any], lr: float = 1.0
     ) -> Tensor:
-        """Returns what AdamW adds to zeros for a stack of gradients in the subspace, and advances the moments."""
+        """Returns AdamW's update for a stack of gradients in the subspace and advances the moments."""
         update = torch.zeros_like(low)
-        # As one tensor: the fused kernel starts and joins the threads once for each.
+        # As one tensor: the fused kernel starts and joins its threads once per tensor.
         states = [self.state[parameter] for parameter in parameters]
         with stacked(states, MOMENTS, group["stack_dims"]) as moments:
             adamw_update(
@@ -256,7 +249,7 @@ class LowRankAdamW(LowRankOptimizer):
         step: int,
         group: dict[str, Any],
     ) -> None:
-        """Steps ``weights`` in place with the moments that the state keeps for ``parameters``."""
+        """Steps ``weights`` in place with the moments of ``parameters``."""
         moments = [[self.state[parameter][name] for parameter in parameters] for name in MOMENTS]
         first, second = map(to_compute_dtype, moments)
         adamw_update(
@@ -280,14 +273,14 @@ def state_dtype(parameter: Tensor, group: Mapping[str, Any]) -> torch.dtype:
 
 
 def as_matrices(tensors: Iterable[Tensor], stack_dims: int = 0) -> list[Tensor]:
-    """Returns the matrices of contiguous tensors, of which the first ``stack_dims`` dimensions count them, as views."""
+    """Returns views of contiguous tensors as matrices, which the first ``stack_dims`` dimensions index."""
     if not stack_dims:
         return [tensor if tensor.ndim == 2 else tensor.view(matrix_shape(tensor.shape)) for tensor in tensors]
     return [matrix for tensor in tensors for matrix in as_stack([tensor], stack_dims).unbind()]
 
 
 def as_stack(tensors: Sequence[Tensor], stack_dims: int = 0) -> Tensor:
-    """Returns the matrices of contiguous tensors of one shape as one tensor; those of a single one are not copied."""
+    """Returns the matrices of contiguous tensors of one shape as one tensor; a view if there is only one."""
     if len(tensors) == 1:
         return tensors[0].view(-1, *matrix_shape(tensors[0].shape, stack_dims))
     return stack(as_matrices(tensors, stack_dims))
@@ -296,7 +289,7 @@ def as_stack(tensors: Sequence[Tensor], stack_dims: int = 0) -> Tensor:
 def _decomposed(
     gradient: Tensor, shapes: Mapping[str, tuple[int, int]], method: ProjectionMethod
 ) -> Mapping[str, Tensor]:
-    """Returns bases of these shapes from a matrix; none if the decomposition fails."""
+    """Returns bases of these shapes for a matrix; an empty mapping if the decomposition fails."""
     (_, rank), *_ = shapes.values()
     try:
         bases = find_bases(gradient, rank, method)

@@ -1,4 +1,4 @@
-"""Tensors of one shape stacked, so that one operation serves them all."""
+"""Stacks of equally shaped tensors, so that one operation serves them all."""
 
 from __future__ import annotations
 
@@ -12,24 +12,20 @@ from torch import Tensor
 
 from lightning_optim._compat import kernels
 
-# A larger tensor keeps the machine busy by itself, and stacking would copy it.
+# Larger tensors keep the machine busy by themselves, and stacking would copy them.
 _LARGEST = 2**15
-# Kernels choose their path by alignment. Where each slice of a stack is aligned as a tensor of its own is, it gets the
-# same bits, so that stepping in buckets equals stepping at once.
+# Kernels choose their path by alignment. A slice of a stack that is aligned like a separate tensor gets the same bits,
+# so stepping in buckets equals stepping at once.
 _ALIGNMENT = 64
 
 
 def batches(
     tensors: Iterable[Tensor], shapes: Callable[[tuple[int, ...]], Iterable[tuple[int, ...]]]
 ) -> Iterator[list[Tensor]]:
-    """Divides tensors into batches that can be stacked.
+    """Yields batches of equally shaped tensors to stack: many if all that is stacked is small and aligned, else one.
 
-    Args:
-        tensors: What to divide, with at least four bytes per element when it is stacked.
-        shapes: Tells from a tensor's shape the shapes of everything that will be stacked.
-
-    Yields:
-        Tensors of one shape: many if each of the stacked ones is small and fills whole cache lines, else one.
+    ``shapes`` returns, for a tensor's shape, the shapes of everything that will be stacked, in four bytes per element
+    or more.
     """
     alike: dict[torch.Size, list[Tensor]] = {}
     for tensor in tensors:
@@ -48,7 +44,7 @@ def stack(tensors: Sequence[Tensor]) -> Tensor:
 
 
 def unstack(stacked: Tensor, tensors: Sequence[Tensor]) -> None:
-    """Writes a changed :func:`stack` back into the tensors it was made of."""
+    """Writes a changed :func:`stack` back into its tensors."""
     if len(tensors) > 1:
         kernels.foreach_copy_(list(tensors), list(stacked.unbind()))
 
@@ -57,17 +53,10 @@ def unstack(stacked: Tensor, tensors: Sequence[Tensor]) -> None:
 def stacked(
     states: Sequence[Mapping[str, Any]], names: Iterable[str], stack_dims: int = 0
 ) -> Iterator[dict[str, Tensor]]:
-    """Stacks these tensors of several parameters' states by name, and writes what became of them back.
+    """Yields stacks, by name, of several states' tensors, to change in place; then writes them back.
 
-    Tensors of two bytes per element are float32 meanwhile.
-
-    Args:
-        states: The states.
-        names: Keys of the tensors.
-        stack_dims: How many leading dimensions of every tensor join that of the stack.
-
-    Yields:
-        The stacks, to be changed in place.
+    Tensors of two bytes per element are float32 meanwhile. The first ``stack_dims`` dimensions of every tensor join
+    that of the stack.
     """
     tensors = {name: [state[name] for state in states] for name in names}
     stacks = {name: stack(items) for name, items in tensors.items()}

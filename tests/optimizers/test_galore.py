@@ -274,7 +274,7 @@ class TestUnusableGradients:
         weight = params[0].detach().clone()
         give_gradients(3, params)
         params[0].grad[1, 2] = value  # type: ignore[index]
-        with pytest.warns(RuntimeWarning, match="1 parameters whose gradients are not finite were not stepped"):
+        with pytest.warns(RuntimeWarning, match="1 parameters with non-finite gradients were not stepped"):
             optimizer.step()
         state = optimizer.state[params[0]]
         assert torch.equal(params[0], weight)

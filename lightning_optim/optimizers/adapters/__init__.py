@@ -1,4 +1,4 @@
-"""Thin subclasses of upstream optimizers, one file per package, each mending what its docstring names.
+"""Thin subclasses of upstream optimizers, one file per package, each fixing what its docstring names.
 
-These modules import their package at the top: nothing but :meth:`OptimizerSpec.load` may import them.
+These modules import their package at the top: only :meth:`OptimizerSpec.load` may import them.
 """

@@ -1,6 +1,6 @@
 """NVIDIA apex's fused Adam with the contract of ``torch.optim.AdamW``.
 
-https://github.com/NVIDIA/apex; not the project that PyPI calls apex, which has no such kernels.
+https://github.com/NVIDIA/apex; PyPI's apex is another project, without these kernels.
 """
 
 from __future__ import annotations
@@ -23,30 +23,30 @@ for _module, _name in ((amp_C, "multi_tensor_adam"), (optimizers, "FusedAdam")):
             f"the module {_module.__name__!r} has no {_name}: it is not NVIDIA's, or was built without it"
         )
 
-# What the kernel takes; it reads the moments as float32 whatever their dtype is.
+# What the kernel takes; it always reads the moments as float32.
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _MOMENTS = ("exp_avg", "exp_avg_sq")
-# Without the wrapper that runs hooks, which upstream's class has as soon as somebody built an object of it.
+# Without the wrapper that runs hooks, which torch adds to the class when it is first instantiated.
 _UPSTREAM_STEP = inspect.unwrap(optimizers.FusedAdam.step)
 
 
 class FusedAdam(StepsUncompiled, optimizers.FusedAdam):
-    """``apex.optimizers.FusedAdam``, mended where it differs from ``torch.optim.AdamW``.
+    """``apex.optimizers.FusedAdam``, fixed where it differs from ``torch.optim.AdamW``.
 
     - ``zero_grad`` takes ``set_to_none``.
-    - Steps are counted per parameter, in the state, as torch has them: a state dict of this class, of
-      ``torch.optim.AdamW`` and of apex's own class can be loaded. Upstream counts per group, also for parameters that
-      have not had a gradient yet.
+    - Steps are counted per parameter, in the state, as in torch: state dicts of this class, of ``torch.optim.AdamW``
+      and of apex's own class can be loaded. Upstream counts per group, also for parameters that have not had a
+      gradient yet.
     - Moments stay float32 when a state dict is loaded. ``torch.optim.Optimizer`` casts them to the parameter's dtype,
       and the kernel would read past their end.
     - A group that is added later is stepped; upstream leaves it out.
-    - The kernel walks through memory: a gradient that is laid out otherwise than its parameter is copied first.
+    - The kernel ignores strides: a gradient whose memory layout differs from its parameter's is copied first.
 
-    Parameters are float32, bfloat16 or float16, on CUDA and contiguous (channels_last is, too); others raise
-    :class:`IncompatibleTrainer`. Upstream's ``capturable`` and ``master_weights`` are not for this class.
+    Parameters are float32, bfloat16 or float16, on CUDA and contiguous (or channels_last); others raise
+    :class:`IncompatibleTrainer`. Upstream's ``capturable`` and ``master_weights`` are not supported.
     """
 
-    # Moments are put in place afterwards. See lightning_optim.build._resume.
+    # load_state_dict sets the moments itself, see lightning_optim.build._resume.
     loads_in_parts: ClassVar = True
     param_groups: list[dict[str, Any]]
     param_groups_master: list[dict[str, Any]]
@@ -66,7 +66,7 @@ class FusedAdam(StepsUncompiled, optimizers.FusedAdam):
         parts = [part for group in self.param_groups for part in self._by_count(group)]
         own = self.param_groups, self.param_groups_master
         self.param_groups = parts
-        # Upstream reads both lists side by side; there are no master weights in them.
+        # Upstream reads both lists in parallel; there are no master weights.
         self.param_groups_master = [{"params": [None] * len(part["params"])} for part in parts]
         try:
             _UPSTREAM_STEP(self)
@@ -90,11 +90,13 @@ class FusedAdam(StepsUncompiled, optimizers.FusedAdam):
                     "Resume with optim='adamw_torch_fused', or start anew from the checkpoint's weights: "
                     "LitModel.load_from_checkpoint(path)."
                 )
-        if len(saved) == len(self.param_groups):  # else torch says so
-            # torch takes the saved groups as they are: what only this class has in them must not get lost.
-            saved = [{**own, **_without_step(group)} for own, group in zip(self.param_groups, saved, strict=True)]
+        if len(saved) == len(self.param_groups):  # else torch raises
+            # torch replaces the groups by the saved ones: keep the entries that only this class has, and drop the step
+            # count that apex's own class stores there.
+            without_step = [{key: value for key, value in group.items() if key != "step"} for group in saved]
+            saved = [{**own, **group} for own, group in zip(self.param_groups, without_step, strict=True)]
         own_identities = {identity for group in saved for identity in group["params"]}
-        # What belongs to no parameter torch takes as it is.
+        # torch takes entries that belong to no parameter unchanged.
         others = {key: value for key, value in state_dict["state"].items() if key not in own_identities}
         super().load_state_dict({**state_dict, "state": others, "param_groups": saved})
         for own, group in zip(self.param_groups, state_dict["param_groups"], strict=True):
@@ -106,7 +108,7 @@ class FusedAdam(StepsUncompiled, optimizers.FusedAdam):
                     self.state[parameter].update(step=torch.tensor(count), **moments)
 
     def _by_count(self, group: dict[str, Any]) -> Iterator[dict[str, Any]]:
-        """Yields the parts of a group that have taken the same number of steps, as groups of upstream's kind."""
+        """Yields, as groups for upstream's step, the parts of a group that have taken equally many steps."""
         parts: dict[Any, list[Tensor]] = {}
         for parameter in group["params"]:
             if parameter.grad is None or not parameter.numel():
@@ -139,10 +141,5 @@ def _check(parameter: Tensor) -> None:
 
 
 def _zeros(parameter: Tensor) -> Tensor:
-    """Returns a float32 moment that lies in memory as its parameter does."""
+    """Returns a float32 moment in its parameter's memory layout."""
     return torch.zeros_like(parameter, dtype=torch.float32)
-
-
-def _without_step(group: dict[str, Any]) -> dict[str, Any]:
-    """Returns a saved group without the count that apex's own class keeps there."""
-    return {key: value for key, value in group.items() if key != "step"}

@@ -1,8 +1,8 @@
-"""bitsandbytes optimizers whose bits are chosen per param group, and that leave parameters where they lie in memory.
+"""bitsandbytes optimizers with bits per param group that keep their parameters' memory layout.
 
-bitsandbytes lets a parameter keep 32-bit states through ``GlobalOptimManager``, which upstream's optimizers ask by
-(group index, parameter index): an override meant for one optimizer also hits the next one built, and every bucket of a
-layerwise one. Here the param group says it (``optim_bits``), and the manager is asked for the parameter itself.
+In bitsandbytes a parameter keeps 32-bit states through ``GlobalOptimManager``, which upstream's optimizers look up by
+(group index, parameter index): an override for one optimizer also hits the next one built, and every bucket of a
+layerwise one. Here the param group's ``optim_bits`` decides, and the manager is looked up by the parameter itself.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from lightning_optim.stepping import StepsUncompiled
 with quietly():
     from bitsandbytes import optim
 
-# What bitsandbytes' own get_config assumes where a group lacks the key.
+# Upstream get_config's defaults for keys that a group lacks.
 _GROUP_DEFAULTS = {"betas": (0.9, 0.999), "eps": 1e-8, "alpha": 0.0, "t_alpha": None, "t_beta3": None}
 
 
 class _BitsPerGroup(StepsUncompiled):
-    """Reads an update's configuration from the param group and from this optimizer alone."""
+    """Reads an update's configuration only from the param group and this optimizer."""
 
     args: Any
 
@@ -38,10 +38,10 @@ class _BitsPerGroup(StepsUncompiled):
         return config
 
     def check_overrides(self) -> None:
-        """Refuses, in the first step, what cannot be taken over from ``GlobalOptimManager``.
+        """Refuses, in the first step, overrides that cannot be taken over from ``GlobalOptimManager``.
 
         Raises:
-            InvalidOption: If an override changes more than ``optim_bits``: schedules and reports would not know of it.
+            InvalidOption: If one changes more than ``optim_bits``: schedules and reports would not know of it.
         """
         for group in self.param_groups:
             for parameter in group["params"]:
@@ -49,13 +49,13 @@ class _BitsPerGroup(StepsUncompiled):
                 if others:
                     raise InvalidOption(
                         f"bitsandbytes' GlobalOptimManager overrides {', '.join(others)} of a parameter of shape "
-                        f"{tuple(parameter.shape)}; optim_bits alone is taken from there. Give the rest by name, "
+                        f"{tuple(parameter.shape)}; only optim_bits is taken from there. Give the rest by name, "
                         f"param_groups={{'a pattern of its name': {{{others[0]!r}: ...}}}}, and drop the override, or "
                         "clear those of earlier models with GlobalOptimManager.get_instance().initialize()."
                     )
 
     def load_state_dict(self, state_dict: dict[str, Any], *args: Any, **kwargs: Any) -> None:
-        """Loads as upstream does, and runs the hooks that torch runs and upstream leaves out."""
+        """Loads as upstream does, and runs the hooks that torch would run."""
         before, after = load_hooks(self)
         for hook in before:
             state_dict = hook(self, state_dict) or state_dict
@@ -65,7 +65,7 @@ class _BitsPerGroup(StepsUncompiled):
 
 
 def _override(parameter: Tensor) -> dict[str, Any]:
-    """Returns what ``GlobalOptimManager`` has for this very parameter."""
+    """Returns what ``GlobalOptimManager`` overrides for this very parameter."""
     manager = optim.GlobalOptimManager.get_instance()
     override = dict(manager.pid2config.get(id(parameter), {}))
     for module, name, config in manager.module_weight_config_triple:
@@ -75,10 +75,10 @@ def _override(parameter: Tensor) -> dict[str, Any]:
 
 
 class _KeepsLayout:
-    """Steps a contiguous copy of a parameter that is not contiguous (channels_last, transposed) and writes it back.
+    """Steps a contiguous copy of a non-contiguous parameter (channels_last, transposed) and writes it back.
 
-    Upstream leaves the copy in the parameter's place: the layout that the user chose is lost in the first step, and a
-    resumed run, which begins with the user's layout again, rounds otherwise than the one that went on.
+    Upstream leaves the copy in the parameter's place: the user's layout is lost in the first step, and a resumed run,
+    which starts with that layout again, rounds differently from an uninterrupted one.
     """
 
     def update_step(self, group: dict[str, Any], p: Tensor, gindex: int, pindex: int) -> None:
@@ -89,7 +89,7 @@ class _KeepsLayout:
             p.data = own
 
     def get_state_buffer(self, p: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-        """Returns zeros in the order of the copy: kernels for a GPU walk over the memory of both."""
+        """Returns zeros in the layout of the copy: GPU kernels ignore strides."""
         buffer: Tensor = super().get_state_buffer(p, dtype)  # type: ignore[misc]
         return buffer.contiguous()
 

@@ -1,4 +1,4 @@
-"""GaLore with AdamW whose moments are block-wise quantized to 8 bits by bitsandbytes' kernels.
+"""GaLore with AdamW, moments quantized block-wise to 8 bits by bitsandbytes' kernels.
 
 8-bit Optimizers via Block-wise Quantization, https://arxiv.org/abs/2110.02861, in the subspaces of GaLore,
 https://arxiv.org/abs/2403.03507.
@@ -30,13 +30,13 @@ _BLOCK = 256  # what the kernels are compiled for
 class GaLoreAdamW8bit(GaLoreAdamW):
     """:class:`GaLoreAdamW` with 8-bit moments, projected or not.
 
-    A quantized moment is ``uint8`` codes of the moment's shape and one float32 scale per block of 256
-    (``"exp_avg_absmax"``), whose blocks run through a stack of matrices as through one tensor; bases are not quantized,
-    the arithmetic of the update is float32.
+    A quantized moment consists of ``uint8`` codes in the moment's shape and one float32 scale per block of 256
+    (``"exp_avg_absmax"``); in a stack of matrices, blocks may cross from one matrix to the next. Bases are not
+    quantized, and the update's arithmetic is float32.
 
     Args:
         params: Parameters or param groups; all arguments below may differ between groups.
-        lr: As of :class:`GaLoreAdamW`, like the arguments up to ``match_galore_torch``.
+        lr: As in :class:`GaLoreAdamW`.
         betas: As in :class:`GaLoreAdamW`.
         eps: As in :class:`GaLoreAdamW`.
         weight_decay: As in :class:`GaLoreAdamW`.
@@ -47,8 +47,8 @@ class GaLoreAdamW8bit(GaLoreAdamW):
         projection: As in :class:`GaLoreAdamW`.
         match_galore_torch: As in :class:`GaLoreAdamW`.
         min_8bit_size: Moments with fewer elements stay unquantized.
-        optim_bits: 8, or 32 where the moments stay unquantized.
-        state_dtype: As in :class:`GaLoreAdamW`; of what is not quantized.
+        optim_bits: 8, or 32 for unquantized moments.
+        state_dtype: As in :class:`GaLoreAdamW`, for what is not quantized.
         stack_dims: As in :class:`GaLoreAdamW`.
     """
 
@@ -74,16 +74,15 @@ class GaLoreAdamW8bit(GaLoreAdamW):
 
     def _initial_moments(self, parameter: Tensor, shape: tuple[int, ...], group: dict[str, Any]) -> dict[str, Any]:
         elements = math.prod(shape)
-        # The kernels take float32: the rare float64 parameter keeps moments of its own dtype.
+        # The kernels take float32: a float64 parameter keeps float64 moments.
         if group["optim_bits"] == 32 or elements < group["min_8bit_size"] or parameter.dtype is torch.float64:
             return super()._initial_moments(parameter, shape, group)
         moments: dict[str, Any] = {}
         for name in MOMENTS:
             moments[name] = torch.zeros(shape, dtype=torch.uint8, device=parameter.device)
-            # The kernels take float32, whatever the default dtype is (Lightning's bf16-true changes it).
-            moments[f"{name}_absmax"] = torch.zeros(
-                -(-elements // _BLOCK), dtype=torch.float32, device=parameter.device
-            )
+            # float32 for the kernels: Lightning's bf16-true changes the default dtype.
+            blocks = -(-elements // _BLOCK)
+            moments[f"{name}_absmax"] = torch.zeros(blocks, dtype=torch.float32, device=parameter.device)
         return moments
 
     def _loaded(self, tensors: Mapping[str, Tensor], parameter: Tensor) -> dict[str, Tensor]:
@@ -126,7 +125,7 @@ class GaLoreAdamW8bit(GaLoreAdamW):
     def _add_update(
         self, parameter: Tensor, weight: Tensor, gradient: Tensor, step: int, group: dict[str, Any], lr: float
     ) -> None:
-        """Adds Adam's update to ``weight`` with the quantized moments that the state keeps for ``parameter``."""
+        """Adds Adam's update to ``weight``, with the quantized moments of ``parameter``."""
         state = self.state[parameter]
         check_moment(gradient, state["exp_avg"])
         bnb.optimizer_update_8bit_blockwise(
@@ -150,7 +149,7 @@ class GaLoreAdamW8bit(GaLoreAdamW):
 
 @functools.cache
 def _code(signed: bool, device: torch.device) -> Tensor:
-    """Returns the 256 float32 values that the codes stand for, one table per device."""
+    """Returns the 256 float32 values of the codes, one table per device."""
     default = torch.get_default_dtype()
     torch.set_default_dtype(torch.float32)
     try:
@@ -162,7 +161,7 @@ def _code(signed: bool, device: torch.device) -> Tensor:
 
 
 def _dequantized(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Returns the tensors of a state with its moments as the numbers that their codes and scales stand for."""
+    """Returns a state's tensors with its moments dequantized."""
     others = {name: tensor for name, tensor in tensors.items() if f"{name}_absmax" not in tensors}
     for name in MOMENTS:
         scales = tensors.get(f"{name}_absmax")

@@ -17,33 +17,33 @@ from lightning_optim.stepping import StepsUncompiled, only_valid_groups, uncompi
 
 _INSTEAD = "or optim='adamw_torch_fused'"
 
-# The memory that a parameter (and its gradient) or a state was moved into. Upstream makes them refer to it without
-# owning it: without the optimizer they would read and write what is freed.
+# The flat memory that a parameter (and its gradient) or a state was moved into. Upstream's tensors do not own it:
+# without the optimizer they would read and write freed memory.
 _FLAT: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 
 class NpuFusedAdamW(StepsUncompiled, AdamWInParts):
-    """``torch_npu.optim.NpuFusedAdamW``, mended where it differs from ``torch.optim.AdamW``.
+    """``torch_npu.optim.NpuFusedAdamW``, fixed where it differs from ``torch.optim.AdamW``.
 
     Upstream's first step moves parameters, gradients and states into flat buffers, and every step is a few kernels over
-    those. Whatever refers to other memory afterwards is left out without a word. Here it is noticed, and moved anew in
+    those. It silently leaves out tensors that later refer to other memory. Here they are detected, and moved again in
     the next step:
 
     - ``zero_grad(set_to_none=True)``, which Lightning and torch call by default, zeroes in place; upstream raises.
-    - Gradients that others have freed or replaced (``module.zero_grad()``), parameters that moved to another device and
+    - Gradients freed or replaced from outside (``module.zero_grad()``), parameters that moved to another device and
       back, and groups that were added later are stepped.
-    - ``load_state_dict`` works at any time, and takes what ``torch.optim.AdamW`` saved. Upstream ignores it after the
-      first step, and would count the steps of torch's state twice.
+    - ``load_state_dict`` works at any time and accepts the state of ``torch.optim.AdamW``. Upstream ignores it after
+      the first step, and would count the steps of torch's state twice.
     - ``step`` runs its closure with gradients enabled.
-    - What lies in a flat buffer keeps it alive, also when the optimizer is gone.
+    - Tensors in a flat buffer keep it alive after the optimizer is gone.
 
-    A parameter that a step does not use has a gradient of zeros then, and is stepped by its momentum, as under
+    A parameter that a step does not use then has a zero gradient and is stepped by its momentum, as with
     ``torch.optim.AdamW`` after ``zero_grad(set_to_none=False)``.
 
     Raises:
-        IncompatibleTrainer: When it is built, for parameters that are not float32 or not contiguous; in a step, if
+        IncompatibleTrainer: In the constructor, for parameters that are not float32 or not contiguous; in a step, if
             parameters share memory, or those of a group have taken different numbers of steps: upstream has one count
-            for all.
+            per group.
     """
 
     _laid_out: list[tuple[int, ...]] | None = None
@@ -55,7 +55,7 @@ class NpuFusedAdamW(StepsUncompiled, AdamWInParts):
                 _check(parameter)
         self._laid_out = None
 
-    # Upstream asks this flag wherever it is about to use the flat buffers, in its GradScaler and its clipping, too.
+    # Upstream checks this flag wherever it uses the flat buffers, also in its GradScaler and its clipping.
     @property
     def is_params_grads_combined(self) -> bool:
         """Whether the flat buffers are still what parameters and gradients refer to."""
@@ -66,7 +66,7 @@ class NpuFusedAdamW(StepsUncompiled, AdamWInParts):
         self._laid_out = self._addresses() if combined else None
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Zeroes the gradients in place: ``set_to_none`` can be honoured only while they are not in a flat buffer."""
+        """Zeroes the gradients, in place if they are in a flat buffer, whatever ``set_to_none``."""
         if self.is_params_grads_combined:
             super().zero_grad(set_to_none=False)
         else:
@@ -94,7 +94,7 @@ class NpuFusedAdamW(StepsUncompiled, AdamWInParts):
         super().load_state_dict(state_dict)
         for parameter, state in self.state.items():
             if isinstance(parameter, Tensor) and "step" in state:
-                # torch's is a tensor.
+                # A tensor in torch's state dicts.
                 state["step"] = int(state["step"])
         self.is_states_combined = False
 
@@ -128,7 +128,7 @@ class NpuFusedAdamW(StepsUncompiled, AdamWInParts):
                         _FLAT[value] = flat
 
     def _prepare(self) -> None:
-        """Gives every gradient memory of its own, which is what upstream moves."""
+        """Gives every gradient its own memory, which upstream then moves."""
         seen: set[int] = set()
         for parameter in self._with_gradients():
             if parameter.numel() and _storage(parameter) in seen:
@@ -139,7 +139,7 @@ class NpuFusedAdamW(StepsUncompiled, AdamWInParts):
             gradient = parameter.grad
             assert gradient is not None
             if _storage(gradient) in seen or not gradient.is_contiguous():
-                # A slice of a larger gradient, or of a bucket of DDP's.
+                # A slice of a larger gradient or of one of DDP's buckets.
                 parameter.grad = gradient = gradient.clone(memory_format=torch.contiguous_format)
             seen |= {_storage(parameter), _storage(gradient)}
 

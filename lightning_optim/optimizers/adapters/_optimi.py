@@ -7,18 +7,17 @@ from typing import Any, ClassVar
 import optimi
 import torch
 from optimi.utils import HAS_TRITON
-from torch import Tensor
 
 from lightning_optim.stepping import StepsUncompiled
 
 
 class StableAdamW(StepsUncompiled, optimi.StableAdamW):
-    """``optimi.StableAdamW``, mended in two places.
+    """``optimi.StableAdamW`` with two fixes.
 
-    Upstream stores its decision for Triton kernels in the param group and hence in checkpoints, so that a checkpoint
-    from a GPU fails on a CPU, and one from a CPU lacks what the kernels need: here the decision is taken anew before a
-    state dict is loaded, and upstream adds to the state what the kernels need. And a param group may hold ``betas`` as
-    it may everywhere in PyTorch; upstream wants ``beta1`` and ``beta2``.
+    Upstream stores its choice of Triton kernels in the param group and hence in checkpoints, so that a checkpoint from
+    a GPU fails on a CPU, and one from a CPU lacks what the kernels need. Here the choice is made again before a state
+    dict is loaded, and upstream adds to the state what the kernels need. And a param group may hold ``betas``, as
+    everywhere in PyTorch; upstream wants ``beta1`` and ``beta2``.
     """
 
     # See lightning_optim.build._resume.
@@ -31,24 +30,20 @@ class StableAdamW(StepsUncompiled, optimi.StableAdamW):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         groups = state_dict["param_groups"]
-        if len(groups) == len(self.param_groups):  # else torch says so
+        if len(groups) == len(self.param_groups):  # else torch raises
             groups = [{**group, **_kernels(own)} for group, own in zip(groups, self.param_groups, strict=True)]
         super().load_state_dict({**state_dict, "param_groups": groups})
         for group in self.param_groups:
             for parameter in group["params"] if group["triton"] else ():
                 state = self.state[parameter]
                 if "kahan_comp" in state and state["kahan_comp"] is None:
-                    # Where nothing is compensated, the kernels want a pointer all the same.
+                    # The kernels want a pointer even if nothing is compensated.
                     state["kahan_comp"] = torch.zeros(1, dtype=torch.uint8, device=parameter.device)
 
 
 def _kernels(group: dict[str, Any]) -> dict[str, Any]:
-    """Returns the kernels of a group, with upstream's choice for parameters on its devices if the user made none."""
+    """Returns a group's choice of kernels; if the user made none, upstream's choice for its parameters' devices."""
     kernels = {key: group[key] for key in ("foreach", "triton")}
     if kernels == {"foreach": None, "triton": None}:
-        kernels["triton"] = _on_gpu(group["params"])
+        kernels["triton"] = bool(HAS_TRITON and all(p.device.type in ("cuda", "xpu") for p in group["params"]))
     return kernels
-
-
-def _on_gpu(parameters: list[Tensor]) -> bool:
-    return bool(HAS_TRITON and all(parameter.device.type in ("cuda", "xpu") for parameter in parameters))

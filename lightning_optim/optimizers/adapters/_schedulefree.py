@@ -1,4 +1,4 @@
-"""Schedule-free optimizers that switch exactly between training point and averaged weights."""
+"""Schedule-free optimizers that switch losslessly between training point and averaged weights."""
 
 from __future__ import annotations
 

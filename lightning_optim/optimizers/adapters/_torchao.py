@@ -1,12 +1,12 @@
 """torchao's low-bit AdamW with checkpoints of plain tensors.
 
-torchao keeps quantized states in tensor subclasses. Lightning cannot load those (its callable ``map_location`` is
-refused for wrapper subclasses, and with ``weights_only=True`` the classes are not yet known when the file is read), and
-neither deepcopy nor asynchronous saving works. Here ``state_dict()`` stores each quantized tensor as a dict of its
-plain parts, and ``load_state_dict()`` reads both that and upstream's form.
+torchao keeps quantized states in tensor subclasses. Lightning cannot load those (torch refuses its callable
+``map_location`` for wrapper subclasses, and with ``weights_only=True`` the classes are not yet known when the file is
+read), and neither deepcopy nor asynchronous saving works. Here ``state_dict()`` stores each quantized tensor as a dict
+of plain parts, and ``load_state_dict()`` reads both that and upstream's form.
 
-The learning rate stays what torchao makes of it, a 0-dim float32 tensor, but floats assigned to ``group["lr"]`` (by
-``Tuner.lr_find``, by hand) are taken, too.
+As in torchao, the learning rate is a 0-dim float32 tensor, but floats assigned to ``group["lr"]`` (by
+``Tuner.lr_find``, by hand) work, too.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _DTYPES = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float
 
 
 def pack(state: Any) -> Any:
-    """Returns a quantized state tensor as a dict of plain tensors and numbers; anything else unchanged."""
+    """Returns a quantized state tensor as a dict of plain tensors and numbers, anything else unchanged."""
     if not isinstance(state, (OptimState4bit, OptimState8bit)):
         return state
     return {
@@ -56,7 +56,7 @@ def unpack(packed: Any, device: torch.device) -> Any:
 class _PlainCheckpoints(StepsUncompiled, AdamBase):
     """torchao's AdamW with plain state dicts, float learning rates and full-precision groups."""
 
-    # Quantized tensors are put in place afterwards. See lightning_optim.build._resume.
+    # load_state_dict sets quantized tensors itself, see lightning_optim.build._resume.
     loads_in_parts: ClassVar = True
 
     def state_dict(self) -> dict[str, Any]:
@@ -70,8 +70,8 @@ class _PlainCheckpoints(StepsUncompiled, AdamBase):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         saved = state_dict["state"]
         indices = [index for group in state_dict["param_groups"] for index in group["params"]]
-        # torch casts every floating-point state to the parameter's dtype and deep-copies dicts: it gets the plain
-        # entries only; the quantized ones and the float32 ones of full-precision groups are put in place afterwards.
+        # torch casts every floating-point state to the parameter's dtype and deep-copies dicts: it gets only the other
+        # entries; quantized ones and the float32 ones of full-precision groups are set afterwards.
         reserved = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
         plain = {
             index: {name: value for name, value in saved[index].items() if name not in reserved}

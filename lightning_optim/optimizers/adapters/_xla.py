@@ -1,4 +1,4 @@
-"""``torch_xla.amp.syncfree.AdamW`` that always takes the kernel it is named for."""
+"""``torch_xla.amp.syncfree.AdamW`` that always uses the kernel it is named for."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from lightning_optim._compat.torch_xla import adam_step
 
 
 class AdamW(syncfree.AdamW):
-    """``torch_xla.amp.syncfree.AdamW``, mended in three places.
+    """``torch_xla.amp.syncfree.AdamW`` with three fixes.
 
-    Upstream takes its kernel, one XLA operation per parameter, if ``step`` is given a ``found_inf``, and is
-    ``torch.optim.AdamW`` if not; no training framework gives one. Here the kernel is always taken.
+    Upstream uses its kernel, one XLA operation per parameter, only if ``step`` is given a ``found_inf``, and otherwise
+    steps as ``torch.optim.AdamW``; no training framework passes one. Here the kernel is always used.
 
     The kernel computes in one dtype, and in bfloat16 ``1 - betas[1] ** step`` is zero: upstream turns bfloat16
-    parameters into NaN. Here what is narrower than float32 is computed in float32 and rounded once, at the end.
+    parameters into NaN. Here dtypes narrower than float32 are computed in float32 and rounded once, at the end.
 
-    The state is that of ``torch.optim.AdamW``, tensor for tensor, and loading it moves the counters to the parameters'
+    The state is that of ``torch.optim.AdamW``, tensor for tensor, and loading moves the counters to the parameters'
     device, so that checkpoints move freely between the two. Upstream leaves the counters on the host, which its kernel
-    refuses, and keeps a third tensor that torch's state lacks.
+    refuses, and keeps a third tensor that torch's state does not have.
     """
 
     @torch.no_grad()
@@ -32,13 +32,13 @@ class AdamW(syncfree.AdamW):
 
         Args:
             closure: Evaluates the model and returns the loss.
-            found_inf: A 0-dim tensor; if it is not zero, nothing changes. The host never looks at it. ``None`` steps.
+            found_inf: A 0-dim tensor; if it is nonzero, nothing changes. The host never reads it. ``None`` steps.
         """
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        # The same for all parameters of a device, and made once: each tensor is an operation that the host records.
+        # Shared by all parameters of a device: the host records every tensor it makes as an operation.
         shared: dict[torch.device, tuple[Tensor, Tensor]] = {}
         for group in self.param_groups:
             for parameter in group["params"]:
@@ -58,7 +58,6 @@ class AdamW(syncfree.AdamW):
             state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
             state.update({name: torch.zeros_like(parameter, memory_format=torch.preserve_format) for name in names})
         stored = [parameter, *(state[name] for name in names)]
-        # The tensors themselves where they are float32 already.
         computed = [tensor.float() for tensor in stored]
         adam_step(
             found_inf,
@@ -67,7 +66,7 @@ class AdamW(syncfree.AdamW):
             [parameter.grad.float()],  # type: ignore[union-attr]
             [computed[1]],
             [computed[2]],
-            # The kernel wants a third moment also where it is not used.
+            # The kernel wants a third moment even if it is not used.
             [computed[3] if group["amsgrad"] else unused],
             amsgrad=group["amsgrad"],
             beta1=group["betas"][0],
@@ -86,5 +85,5 @@ class AdamW(syncfree.AdamW):
         super().load_state_dict(state_dict)
         for parameter, state in self.state.items():
             if isinstance(parameter, Tensor) and "step" in state:
-                # Of the dtype and on the device of the kernel; torch leaves it as it was saved.
+                # torch leaves its dtype and device as they were saved.
                 state["step"] = torch.as_tensor(state["step"], dtype=torch.float32, device=parameter.device)

@@ -1,11 +1,12 @@
-"""Rows of optimizers that keep little state or none: Adafactor, LOMO and AdaLomo, our own implementations."""
+"""Rows of optimizers with little or no state: Adafactor, LOMO and AdaLomo, our own implementations."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 from lightning_optim.errors import InvalidOption
-from lightning_optim.optimizers._factored import column_elements, full_elements, row_elements
+from lightning_optim.optimizers._factored import TENSORS, elements
 from lightning_optim.table._layerwise import stepped_in_backward
 from lightning_optim.table._options import POSITIVE, UNIT, Options, Range, option
 from lightning_optim.table._spec import Buffer, OptimizerSpec, StateLayout
@@ -16,7 +17,7 @@ class AdaLomoOptions(Options):
     """Options of :class:`~lightning_optim.optimizers.AdaLomo`."""
 
     eps: tuple[float, float] = option(
-        (1e-30, 1e-3), "added to squared gradients; least root mean square of a parameter", POSITIVE
+        (1e-30, 1e-3), "added to squared gradients; lower bound of a parameter's root mean square", POSITIVE
     )
     clip_threshold: float = option(1.0, "largest root mean square of an update before the learning rate", POSITIVE)
     decay_rate: float = option(-0.8, "the second moment keeps 1 - step ** decay_rate of its old value", Range(high=0.0))
@@ -26,13 +27,13 @@ class AdaLomoOptions(Options):
 class AdafactorOptions(AdaLomoOptions):
     """Options of :class:`~lightning_optim.optimizers.Adafactor`."""
 
-    beta1: float | None = option(None, "decay rate of an average of updates; None keeps none", UNIT)
+    beta1: float | None = option(None, "decay rate of an average of updates; None for no average", UNIT)
     scale_parameter: bool = option(False, "multiply lr by the root mean square of each parameter")
     relative_step: bool = option(
-        False, "compute lr as min(1e-2, 1 / sqrt(step)); none may be given", scope="constructor"
+        False, "compute lr as min(1e-2, 1 / sqrt(step)); no lr may be given", scope="constructor"
     )
     warmup_init: bool = option(
-        False, "with relative_step: the minimum is with 1e-6 * step instead of 1e-2", scope="constructor"
+        False, "with relative_step: 1e-6 * step replaces the 1e-2 in the minimum", scope="constructor"
     )
 
     def check(self) -> None:
@@ -48,11 +49,7 @@ class LOMOOptions(Options):
     """Options of :class:`~lightning_optim.optimizers.LOMO`: none."""
 
 
-_SECOND_MOMENT = (
-    Buffer("exp_avg_sq_row", float32=True, elements=row_elements),
-    Buffer("exp_avg_sq_col", float32=True, elements=column_elements),
-    Buffer("exp_avg_sq", float32=True, elements=full_elements),
-)
+_SECOND_MOMENT = tuple(Buffer(name, float32=True, elements=partial(elements, name)) for name in TENSORS)
 
 ROWS = (
     OptimizerSpec(

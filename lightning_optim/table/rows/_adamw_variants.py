@@ -1,4 +1,4 @@
-"""Rows whose class is ours: variants of AdamW whose packages cannot be wrapped."""
+"""Rows of our own AdamW variants, whose original packages cannot be wrapped."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from lightning_optim.errors import InvalidOption
 from lightning_optim.optimizers._anyprecision import StateDtype, check_epsilon
 from lightning_optim.table._options import NON_NEGATIVE, UNIT, Options, Range, option
 from lightning_optim.table._spec import Buffer, OptimizerSpec, StateLayout
+from lightning_optim.table.rows._torch_optim import AdamOptions
 
 _CLOSED_UNIT = Range(low=0.0, high=1.0)
 
@@ -23,8 +24,8 @@ class GrokAdamWOptions(Options):
     )
     eps: float = option(1e-8, "added to the denominator", NON_NEGATIVE)
     alpha_init: float = option(0.98, "decay rate of the gradient's average while the model does not overfit", UNIT)
-    lamb: float = option(2.0, "how many times the gradient's average is added to the gradient", NON_NEGATIVE)
-    gamma: float = option(0.1, "part of beta1 lost from one parameter of a group to the next", _CLOSED_UNIT)
+    lamb: float = option(2.0, "factor on the gradient's average when it is added to the gradient", NON_NEGATIVE)
+    gamma: float = option(0.1, "fraction of beta1 lost from one parameter of a group to the next", _CLOSED_UNIT)
     grokking_signal_decay_rate: float = option(
         0.1, "how fast overfitting shortens the gradient's average", NON_NEGATIVE
     )
@@ -39,15 +40,13 @@ class GrokAdamWOptions(Options):
 
 
 @dataclass(frozen=True)
-class AnyPrecisionAdamWOptions(Options):
+class AnyPrecisionAdamWOptions(AdamOptions):
     """Options of :class:`~lightning_optim.optimizers.AnyPrecisionAdamW`."""
 
-    betas: tuple[float, float] = option((0.9, 0.999), "decay rates of the first and second moment", UNIT)
-    eps: float = option(1e-8, "added to the denominator", NON_NEGATIVE)
-    use_kahan_summation: bool = option(False, "keep what rounding takes from the parameters' updates")
+    use_kahan_summation: bool = option(False, "compensate the rounding of parameter updates")
     momentum_dtype: StateDtype = option("float32", "dtype of the first moment")
     variance_dtype: StateDtype = option("float32", "dtype of the second moment")
-    compensation_buffer_dtype: StateDtype = option("bfloat16", "dtype of what rounding took")
+    compensation_buffer_dtype: StateDtype = option("bfloat16", "dtype of the compensation buffer")
 
     def check(self) -> None:
         check_epsilon(self.eps, self.variance_dtype)
@@ -69,12 +68,10 @@ ROWS = (
         state_format="GrokAdamW/1",
         default_lr=1e-3,
         default_weight_decay=1e-2,
-        state=StateLayout(
-            buffers=tuple(Buffer(name, float32=True) for name in ("exp_avg", "exp_avg_sq", "grok_ema")),
-        ),
+        state=StateLayout(buffers=tuple(Buffer(name, float32=True) for name in ("exp_avg", "exp_avg_sq", "grok_ema"))),
         sharded=True,
         half_weights=True,
-        note="beta1 depends on a parameter's position in its group; the callback GrokkingSignal tells it the losses",
+        note="beta1 depends on a parameter's position in its group; the callback GrokkingSignal reports the losses",
     ),
     OptimizerSpec(
         name="adamw_anyprecision",

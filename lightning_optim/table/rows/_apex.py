@@ -6,11 +6,11 @@ from dataclasses import dataclass
 from types import MappingProxyType
 
 from lightning_optim.table._availability import Requirement
-from lightning_optim.table._options import NON_NEGATIVE, UNIT, Options, option
+from lightning_optim.table._options import option
 from lightning_optim.table._spec import Buffer, OptimizerSpec, StateLayout
-from lightning_optim.table.rows._torch_optim import ADAMW_FORMAT, ADAMW_SOURCE
+from lightning_optim.table.rows._torch_optim import ADAMW_FORMAT, ADAMW_SOURCE, AdamOptions
 
-# Its kernels, not its name: PyPI's "apex" is another project that imports under the same name.
+# The kernels' module, because PyPI's "apex" is another project that also imports as apex.
 REQUIREMENTS = (
     Requirement(
         "apex",
@@ -23,12 +23,10 @@ REQUIREMENTS = (
 
 
 @dataclass(frozen=True)
-class FusedAdamOptions(Options):
+class FusedAdamOptions(AdamOptions):
     """Options of ``apex.optimizers.FusedAdam``."""
 
-    betas: tuple[float, float] = option((0.9, 0.999), "decay rates of the first and second moment", UNIT)
-    eps: float = option(1e-8, "added to the denominator", NON_NEGATIVE)
-    bias_correction: bool = option(True, "divide the moments by what they lack in the first steps")
+    bias_correction: bool = option(True, "correct the moments' bias toward zero in the first steps")
 
 
 ROWS = (

@@ -1,14 +1,15 @@
-"""The row of APOLLO, an algorithm of our own."""
+"""The row of APOLLO, our own implementation."""
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 from lightning_optim.optimizers._low_rank import StateDtype
 from lightning_optim.table._options import AT_LEAST_ONE, NON_NEGATIVE, POSITIVE, UNIT, Options, option
 from lightning_optim.table._spec import Buffer, OptimizerSpec, StateLayout
-from lightning_optim.table.rows._low_rank import MOMENTS, left_elements, right_elements, states_are_float32
+from lightning_optim.table.rows._low_rank import BASES, MOMENTS
 
 
 @dataclass(frozen=True)
@@ -24,7 +25,7 @@ class ApolloOptions(Options):
     update_proj_gap: int = option(200, "steps between two subspaces", AT_LEAST_ONE)
     scale: float = option(1.0, "updates of projected matrices are multiplied by its square root", POSITIVE)
     proj_type: Literal["std", "reverse_std", "right", "left"] = option(
-        "std", "side to project: the shorter one, the longer one, or this one"
+        "std", "side to project: 'std' the shorter one, 'reverse_std' the longer one"
     )
     proj: Literal["random", "svd"] = option("random", "random subspaces, or those of the leading singular vectors")
     scale_type: Literal["channel", "tensor"] = option("channel", "one factor per row or column, or one for the matrix")
@@ -37,14 +38,6 @@ class ApolloOptions(Options):
     state_dtype: StateDtype = option(
         "float32", "dtype of moments and bases; 'parameter': the parameter's, half the bytes for bfloat16 weights"
     )
-
-
-def _left_elements(shape: tuple[int, ...], options: Any) -> int:
-    return left_elements(shape, options) if options.proj == "svd" else 0
-
-
-def _right_elements(shape: tuple[int, ...], options: Any) -> int:
-    return right_elements(shape, options) if options.proj == "svd" else 0
 
 
 def _norm_elements(shape: tuple[int, ...], options: Any) -> int:
@@ -65,10 +58,9 @@ ROWS = (
         state=StateLayout(
             buffers=(
                 *MOMENTS,
-                Buffer("left", float32=states_are_float32, elements=_left_elements),
-                Buffer("right", float32=states_are_float32, elements=_right_elements),
+                *(dataclasses.replace(basis, when=lambda o: o.proj == "svd") for basis in BASES),
                 Buffer("update_norm", float32=True, elements=_norm_elements),
-            ),
+            )
         ),
         half_weights=True,
         lists_layerwise=True,

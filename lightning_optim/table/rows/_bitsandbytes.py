@@ -10,6 +10,7 @@ from lightning_optim.errors import InvalidOption
 from lightning_optim.table._availability import Requirement
 from lightning_optim.table._options import AT_LEAST_ONE, NON_NEGATIVE, OPEN_UNIT, UNIT, Options, option
 from lightning_optim.table._spec import Buffer, OptimizerSpec, Quantization, StateLayout
+from lightning_optim.table.rows._torch_optim import AdamOptions
 
 REQUIREMENTS = (
     Requirement(
@@ -26,11 +27,8 @@ QUANTIZATION = Quantization(bits=8, block_size=256, min_size="min_8bit_size")
 
 
 @dataclass(frozen=True)
-class AdamWOptions(Options):
+class AdamWOptions(AdamOptions):
     """Options of ``bitsandbytes.optim.AdamW`` with 32-bit states."""
-
-    betas: tuple[float, float] = option((0.9, 0.999), "decay rates of the first and second moment", UNIT)
-    eps: float = option(1e-8, "added to the denominator", NON_NEGATIVE)
 
 
 @dataclass(frozen=True)
@@ -77,7 +75,7 @@ class RMSpropOptions(Options):
 
 @dataclass(frozen=True)
 class _Quantized(Options):
-    """Options that the 8-bit form of every bitsandbytes optimizer adds."""
+    """Options added by the 8-bit form of every bitsandbytes optimizer."""
 
     min_8bit_size: int = option(
         4096, "parameters with fewer elements keep 32-bit states", NON_NEGATIVE, scope="constructor"
@@ -107,7 +105,7 @@ class RMSprop8bitOptions(_Quantized, RMSpropOptions):
 
 @dataclass(frozen=True)
 class _Algorithm:
-    """What the rows of one bitsandbytes class share."""
+    """What the rows of a bitsandbytes class share."""
 
     class_name: str
     paper: str
@@ -186,7 +184,7 @@ def _row(
         fixed=MappingProxyType(fixed),
         aliases=aliases,
         state=StateLayout(algorithm.buffers, quantization=QUANTIZATION if bits == 8 else None),
-        # Paged or not is where a state lies, not what it is.
+        # Paging changes where a state lies, not what it holds.
         state_format=f"bitsandbytes.{algorithm.class_name}-{bits}bit/1",
         devices=DEVICES,
         half_weights=True,
@@ -206,13 +204,7 @@ def _family(prefix: str, algorithm: _Algorithm, name_32bit: str) -> Iterator[Opt
 ROWS = (
     _row("adamw_bnb_8bit", _ADAMW, 8, aliases=("adamw_8bit",), fallbacks=("adamw_torch_8bit", "adamw")),
     _row("paged_adamw_32bit", _ADAMW, 32, paged=True, fallbacks=("adamw",)),
-    _row(
-        "paged_adamw_8bit",
-        _ADAMW,
-        8,
-        paged=True,
-        fallbacks=("adamw_bnb_8bit", "adamw_torch_8bit", "adamw"),
-    ),
+    _row("paged_adamw_8bit", _ADAMW, 8, paged=True, fallbacks=("adamw_bnb_8bit", "adamw_torch_8bit", "adamw")),
     *_family("lion", _LION, "lion_32bit"),
     *_family("ademamix", _ADEMAMIX, "ademamix"),
     _row("rmsprop_bnb", _RMSPROP, 32, aliases=("rmsprop_bnb_32bit",), fallbacks=("rmsprop",)),

@@ -1,15 +1,16 @@
-"""Rows that keep their moments in low-rank subspaces of the gradients: GaLore."""
+"""GaLore's rows, whose moments are kept in low-rank subspaces of the gradients."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar
 
 from typing_extensions import Self
 
-from lightning_optim.optimizers._factored import column_elements, full_elements, row_elements
+from lightning_optim.optimizers._factored import TENSORS, elements
 from lightning_optim.optimizers._galore import default_eps
 from lightning_optim.optimizers._low_rank import StateDtype
 from lightning_optim.optimizers._projection import ProjectionMethod, ProjectionType, base_shapes, low_rank_shape
@@ -20,7 +21,7 @@ from lightning_optim.table.rows._adafactor_lomo import AdafactorOptions
 
 _PAPER = "GaLore: Memory-Efficient LLM Training by Gradient Low-Rank Projection, https://arxiv.org/abs/2403.03507"
 _NOTE = (
-    "optim_target_modules chooses the modules whose weights are projected, 'all-linear' unless given; a convolution's "
+    "optim_target_modules chooses the modules whose weights are projected, by default 'all-linear'; a convolution's "
     "weight is projected as the matrix [out, rest]"
 )
 
@@ -54,10 +55,10 @@ class GaLoreAdamWOptions(GaLoreOptions):
 
     betas: tuple[float, float] = option((0.9, 0.999), "decay rates of the first and second moment", UNIT)
     eps: float | None = option(
-        None, "added to the denominator; None: 1e-8, with match_galore_torch 1e-6 as there", NON_NEGATIVE
+        None, "added to the denominator; None: 1e-8, or 1e-6 with match_galore_torch", NON_NEGATIVE
     )
     match_galore_torch: bool = option(
-        False, "do as galore-torch: its epsilon, which is not bias-corrected, and the decay after the update"
+        False, "as in galore-torch: epsilon without bias correction, and decay after the update"
     )
 
     def settled(self) -> Self:
@@ -77,54 +78,38 @@ class GaLoreAdamW8bitOptions(GaLoreAdamWOptions):
     quantize_embeddings: bool = option(False, "store embeddings' moments in 8 bits, too", scope="policy")
 
 
-def moment_elements(shape: tuple[int, ...], options: Any) -> int:
-    """Returns the elements of a moment; a group that is not projected has no rank."""
-    return math.prod(_moment_shape(shape, options))
-
-
-def left_elements(shape: tuple[int, ...], options: Any) -> int:
-    """Returns the elements of the left basis."""
-    return _base_elements("left", shape, options)
-
-
-def right_elements(shape: tuple[int, ...], options: Any) -> int:
-    """Returns the elements of the right basis."""
-    return _base_elements("right", shape, options)
-
-
 def _moment_shape(shape: tuple[int, ...], options: Any) -> tuple[int, ...]:
+    # A group that is not projected has no rank.
     if options.rank is None or len(shape) < 2:
         return shape
     return low_rank_shape(shape, options.rank, options.proj_type)
 
 
-def _base_elements(name: str, shape: tuple[int, ...], options: Any) -> int:
+def _moment_elements(shape: tuple[int, ...], options: Any) -> int:
+    return math.prod(_moment_shape(shape, options))
+
+
+def _factored_elements(name: str, shape: tuple[int, ...], options: Any) -> int:
+    return elements(name, _moment_shape(shape, options))
+
+
+def _basis_elements(name: str, shape: tuple[int, ...], options: Any) -> int:
     if options.rank is None or len(shape) < 2:
         return 0
     return math.prod(base_shapes(shape, options.rank, options.proj_type).get(name, (0,)))
 
 
-def _low_row_elements(shape: tuple[int, ...], options: Any) -> int:
-    return row_elements(_moment_shape(shape, options))
-
-
-def _low_column_elements(shape: tuple[int, ...], options: Any) -> int:
-    return column_elements(_moment_shape(shape, options))
-
-
-def states_are_float32(options: Any) -> bool:
-    """Whether moments and bases are float32 where the parameter's dtype is narrower."""
+def _states_are_float32(options: Any) -> bool:
     return bool(options.state_dtype == "float32")
 
 
+_EXP_AVG = Buffer("exp_avg", float32=_states_are_float32, elements=_moment_elements)
 #: AdamW's moments, those of projected matrices in the subspace.
-MOMENTS = (
-    Buffer("exp_avg", float32=states_are_float32, elements=moment_elements),
-    Buffer("exp_avg_sq", float32=states_are_float32, elements=moment_elements),
-)
-_BASES = (
-    Buffer("left", float32=states_are_float32, elements=left_elements, quantized=False),
-    Buffer("right", float32=states_are_float32, elements=right_elements, quantized=False),
+MOMENTS = (_EXP_AVG, dataclasses.replace(_EXP_AVG, name="exp_avg_sq"))
+#: The bases of the subspaces.
+BASES = tuple(
+    Buffer(name, float32=_states_are_float32, elements=partial(_basis_elements, name), quantized=False)
+    for name in ("left", "right")
 )
 
 _GALORE_ADAMW = OptimizerSpec(
@@ -136,7 +121,7 @@ _GALORE_ADAMW = OptimizerSpec(
     state_format="GaLoreAdamW/1",
     default_lr=1e-3,
     default_weight_decay=0.0,
-    state=StateLayout(buffers=MOMENTS + _BASES),
+    state=StateLayout(buffers=MOMENTS + BASES),
     half_weights=True,
     lists_layerwise=True,
     projects=True,
@@ -154,7 +139,7 @@ ROWS = (
         source=f"{_PAPER}; lightning_optim.optimizers.GaLoreAdamW8bit",
         options=GaLoreAdamW8bitOptions,
         state_format="GaLoreAdamW8bit/1",
-        state=StateLayout(MOMENTS + _BASES, quantization=bitsandbytes.QUANTIZATION),
+        state=StateLayout(MOMENTS + BASES, quantization=bitsandbytes.QUANTIZATION),
         requirements=bitsandbytes.REQUIREMENTS,
         extra="bitsandbytes",
         devices=bitsandbytes.DEVICES,
@@ -170,16 +155,9 @@ ROWS = (
         state_format="GaLoreAdafactor/1",
         state=StateLayout(
             buffers=(
-                Buffer("exp_avg_sq_row", float32=True, elements=_low_row_elements),
-                Buffer("exp_avg_sq_col", float32=True, elements=_low_column_elements),
-                Buffer("exp_avg_sq", float32=True, elements=full_elements),
-                Buffer(
-                    "exp_avg",
-                    float32=states_are_float32,
-                    when=lambda o: o.beta1 is not None,
-                    elements=moment_elements,
-                ),
-                *_BASES,
+                *(Buffer(name, float32=True, elements=partial(_factored_elements, name)) for name in TENSORS),
+                dataclasses.replace(_EXP_AVG, when=lambda o: o.beta1 is not None),
+                *BASES,
             )
         ),
     ),

@@ -8,13 +8,13 @@ from dataclasses import dataclass
 import torch
 
 from lightning_optim.table._availability import Requirement
-from lightning_optim.table._options import NON_NEGATIVE, UNIT, Options, option
+from lightning_optim.table._options import option
 from lightning_optim.table._spec import OptimizerSpec
-from lightning_optim.table.rows._torch_optim import ADAMW_FORMAT, ADAMW_SOURCE, ADAMW_STATE
+from lightning_optim.table.rows._torch_optim import ADAMW_FORMAT, ADAMW_SOURCE, ADAMW_STATE, AdamOptions
 
 _TORCH = ".".join(torch.__version__.split(".")[:2])
 
-# Never a dependency or an extra: without CANN, torch fails when it loads torch_npu by itself.
+# Never a dependency or an extra: torch autoloads torch_npu, which fails without CANN.
 REQUIREMENTS = (
     Requirement(
         "torch-npu",
@@ -29,11 +29,9 @@ REQUIREMENTS = (
 
 
 @dataclass(frozen=True)
-class NpuFusedAdamWOptions(Options):
+class NpuFusedAdamWOptions(AdamOptions):
     """Options of ``torch_npu.optim.NpuFusedAdamW``."""
 
-    betas: tuple[float, float] = option((0.9, 0.999), "decay rates of the first and second moment", UNIT)
-    eps: float = option(1e-8, "added to the denominator", NON_NEGATIVE)
     amsgrad: bool = option(False, "divide by the largest second moment seen")
 
 
@@ -48,7 +46,7 @@ ROWS = (
         default_lr=1e-3,
         default_weight_decay=1e-2,
         requirements=REQUIREMENTS,
-        # Steps are counted by plain numbers.
+        # Step counts are plain numbers.
         state=dataclasses.replace(ADAMW_STATE, scalar_bytes=0),
         state_format=ADAMW_FORMAT,
         devices=frozenset({"npu"}),

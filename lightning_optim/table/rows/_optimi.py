@@ -19,7 +19,7 @@ class StableAdamWOptions(Options):
     betas: tuple[float, float] = option((0.9, 0.99), "decay rates of the first and second moment", UNIT)
     eps: float = option(1e-6, "added to the denominator", NON_NEGATIVE)
     decouple_lr: bool = option(False, "decay by weight_decay alone, not by lr * weight_decay")
-    max_lr: float | None = option(None, "peak of the schedule, for decouple_lr; None: the lr given", POSITIVE)
+    max_lr: float | None = option(None, "peak of the schedule, for decouple_lr; None: the given lr", POSITIVE)
     kahan_sum: bool | None = option(None, "compensated summation; None: for bfloat16 and float16 parameters")
     foreach: bool | None = option(None, "batch the arithmetic over tensors; None lets optimi choose")
     triton: bool | None = option(None, "Triton kernels; None: where all parameters are on a GPU")
@@ -34,7 +34,7 @@ ROWS = (
         name="stable_adamw",
         target="lightning_optim.optimizers.adapters._optimi:StableAdamW",
         wraps="optimi.StableAdamW",
-        summary="AdamW whose updates are clipped by their RMS, as Adafactor's are",
+        summary="AdamW whose updates are clipped by their RMS, as in Adafactor",
         source="Stable and low-precision training for large-scale vision-language models, "
         "https://arxiv.org/abs/2304.13013; optimi.StableAdamW",
         options=StableAdamWOptions,

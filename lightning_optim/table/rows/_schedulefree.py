@@ -25,7 +25,7 @@ class _Averaging(Options):
 class ScheduleFreeAdamWOptions(_Averaging):
     """Options of ``schedulefree.AdamWScheduleFree``."""
 
-    # The averaged weights are computed with 1 / beta1: neither end of the interval is possible.
+    # The averaged weights are computed with 1 / beta1, so both ends of the interval are excluded.
     betas: tuple[float, float] = option(
         (0.9, 0.999), "interpolation between average and iterate; decay rate", OPEN_UNIT
     )
@@ -39,11 +39,11 @@ class ScheduleFreeRAdamOptions(ScheduleFreeAdamWOptions):
     silent_sgd_phase: bool = option(True, "do not move while the variance is not yet known")
 
     def check(self) -> None:
-        # RAdam moves by its variance once rho_t > 4. It rises towards rho_inf = 2 / (1 - beta2) - 1, which it does not
-        # reach, and rho_inf > 4 is beta2 > 0.6.
+        # RAdam uses its variance once rho_t > 4. rho_t rises towards rho_inf = 2 / (1 - beta2) - 1 without reaching it,
+        # and rho_inf > 4 means beta2 > 0.6.
         if self.silent_sgd_phase and self.betas[1] <= 0.6:
             raise InvalidOption(
-                f"betas={self.betas!r}: with the second one at 0.6 or below, RAdam never knows its variance, and with "
+                f"betas={self.betas!r}: with betas[1] at 0.6 or below, RAdam never knows its variance, and with "
                 "silent_sgd_phase=True no weight ever moves. Set betas[1] above 0.6 (0.999 is usual), or "
                 "silent_sgd_phase=False, or use optim='schedule_free_adamw'"
             )
@@ -75,8 +75,8 @@ def _row(
         state_format=f"schedulefree.{algorithm}/1",
         warmup=warmup,
         averages_weights=True,
-        note="validation, test, prediction and checkpoints use the averaged weights; while those are in the model and "
-        "in checkpoints the training point is stored beside the state (one more copy of the parameters)",
+        note="validation, test, prediction and checkpoints use the averaged weights; meanwhile, and in checkpoints, "
+        "the training point is stored with the state (one more copy of the parameters)",
     )
 
 

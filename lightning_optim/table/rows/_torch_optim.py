@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from types import MappingProxyType
 
@@ -15,11 +16,17 @@ _CAPTURABLE_HELP = "keep counters on the device, for CUDA graphs"
 
 
 @dataclass(frozen=True)
-class FusedAdamWOptions(Options):
-    """Options of ``torch.optim.AdamW(fused=True)``."""
+class AdamOptions(Options):
+    """The options that every Adam has."""
 
     betas: tuple[float, float] = option((0.9, 0.999), "decay rates of the first and second moment", UNIT)
     eps: float = option(1e-8, "added to the denominator", NON_NEGATIVE)
+
+
+@dataclass(frozen=True)
+class FusedAdamWOptions(AdamOptions):
+    """Options of ``torch.optim.AdamW(fused=True)``."""
+
     amsgrad: bool = option(False, "divide by the largest second moment seen")
     maximize: bool = option(False, _MAXIMIZE_HELP)
     capturable: bool = option(False, _CAPTURABLE_HELP)
@@ -76,50 +83,40 @@ ADAMW_STATE = StateLayout(
     buffers=(Buffer("exp_avg"), Buffer("exp_avg_sq"), Buffer("max_exp_avg_sq", when=lambda o: o.amsgrad)),
     scalar_bytes=4,
 )
-#: Also of the kernels of others for the same algorithm.
+#: Also of other packages' kernels for the same algorithm.
 ADAMW_FORMAT = "torch.AdamW/1"
 
+_ADAMW = OptimizerSpec(
+    name="adamw_torch",
+    target="torch.optim:AdamW",
+    summary="AdamW",
+    source=ADAMW_SOURCE,
+    options=AdamWOptions,
+    default_lr=1e-3,
+    default_weight_decay=1e-2,
+    state=ADAMW_STATE,
+    state_format=ADAMW_FORMAT,
+    complex=True,
+    sharded=True,
+)
+
 ROWS = (
-    OptimizerSpec(
+    dataclasses.replace(
+        _ADAMW,
         name="adamw",
-        target="torch.optim:AdamW",
         summary="AdamW with the best kernel that the device has",
-        source=ADAMW_SOURCE,
         options=FusedAdamWOptions,
-        default_lr=1e-3,
-        default_weight_decay=1e-2,
-        state=ADAMW_STATE,
-        state_format=ADAMW_FORMAT,
-        complex=True,
-        sharded=True,
         choices=("adamw_torch_xla", "adamw_torch_fused", "adamw_torch"),
     ),
-    OptimizerSpec(
-        name="adamw_torch",
-        target="torch.optim:AdamW",
-        summary="AdamW",
-        source=ADAMW_SOURCE,
-        options=AdamWOptions,
-        default_lr=1e-3,
-        default_weight_decay=1e-2,
-        state=ADAMW_STATE,
-        state_format=ADAMW_FORMAT,
-        complex=True,
-        sharded=True,
-    ),
-    OptimizerSpec(
+    _ADAMW,
+    dataclasses.replace(
+        _ADAMW,
         name="adamw_torch_fused",
-        target="torch.optim:AdamW",
         summary="AdamW, one fused kernel per step",
-        source=ADAMW_SOURCE,
         options=FusedAdamWOptions,
-        default_lr=1e-3,
-        default_weight_decay=1e-2,
-        state=ADAMW_STATE,
-        state_format=ADAMW_FORMAT,
         fixed=MappingProxyType({"fused": True}),
         devices=frozenset({"cpu", "cuda", "mps", "npu", "xpu"}),
-        sharded=True,
+        complex=False,
         fallbacks=("adamw",),
     ),
     OptimizerSpec(

@@ -6,8 +6,9 @@ from dataclasses import dataclass
 
 from lightning_optim.errors import InvalidOption
 from lightning_optim.table._availability import Requirement
-from lightning_optim.table._options import AT_LEAST_ONE, NON_NEGATIVE, UNIT, Options, option
+from lightning_optim.table._options import AT_LEAST_ONE, Options, option
 from lightning_optim.table._spec import Buffer, OptimizerSpec, Quantization, StateLayout
+from lightning_optim.table.rows._torch_optim import AdamOptions
 
 REQUIREMENTS = (
     # 0.18 imports torch.nn.functional.ScalingType, which torch 2.9 does not have. The extra brings both in tested
@@ -17,11 +18,9 @@ REQUIREMENTS = (
 
 
 @dataclass(frozen=True)
-class AdamW8bitOptions(Options):
+class AdamW8bitOptions(AdamOptions):
     """Options of ``torchao.optim.AdamW8bit``."""
 
-    betas: tuple[float, float] = option((0.9, 0.999), "decay rates of the first and second moment", UNIT)
-    eps: float = option(1e-8, "added to the denominator", NON_NEGATIVE)
     amsgrad: bool = option(False, "not implemented by torchao for quantized states: False only")
     block_size: int = option(256, "elements that share a scale", AT_LEAST_ONE, scope="constructor")
     bf16_stochastic_round: bool = option(False, "round bfloat16 weights stochastically", scope="constructor")
@@ -66,8 +65,8 @@ def _row(bits: int, options: type[Options], table_bytes: int, paper: str, fallba
         half_weights=True,
         compiles=True,
         fallbacks=fallbacks,
-        note="the first step compiles (about half a minute on CPU); parameters with fewer than 4096 elements or with "
-        "a size that is no multiple of block_size keep unquantized states",
+        note="the first step compiles (about half a minute on CPU); parameters with fewer than 4096 elements, or whose "
+        "size is not a multiple of block_size, keep unquantized states",
     )
 
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from lightning_optim.table._availability import Requirement
-from lightning_optim.table._options import NON_NEGATIVE, UNIT, Options, option
+from lightning_optim.table._options import option
 from lightning_optim.table._spec import OptimizerSpec
-from lightning_optim.table.rows._torch_optim import ADAMW_FORMAT, ADAMW_SOURCE, ADAMW_STATE
+from lightning_optim.table.rows._torch_optim import ADAMW_FORMAT, ADAMW_SOURCE, ADAMW_STATE, AdamOptions
 
 REQUIREMENTS = (
     Requirement(
@@ -22,11 +22,9 @@ REQUIREMENTS = (
 
 
 @dataclass(frozen=True)
-class SyncFreeAdamWOptions(Options):
+class SyncFreeAdamWOptions(AdamOptions):
     """Options of ``torch_xla.amp.syncfree.AdamW``."""
 
-    betas: tuple[float, float] = option((0.9, 0.999), "decay rates of the first and second moment", UNIT)
-    eps: float = option(1e-8, "added to the denominator", NON_NEGATIVE)
     amsgrad: bool = option(False, "divide by the largest second moment seen")
     maximize: bool = option(False, "ascend instead of descend")
 

@@ -31,6 +31,7 @@ __all__ = [
     "bare_optimizer",
     "capturable_devices",
     "current_function_mode",
+    "entries",
     "group_by_device_and_dtype",
     "has_fused_kernel",
     "is_flattened",
@@ -179,6 +180,15 @@ def group_by_device_and_dtype(tensors: Sequence[Tensor]) -> list[list[Tensor]]:
     """Divides tensors in the order in which torch's own norm adds them; another order rounds clipping otherwise."""
     grouped = _group_tensors_by_device_and_dtype([list(tensors)])
     return [[tensor for tensor in lists[0] if tensor is not None] for lists, _ in grouped.values()]
+
+
+def entries(gradient: Tensor) -> Tensor:
+    """Returns the entries of a sparse gradient before those of one place are added up.
+
+    Without them an optimizer that looks at them is not seen to couple its parameters where they add up to zero.
+    """
+    values: Tensor = gradient._values()
+    return values
 
 
 # --- what surrounds a step -------------------------------------------------------------------------------------------

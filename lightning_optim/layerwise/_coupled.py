@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.optim import LBFGS, Optimizer
 
+from lightning_optim._compat.torch import entries
 from lightning_optim.errors import IncompatibleTrainer
 
 # The steps in which a group is watched. Not the first alone: D-Adaptation's estimate moves in the second one.
@@ -95,13 +96,16 @@ class _Part:
         copies: Parameters and states, and their values before.
         states: Each parameter's state before.
         open: The groups, and :data:`ATTRIBUTES`, of which nothing is known yet.
-        blind: Those for which the part had no gradient that is not zero: all parts write the same then.
+        blind: Those for which the part had no gradient that is not zero, so that what it writes tells nothing.
+        empty: Of these, those for which all parts write the same then. Not so if a sparse gradient adds up to zero and
+            its entries are not: an optimizer may look at those.
     """
 
     copies: list[tuple[Tensor, Tensor]]
     states: dict[Tensor, dict[str, Any] | None]
     open: set[int]
     blind: set[int]
+    empty: set[int]
 
 
 class Watch:
@@ -136,8 +140,11 @@ class Watch:
         stepped = [p for parameters in groups.values() for p in parameters if p.grad is not None]
         self._met.update(index for index, parameters in groups.items() if any(p.grad is not None for p in parameters))
         blind = {index for index, parameters in groups.items() if not any(map(_has_gradient, parameters))}
-        blind |= {ATTRIBUTES} if len(blind) == len(groups) else set()
-        part = _Part([], {}, {index for index in (*groups, ATTRIBUTES) if self.wants(index)}, blind)
+        cancelled = {index for index in blind if any(map(_has_entries, groups[index]))}
+        if len(blind) == len(groups):
+            blind.add(ATTRIBUTES)
+        empty = blind - cancelled - ({ATTRIBUTES} if cancelled else set())
+        part = _Part([], {}, {index for index in (*groups, ATTRIBUTES) if self.wants(index)}, blind, empty)
         if part.open:
             for parameter in stepped:
                 state = self._optimizer.state.get(parameter)
@@ -155,7 +162,7 @@ class Watch:
         self._wrote |= telling
         part.open &= telling | part.blind
         for other in self._parts:
-            other.open -= self._agreed | (other.blind & self._silent)
+            other.open -= self._agreed | (other.empty & self._silent)
         self._parts = [other for other in self._parts if other.open]
 
     @contextmanager
@@ -194,9 +201,18 @@ def _is_plain(tensor: Tensor) -> bool:
 
 
 def _has_gradient(parameter: Tensor) -> bool:
-    gradient = parameter.grad
-    if gradient is None:
-        return False
-    if hasattr(gradient, "to_local"):
-        gradient = gradient.to_local()
-    return bool((gradient.coalesce().values() if gradient.is_sparse else gradient).any())
+    """Whether a parameter has a gradient that is not zero."""
+    gradient = _local_gradient(parameter)
+    return gradient is not None and bool((gradient.coalesce().values() if gradient.is_sparse else gradient).any())
+
+
+def _has_entries(parameter: Tensor) -> bool:
+    """Whether a parameter has a sparse gradient some of whose entries are not zero, even if they add up to zero."""
+    gradient = _local_gradient(parameter)
+    return gradient is not None and gradient.is_sparse and bool(entries(gradient).any())
+
+
+def _local_gradient(parameter: Tensor) -> Tensor | None:
+    gradient: Any = parameter.grad
+    local: Tensor | None = gradient.to_local() if hasattr(gradient, "to_local") else gradient
+    return local

@@ -217,6 +217,14 @@ def test_tensors_are_grouped_in_the_order_of_torchs_norm() -> None:
         assert torch.equal(torch.linalg.vector_norm(ordered), total), "torch adds norms in another order"
 
 
+def test_a_sparse_gradient_hands_out_its_entries() -> None:
+    with relied_on("torch.entries", "the refusal of layerwise optimizers that couple their parameters") as entries:
+        embedding = nn.Embedding(3, 1, sparse=True)
+        (embedding(torch.tensor([0, 0])).flatten() * torch.tensor([1.0, -1.0])).sum().backward()
+        assert embedding.weight.grad is not None
+        assert entries(embedding.weight.grad).flatten().tolist() == [1.0, -1.0]
+
+
 def test_flattened_parameters_are_known() -> None:
     with relied_on("torch.is_flattened", "the error for Trainer(strategy='fsdp')") as is_flattened:
         from torch.distributed.fsdp._common_utils import _set_fsdp_flattened

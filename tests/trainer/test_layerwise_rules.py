@@ -31,8 +31,11 @@ from lightning_optim import (
     UnknownOptimizer,
     build_optimizer,
 )
+from lightning_optim._compat.torch import entries
 from lightning_optim.build import rules
 from lightning_optim.build.rules import _layerwise as stepping
+from lightning_optim.layerwise._coupled import Watch
+from lightning_optim.layerwise._split_step import SplitStep
 from tests.models import ForeignTokens, LitTokens, fp16_mixed, loader, trainer
 from tests.trainer.test_resume import assert_equal
 
@@ -534,6 +537,31 @@ def test_an_optimizer_that_couples_its_parameters_is_refused_and_moves_nothing(
     assert all(map(torch.equal, parameters, model.parameters()))
     assert_equal(state, optimizer.state_dict(), "state")
     assert torch.equal(optimizer.d, torch.zeros(1))
+
+
+def test_a_part_whose_sparse_gradient_adds_up_to_zero_is_undone_if_its_entries_count() -> None:
+    class EstimatesFromEntries(torch.optim.SGD):
+        def step(self, closure: Any = None) -> Any:
+            (group,) = self.param_groups
+            for parameter in group["params"]:
+                if parameter.grad.is_sparse:
+                    group["d"] = entries(parameter.grad).abs().sum().item()
+                parameter.data.mul_(0.5)
+
+    weights = [nn.Parameter(torch.ones(3, 2)) for _ in range(3)]
+    places = torch.tensor([[0, 0]])
+    for weight, values in ((weights[0], [[1.0, 1.0], [-1.0, -1.0]]), (weights[2], [[5.0, 5.0], [5.0, 5.0]])):
+        weight.grad = torch.sparse_coo_tensor(places, torch.tensor(values), (3, 2), check_invariants=True)
+    # Writes no estimate, though its gradient is not zero.
+    weights[1].grad = torch.ones(3, 2)
+    optimizer = EstimatesFromEntries(weights, lr=0.1)
+    split = SplitStep(optimizer, Watch(optimizer, {}))
+    for weight in weights[:2]:
+        split.inner([weight]).step()
+    with pytest.raises(IncompatibleTrainer, match="different values of 'd'"):
+        split.inner([weights[2]]).step()
+    assert torch.equal(weights[0], torch.ones(3, 2))
+    assert torch.equal(weights[2], torch.ones(3, 2))
 
 
 @pytest.mark.parametrize("bucket_mb", [0, 8])

@@ -1,7 +1,7 @@
 """Where modules of version 0.1 are now, for pickles and imports that name them.
 
-A pickle of a whole module or optimizer names classes by the modules that defined them. Those paths were never public:
-an import of one is answered with a ``DeprecationWarning``; ``lightning_optim`` itself has every public name.
+A pickle of a whole module or optimizer names classes by their defining modules. Those paths were never public: an
+import of one gives a ``DeprecationWarning``; ``lightning_optim`` itself has every public name.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ def new_path(old: str) -> str | None:
 
 
 class _Moved(MetaPathFinder, Loader):
-    """Answers for modules that nobody else finds."""
+    """Finds modules that no other finder finds."""
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
@@ -74,7 +74,7 @@ class _Moved(MetaPathFinder, Loader):
         return importlib.machinery.ModuleSpec(fullname, self, loader_state=new)
 
     def create_module(self, spec: importlib.machinery.ModuleSpec) -> None:
-        """Has an empty module made, whose place the real one takes."""
+        """Lets Python create an empty module, which the real one replaces."""
 
     def exec_module(self, module: ModuleType) -> None:
         assert module.__spec__ is not None
@@ -87,6 +87,6 @@ class _Moved(MetaPathFinder, Loader):
 
 
 def keep_old_paths() -> None:
-    """Lets the paths of version 0.1 be imported."""
+    """Makes the paths of version 0.1 importable."""
     if not any(isinstance(finder, _Moved) for finder in sys.meta_path):
         sys.meta_path.append(_Moved())

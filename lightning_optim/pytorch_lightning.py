@@ -1,7 +1,7 @@
 """The strategies and the precision plugin for a Trainer of the package ``pytorch_lightning``, under the same names.
 
-``Trainer(strategy="layerwise")`` and ``Trainer(strategy=lightning_optim.LayerwiseStrategy(...))`` of that package need
-none of these. They are here for subclasses, and for plugins, which that Trainer takes only if they are its own.
+That package's ``Trainer(strategy="layerwise")`` and ``Trainer(strategy=lightning_optim.LayerwiseStrategy(...))`` do not
+need them. They are for subclasses, and for plugins, which that Trainer only accepts from its own package.
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ import inspect
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from typing import Any, TypedDict, TypeVar, get_type_hints
+from typing import Any, NamedTuple, TypedDict, TypeVar, get_type_hints
 
 from lightning_optim.groups import TargetModules
 
@@ -106,16 +106,8 @@ class OptimArguments(Companions, total=False):
     optim: str
 
 
-@dataclass(frozen=True)
-class Argument:
-    """One of the arguments.
-
-    Attributes:
-        name: Its name.
-        type: Its type.
-        default: Its default.
-        help: What it means, in one sentence of reStructuredText.
-    """
+class Argument(NamedTuple):
+    """An argument of a request; ``help`` is one sentence of reStructuredText."""
 
     name: str
     type: Any

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import wraps
 from typing import Any, ClassVar, Literal, Protocol
 
 from lightning_optim.errors import InvalidOption, UnknownSchedule, close_names, listing
@@ -124,8 +125,21 @@ def _check_below(name: str, value: float, peak: float) -> None:
         raise InvalidOption(f"{name}={value:g} must be smaller than the learning rate {peak:g}")
 
 
-def _warm(step: int, warmup: int) -> float:
-    return step / max(1, warmup)
+class Multiplier(Protocol):
+    """A factor on the peak learning rate, by step."""
+
+    def __call__(self, step: int, warmup: int, total: int, options: Any, peak: float) -> float:
+        """Returns the factor."""
+
+
+def _after_warmup(curve: Multiplier) -> Multiplier:
+    """Puts a linear rise from 0 before a curve."""
+
+    @wraps(curve)
+    def multiplier(step: int, warmup: int, total: int, options: Any, peak: float) -> float:
+        return step / max(1, warmup) if step < warmup else curve(step, warmup, total, options, peak)
+
+    return multiplier
 
 
 def _progress(step: int, warmup: int, total: int) -> float:
@@ -136,24 +150,23 @@ def _constant(step: int, warmup: int, total: int, options: ScheduleOptions, peak
     return 1.0
 
 
+@_after_warmup
 def _constant_with_warmup(step: int, warmup: int, total: int, options: ScheduleOptions, peak: float) -> float:
-    return _warm(step, warmup) if step < warmup else 1.0
+    return 1.0
 
 
+@_after_warmup
 def _linear(step: int, warmup: int, total: int, options: ScheduleOptions, peak: float) -> float:
-    return _warm(step, warmup) if step < warmup else max(0.0, (total - step) / max(1, total - warmup))
+    return max(0.0, (total - step) / max(1, total - warmup))
 
 
+@_after_warmup
 def _cosine(step: int, warmup: int, total: int, options: CosineOptions, peak: float) -> float:
-    if step < warmup:
-        return _warm(step, warmup)
-    progress = _progress(step, warmup, total)
-    return max(0.0, 0.5 * (1.0 + math.cos(math.pi * options.num_cycles * 2.0 * progress)))
+    return max(0.0, _wave(_progress(step, warmup, total), options.num_cycles))
 
 
+@_after_warmup
 def _cosine_with_min_lr(step: int, warmup: int, total: int, options: FlooredCosineOptions, peak: float) -> float:
-    if step < warmup:
-        return _warm(step, warmup)
     return _floored(_progress(step, warmup, total), options, peak)
 
 
@@ -170,22 +183,23 @@ def _cosine_warmup_with_min_lr(
 
 def _floored(progress: float, options: FlooredCosineOptions, peak: float) -> float:
     lowest = options.lowest(peak)
-    factor = 0.5 * (1.0 + math.cos(math.pi * options.num_cycles * 2.0 * progress))
-    return max(0.0, factor * (1 - lowest) + lowest)
+    return max(0.0, _wave(progress, options.num_cycles) * (1 - lowest) + lowest)
 
 
+def _wave(progress: float, cycles: float) -> float:
+    return 0.5 * (1.0 + math.cos(math.pi * cycles * 2.0 * progress))
+
+
+@_after_warmup
 def _cosine_with_restarts(step: int, warmup: int, total: int, options: RestartsOptions, peak: float) -> float:
-    if step < warmup:
-        return _warm(step, warmup)
     progress = _progress(step, warmup, total)
     if progress >= 1.0:
         return 0.0
     return max(0.0, 0.5 * (1.0 + math.cos(math.pi * ((options.num_cycles * progress) % 1.0))))
 
 
+@_after_warmup
 def _polynomial(step: int, warmup: int, total: int, options: PolynomialOptions, peak: float) -> float:
-    if step < warmup:
-        return _warm(step, warmup)
     if step > total:
         return options.lr_end / peak
     remaining = 1 - (step - warmup) / max(1, total - warmup)
@@ -193,9 +207,8 @@ def _polynomial(step: int, warmup: int, total: int, options: PolynomialOptions, 
     return lr / peak
 
 
+@_after_warmup
 def _inverse_sqrt(step: int, warmup: int, total: int, options: InverseSqrtOptions, peak: float) -> float:
-    if step < warmup:
-        return _warm(step, warmup)
     timescale = options.timescale or warmup or 10_000
     return 1.0 / math.sqrt((step + timescale - warmup) / timescale)
 
@@ -205,7 +218,7 @@ def _warmup_stable_decay(step: int, warmup: int, total: int, options: WarmupStab
     stable = total - warmup - decay if options.num_stable_steps is None else options.num_stable_steps
     lowest = options.min_lr_ratio
     if step < warmup:
-        progress = _warm(step, warmup)
+        progress = step / max(1, warmup)
         rise = {
             "linear": progress,
             "cosine": 0.5 * (1 - math.cos(math.pi * progress)),
@@ -216,17 +229,10 @@ def _warmup_stable_decay(step: int, warmup: int, total: int, options: WarmupStab
         return 1.0
     if step < warmup + stable + decay:
         progress = (step - warmup - stable) / max(1, decay)
-        cosine = 0.5 * (1 + math.cos(math.pi * options.num_cycles * 2.0 * progress))
+        cosine = _wave(progress, options.num_cycles)
         fall = {"linear": 1 - progress, "cosine": cosine, "1-sqrt": 1 - math.sqrt(progress)}
         return max(0.0, fall[options.decay_type] * (1.0 - lowest) + lowest)
     return lowest
-
-
-class Multiplier(Protocol):
-    """A factor on the peak learning rate, by step."""
-
-    def __call__(self, step: int, warmup: int, total: int, options: Any, peak: float) -> float:
-        """Returns the factor."""
 
 
 @dataclass(frozen=True)
@@ -237,8 +243,7 @@ class ScheduleSpec:
         name: Hugging Face's name.
         summary: One line.
         options: The dataclass that declares the options.
-        multiplier: The factor on the peak learning rate at a step, given warm-up and total steps, options and the
-            peak; ``None`` for the schedule that watches a metric.
+        multiplier: The factor on the peak learning rate; ``None`` for the schedule that watches a metric.
         warms_up: Whether ``warmup_steps`` is used.
         needs_total: Whether the length of the training must be known.
     """
@@ -293,12 +298,7 @@ SCHEDULES: dict[str, ScheduleSpec] = {
 
 #: The schedule that a LightningModule makes itself, kept around an optimizer of ours; not one of the named ones.
 MODULE_SCHEDULE = ScheduleSpec(
-    "module",
-    "that of the module's own configure_optimizers",
-    ScheduleOptions,
-    None,
-    warms_up=False,
-    needs_total=False,
+    "module", "that of the module's own configure_optimizers", ScheduleOptions, None, warms_up=False, needs_total=False
 )
 
 

@@ -40,11 +40,7 @@ def parse_warmup(warmup_steps: Any) -> int | float:
 
 
 def resolve_warmup(warmup_steps: int | float, total_steps: int | None) -> int:
-    """Returns the number of warm-up steps; a fraction is taken of ``total_steps``, rounded up.
-
-    Raises:
-        InvalidOption: If ``warmup_steps`` is neither a count nor a fraction, or a fraction of an unknown length.
-    """
+    """Returns the number of warm-up steps, rounded up; raises InvalidOption for a fraction of an unknown length."""
     warmup = parse_warmup(warmup_steps)
     if isinstance(warmup, int):
         return warmup

@@ -26,11 +26,7 @@ _SCOPES_HELP = (
 
 
 def collect(arguments: argparse.Namespace) -> Facts:
-    """Describes an identifier or dotted path.
-
-    Raises:
-        CommandError: If there is no such optimizer, or a dotted path leads into a package that is not installed.
-    """
+    """Describes an identifier or dotted path; raises CommandError if there is none, or its package is missing."""
     name = arguments.name
     # Before the lookup below, which would load the plugins too: a broken one has its own error.
     declared = name.removesuffix(SUFFIX) in machine.identifiers()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import re
-from collections.abc import Iterable
 from fnmatch import fnmatchcase
 
 from lightning_optim.command import _machine as machine
@@ -19,11 +18,7 @@ _SHOWN = ("identifier", "alias_of", "summary", "implementation", "extra", "avail
 
 
 def collect(arguments: argparse.Namespace) -> Facts:
-    """Describes the identifiers that match any of the patterns; all of them without patterns.
-
-    Raises:
-        CommandError: If a pattern matches nothing.
-    """
+    """Describes the identifiers that match a pattern, or all; raises CommandError if a pattern matches nothing."""
     patterns = arguments.patterns
     # What already steps during backward under its own name needs no suffix for it.
     asked = any("layerwise" in pattern for pattern in patterns)
@@ -34,7 +29,7 @@ def collect(arguments: argparse.Namespace) -> Facts:
             specs[name + SUFFIX] = layerwise_row(spec)
     for pattern in patterns:
         if not any(fnmatchcase(name, pattern) for name in specs):
-            near = _close(pattern, specs)
+            near = _close(pattern, list(specs))
             hint = f" Close names: {listing(near)}." if near else ""
             raise CommandError(f"no identifier matches {pattern!r}.{hint} `lightning-optim list` shows all.")
     views = (
@@ -45,8 +40,7 @@ def collect(arguments: argparse.Namespace) -> Facts:
     return {"optimizers": [{key: facts[key] for key in _SHOWN} for facts in views]}
 
 
-def _close(pattern: str, names: Iterable[str]) -> list[str]:
-    names = list(names)
+def _close(pattern: str, names: list[str]) -> list[str]:
     typed = re.sub(r"[*?\[\]!]", "", pattern)
     # A pattern is often only a word of a name.
     words = close_names(typed, {word for name in names for word in name.split("_")}, limit=1)

@@ -26,11 +26,7 @@ class CommandError(Exception):
 
 
 def identifiers() -> dict[str, OptimizerSpec]:
-    """Returns every identifier and its row, without the forms derived from a suffix.
-
-    Raises:
-        CommandError: If a plugin cannot be loaded.
-    """
+    """Returns every identifier and its row, without the suffixed forms; raises CommandError for a broken plugin."""
     try:
         return dict(REGISTRY.plain)
     except RuntimeError as error:

@@ -149,11 +149,7 @@ def build(module: LightningModule, target: Target, config: OptimConfig) -> Optim
 
 
 def _resolve(
-    trainer: Trainer | None,
-    target: Target,
-    config: OptimConfig,
-    length: Length,
-    only: Set[Tensor] | None = None,
+    trainer: Trainer | None, target: Target, config: OptimConfig, length: Length, only: Set[Tensor] | None = None
 ) -> ResolvedOptimizer:
     facts = _facts(trainer) if trainer is not None else None
     resolved = resolve(target, config, warmup_steps=length.warmup, trainer=facts, only=only)
@@ -175,10 +171,7 @@ def _resolve(
 def _facts(trainer: Trainer) -> TrainerFacts:
     rivals = packages.kin(WeightAveraging, StochasticWeightAveraging)
     averaging = (c for c in trainer.callbacks if isinstance(c, rivals))  # type: ignore[attr-defined]
-    return TrainerFacts(
-        forgetful=forgetful_finder(trainer),
-        averaging=next((type(callback).__name__ for callback in averaging), ""),
-    )
+    return TrainerFacts(forgetful_finder(trainer), next((type(callback).__name__ for callback in averaging), ""))
 
 
 def _announce(

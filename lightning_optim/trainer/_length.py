@@ -14,23 +14,14 @@ from lightning_optim.trainer import _packages as packages
 
 @dataclass(frozen=True)
 class Length:
-    """The length of a training in optimizer steps.
-
-    Attributes:
-        warmup: Steps of warm-up.
-        total: Steps of the whole training; ``None`` if it has no end or the length is not needed.
-    """
+    """The optimizer steps of warm-up and of the whole training (``None``: it has no end, or that is not needed)."""
 
     warmup: int
     total: int | None
 
     @classmethod
     def of(cls, trainer: Trainer | None, config: OptimConfig) -> Length:
-        """Returns what ``config`` needs to know about the training that ``trainer`` starts.
-
-        Raises:
-            InvalidOption: If the warm-up is a fraction of a training without an end.
-        """
+        """Returns what ``config`` needs; raises InvalidOption for a warm-up as a fraction of an endless training."""
         needs_total = config.lr_scheduler is not None and get_schedule(config.lr_scheduler).needs_total
         total = total_steps(trainer) if trainer is not None and (needs_total or config.warmup_steps) else None
         return cls(resolve_warmup(config.warmup_steps, total), total)

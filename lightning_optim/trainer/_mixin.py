@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
@@ -35,15 +34,15 @@ else:
 
 
 _NOT_SCRIPTED = "__jit_unused_properties__"
-# Where the value of an attribute ``lr`` of the module's own is kept.
+# Holds the value of the module's own attribute ``lr``.
 _OWN_LR = "_own_lr"
 
 
 @takes_arguments()
 class OptimMixin(_Base):
-    """Adds ``optim`` and its companions to the arguments of a LightningModule and resolves ``configure_optimizers``.
+    """Adds ``optim`` and its companions to the arguments of a LightningModule and provides ``configure_optimizers``.
 
-    Put it before ``LightningModule`` among the bases, and hand the arguments on::
+    Put it before ``LightningModule`` among the bases, and pass the arguments on::
 
         class LitModel(OptimMixin, L.LightningModule):
             def __init__(self, width: int = 256, **optim):
@@ -53,15 +52,15 @@ class OptimMixin(_Base):
     ``self.lr`` reads and sets ``lr``, for ``Tuner.lr_find``.
 
     Args:
-        *args: Handed on to the next class.
-        **kwargs: Handed on to the next class.
+        *args: Passed on to the next class.
+        **kwargs: Passed on to the next class.
 
     Raises:
         UnknownOptimizer, UnknownSchedule, InvalidOption, IncompatibleTrainer: At once, when the request is wrong.
         MissingDependency: When fit starts, if the optimizer's package is not installed.
     """
 
-    # Of the class, for modules that were pickled before there was such an attribute.
+    # A class attribute, for modules that were pickled before it existed.
     _must_build: MustBuildOptim | None = None
 
     def __init__(
@@ -84,26 +83,26 @@ class OptimMixin(_Base):
     ) -> None:
         ours = {name: value for name, value in locals().items() if name in ARGUMENTS}
         if trust.is_reading():
-            # The outermost got them out of the file; what it hands on may be words of its own.
+            # The outermost __init__ got them from the file; what it passes on may come from its own code.
             *_, outermost = _init_frames(self)
             trust.note(_arguments(outermost))
-            # The hparams.yaml of a logger.
+            # A logger's hparams.yaml also holds reports.
             kwargs = {name: value for name, value in kwargs.items() if not report.is_report(name, value)}
         following = _following_arguments(type(self))
-        if not any(arguments.collects for arguments in following):
-            taken = {name for arguments in following for name in arguments.names}
+        taken = {name for parameters in following for name in parameters}
+        if not any(map(_collects, following)):
             unknown = {name: value for name, value in kwargs.items() if name not in taken}
             refuse_unknown(type(self).__name__, unknown, ARGUMENTS, optim)
         for name, value in (("lr", lr), ("weight_decay", weight_decay)):
-            if value is not None and any(name in arguments.names for arguments in following):
-                # A module with such an argument of its own: both mean the same.
+            if value is not None and name in taken:
+                # The module has its own argument of that name: both mean the same.
                 kwargs[name] = value
         super().__init__(*args, **kwargs)
         self.optim_config = OptimConfig(**ours)
         if vars(self).get(_OWN_LR) == self.optim_config.lr:
             vars(self).pop(_OWN_LR, None)
         if self.hparams:
-            # The next class has saved its own arguments: with these, load_from_checkpoint gives back this optimizer.
+            # The next class has saved its own arguments: with these, load_from_checkpoint restores this optimizer.
             asked = {name: getattr(self.optim_config, name) for name in ARGUMENTS}
             given = {name: value for name, value in asked.items() if value != ARGUMENTS[name].default}
             self._update_hyperparameters({name: value for name, value in given.items() if name not in self.hparams})
@@ -116,7 +115,7 @@ class OptimMixin(_Base):
                 f"OptimMixin stands after LightningModule among the bases of {cls.__name__} and would never be asked. "
                 f"Write `class {cls.__name__}(OptimMixin, L.LightningModule)`."
             )
-        # TorchScript compiles all properties but these.
+        # TorchScript compiles all properties except these.
         unused = {name for base in mro for name in vars(base).get(_NOT_SCRIPTED, ())}
         setattr(cls, _NOT_SCRIPTED, sorted({*unused, "lr"}))
 
@@ -127,10 +126,10 @@ class OptimMixin(_Base):
         frame: FrameType | None = None,
         logger: bool = True,
     ) -> None:
-        """Saves the arguments of ``__init__`` as Lightning does, and also one collected by a ``**`` of the same name.
+        """Saves the arguments of ``__init__`` as Lightning does, and one collected by a ``**`` of the same name.
 
-        Lightning leaves out the name of the collecting parameter: of ``__init__(self, **optim)`` it would lose
-        ``optim``, and ``load_from_checkpoint`` would give back another optimizer.
+        Lightning skips the name of the collecting parameter: with ``__init__(self, **optim)`` it would lose ``optim``,
+        and ``load_from_checkpoint`` would restore another optimizer.
         """
         frame = frame or next(_init_frames(self), None) or inspect.currentframe().f_back  # type: ignore[union-attr]
         collector = inspect.getargvalues(frame).keywords if frame else None
@@ -143,7 +142,7 @@ class OptimMixin(_Base):
         self._update_hyperparameters({name: value for name, value in lost.items() if name not in ignored})
 
     def _update_hyperparameters(self, values: Mapping[str, Any]) -> None:
-        """Changes the saved hyperparameters and what loggers are told of them; ours become plain values."""
+        """Changes the saved hyperparameters, also for loggers; ours become plain values."""
         saved: Any = self.hparams
         saved.update(values)
         for name in [name for name, value in saved.items() if report.is_report(name, value)]:
@@ -151,7 +150,7 @@ class OptimMixin(_Base):
         saved.update({name: storable(saved[name]) for name in ARGUMENTS if name in saved})
         note_hyperparameters(self)
 
-    # Lightning's own kind of class method, which refuses to be called on an instance.
+    # Lightning's kind of class method, which refuses to be called on an instance.
     @restricted_classmethod
     def load_from_checkpoint(
         cls,  # noqa: N805
@@ -162,11 +161,11 @@ class OptimMixin(_Base):
         weights_only: bool | None = None,
         **kwargs: Any,
     ) -> Self:
-        """Loads as Lightning does, also old-style checkpoints that hold torchao's tensors (onto the CPU).
+        """Loads as Lightning does, and also old-style checkpoints that hold torchao's tensors (onto the CPU).
 
         A class by dotted path that only the checkpoint names is not imported: see :mod:`lightning_optim.build._trust`.
         """
-        # The defaults are words of code, too.
+        # The defaults are also from code.
         defaults = [parameter.default for parameter in inspect.signature(cls.__init__).parameters.values()]
         given = {"hparams_file": hparams_file, "strict": strict, "weights_only": weights_only, **kwargs}
         with trust.reading(said=[kwargs, defaults]):
@@ -179,26 +178,22 @@ class OptimMixin(_Base):
             return super().load_from_checkpoint(checkpoint_path, "cpu", **given)
 
     def configure_callbacks(self) -> list[Callback]:
-        """Adds what reads old-style checkpoints and what checks that ``optim`` is used; call ``super()`` in yours."""
+        """Adds support for old-style checkpoints and a check that ``optim`` is used; call ``super()`` in yours."""
         inherited = super().configure_callbacks()
         self._must_build = MustBuildOptim(self.optim_config)
-        return [
-            *(inherited if isinstance(inherited, Sequence) else [inherited]),
-            OldCheckpoints(),
-            self._must_build,
-        ]
+        return [*(inherited if isinstance(inherited, Sequence) else [inherited]), OldCheckpoints(), self._must_build]
 
     def _use_config(self) -> None:
         if self._must_build is not None:
             self._must_build.built = True
 
-    # What the module's own code assigns while it is made, or has in its class, is the module's: it may mean another
-    # rate than the optimizer's, and the optimizer does not follow it.
+    # An lr that the module's own code assigns in __init__, or defines in its class, is the module's: it may not mean
+    # the optimizer's rate, and the optimizer does not follow it.
     @property
     def lr(self) -> Any:
         """The learning rate asked for; setting it takes effect when the optimizer is built.
 
-        A module that has an ``lr`` of its own keeps it: see ``optim_config.lr`` then.
+        A module that has its own ``lr`` keeps it; the optimizer's is then ``optim_config.lr``.
         """
         if _OWN_LR in vars(self):
             return vars(self)[_OWN_LR]
@@ -224,18 +219,16 @@ class OptimMixin(_Base):
     ) -> Optimizer:
         """Builds an optimizer by name inside your own ``configure_optimizers``, for GANs and manual optimization.
 
-        It makes no schedule; :func:`lightning_optim.build_schedule` does. ``warmup_steps`` is for an optimizer that
-        warms up itself.
+        It makes no schedule; :func:`lightning_optim.build_schedule` does. ``warmup_steps`` is for optimizers that warm
+        up themselves. Raises: see :func:`lightning_optim.build_optimizer`.
 
         Args:
             target: A module, parameters or (name, parameter) pairs; ``None`` means this module.
-            optim: Identifier. Without one, this module's own arguments are the defaults of those below.
+            optim: Identifier; ``None`` takes this module's, and its arguments as the defaults of those below.
             **arguments: Those of :class:`OptimArguments`, without the schedule's.
 
         Returns:
             The optimizer; what it needs from the Trainer (mode switches, the report) is taken care of.
-
-        It raises what :func:`lightning_optim.build_optimizer` raises.
         """
         taken = OptimizerArguments.__annotations__
         refuse_unknown("self.build_optimizer", arguments, taken, optim or self.optim_config.optim)
@@ -245,37 +238,31 @@ class OptimMixin(_Base):
         if optim is not None:
             config = OptimConfig(optim=optim, **given)
         else:
-            # Their schedule and its warm-up are the caller's business.
+            # The schedule and its warm-up are left to the caller.
             without = {"lr_scheduler": None, "lr_scheduler_args": None, "warmup_steps": 0}
             config = self.optim_config.replace(**{**without, **given})
         return integration.build(self, self if target is None else target, config)
 
 
-@dataclass(frozen=True)
-class _Arguments:
-    """What the constructor of a class takes by name, and whether it collects others."""
-
-    names: frozenset[str]
-    collects: bool
-
-
-def _following_arguments(cls: type) -> list[_Arguments]:
-    """Returns what the constructors take that come after the mixin's, up to Lightning's."""
-    found: list[_Arguments] = []
+def _following_arguments(cls: type) -> list[Mapping[str, inspect.Parameter]]:
+    """Returns the parameters of the constructors after the mixin's, up to the last that is reached or Lightning's."""
+    found: list[Mapping[str, inspect.Parameter]] = []
     for base in cls.__mro__[cls.__mro__.index(OptimMixin) + 1 :]:
         if issubclass(base, nn.Module) and packages.top(base) in {*packages.LIGHTNING, "torch"}:
             break
         if "__init__" in vars(base):
-            parameters = inspect.signature(vars(base)["__init__"]).parameters
-            collects = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
-            found.append(_Arguments(frozenset(parameters), collects))
-            if not collects:
+            found.append(inspect.signature(vars(base)["__init__"]).parameters)
+            if not _collects(found[-1]):
                 break
     return found
 
 
+def _collects(parameters: Mapping[str, inspect.Parameter]) -> bool:
+    return any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
+
+
 def _init_frames(module: nn.Module) -> Iterator[FrameType]:
-    """Yields the frames of the ``__init__`` methods of ``module`` that are running, from the inside out."""
+    """Yields the frames of the running ``__init__`` methods of ``module``, innermost first."""
     frame = inspect.currentframe()
     while frame:
         if frame.f_code.co_name == "__init__" and any(value is module for value in frame.f_locals.values()):
@@ -284,7 +271,7 @@ def _init_frames(module: nn.Module) -> Iterator[FrameType]:
 
 
 def _arguments(frame: FrameType) -> list[Any]:
-    """Returns the values of the arguments with which a frame's function was called."""
+    """Returns the argument values that a frame's function was called with."""
     found = inspect.getargvalues(frame)
     names = [*found.args, *filter(None, (found.varargs, found.keywords))]
     return [found.locals[name] for name in names if name in found.locals]

@@ -1,4 +1,4 @@
-"""An optimizer by name for a LightningModule that cannot be changed."""
+"""``OptimCallback``: an optimizer by name for a LightningModule that cannot be changed."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ from lightning_optim.trainer.callbacks._old_checkpoints import OldCheckpoints
 
 @takes_arguments(Companions)
 class OptimCallback(Callback):
-    """Gives any LightningModule the optimizer named, in place of its own ``configure_optimizers``, while fit runs.
+    """Gives any LightningModule the named optimizer, instead of its own ``configure_optimizers``, while fit runs.
 
-    The arguments are those of :class:`~lightning_optim.OptimMixin`. The module's own ``configure_optimizers`` is asked
-    first what the module's loop expects: several optimizers are refused, the parameters that its optimizer leaves alone
-    stay as they are, its learning rate and its schedule are said where others take their place. A module without any
-    ``configure_optimizers`` is refused by Lightning before callbacks run: call ``callback.install(module)`` on it
-    before ``trainer.fit``.
+    The arguments are those of :class:`~lightning_optim.OptimMixin`. The module's own ``configure_optimizers`` is called
+    first, to find out what the module's loop expects: several optimizers are refused, parameters that its optimizer
+    does not train stay untrained, and a replaced learning rate or schedule is a warning. A module without any
+    ``configure_optimizers`` is refused by Lightning before callbacks run: call ``callback.install(module)`` before
+    ``trainer.fit``.
 
-    ``OptimCallback()``, without a name, replaces nothing. It takes care of what the module builds by itself with
+    ``OptimCallback()``, without a name, replaces nothing. It takes care of what the module builds itself with
     :func:`~lightning_optim.build_optimizer`: the modes of schedule-free optimizers, stepping during backward, the
     report.
 
@@ -51,14 +51,14 @@ class OptimCallback(Callback):
                 f"OptimCallback({', '.join(given)}) without optim, which keeps the optimizers that the module builds: "
                 "it would be ignored. Name one, for instance optim='adamw_torch', or write OptimCallback()."
             )
-        #: What was asked for; ``None`` if the module's own optimizers are kept.
+        #: The request; ``None`` if the module's own optimizers are kept.
         self.config = None if optim is None else OptimConfig(optim=optim, **arguments)
         self._old_checkpoints = OldCheckpoints()
         self._active = False
         self._installed_before: Any = None
 
     def install(self, module: LightningModule) -> None:
-        """Replaces the module's ``configure_optimizers`` for good, not only while fit runs.
+        """Replaces the module's ``configure_optimizers`` permanently, not only while fit runs.
 
         Raises:
             InvalidOption: If no optimizer is named.

@@ -1,8 +1,8 @@
-"""The two packages that Lightning comes as, and what is left behind in their registries.
+"""Lightning's two packages, and what we register with them.
 
-``lightning.pytorch`` and ``pytorch_lightning`` are the same code, with classes and registries of their own. This is the
-one place that knows both: everywhere else code names the classes of ``lightning.pytorch``, and asks here for those of a
-given Trainer or module. ``pytorch_lightning`` is never imported from here unless it is asked for by name.
+``lightning.pytorch`` and ``pytorch_lightning`` are the same code with separate classes and registries. Only this module
+knows both: everywhere else code names the classes of ``lightning.pytorch``, and asks here for those of a given Trainer
+or module. ``pytorch_lightning`` is never imported from here.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ OTHER = "pytorch_lightning"
 _TWINS = {"lightning.pytorch": OTHER, "lightning.fabric": "lightning_fabric"}
 #: The top-level packages of Lightning's classes.
 LIGHTNING = frozenset({"lightning", *_TWINS.values()})
-# Where the classes of ours that are derived from those of the other package can be imported from, and unpickled.
+# The module from which our classes derived from the other package's can be imported, and so unpickled.
 DERIVED_IN = "lightning_optim.pytorch_lightning"
 _derived: dict[type, type] = {}
 
@@ -38,20 +38,20 @@ def top(cls: type) -> str:
 
 
 def is_others(value: object) -> bool:
-    """Whether a Trainer, a module, a plugin ... or a class is made of ``pytorch_lightning``'s classes."""
+    """Whether a Trainer, module, plugin ... or class is based on ``pytorch_lightning``'s classes."""
     owner = value if isinstance(value, type) else type(value)
     return any(top(base) in _TWINS.values() for base in owner.__mro__)
 
 
 def twin(ours: Any) -> Any:
-    """Returns what a class of ``lightning.pytorch`` is in ``pytorch_lightning``; ``None`` if that is not imported."""
+    """Returns a ``lightning.pytorch`` class's twin in ``pytorch_lightning``; ``None`` if that is not imported."""
     package = ".".join(ours.__module__.split(".")[:2])
     module = sys.modules.get(_TWINS[package] + ours.__module__.removeprefix(package))
     return getattr(module, ours.__qualname__, None)
 
 
 def kin(*classes: type[_T]) -> tuple[type[_T], ...]:
-    """Returns classes of ``lightning.pytorch`` and what they are in ``pytorch_lightning``, for ``isinstance``."""
+    """Returns classes of ``lightning.pytorch`` and their twins in ``pytorch_lightning``, for ``isinstance``."""
     return (*classes, *filter(None, map(twin, classes)))
 
 
@@ -64,22 +64,20 @@ def of(owner: object, ours: type[_T]) -> type[_T]:
 
 
 def set_inherited(cls: type, owner: object, name: str, value: Any) -> None:
-    """Sets a property of ``owner`` as the classes behind ``cls`` do, which overrides it."""
+    """Sets a property of ``owner`` that ``cls`` overrides, as the bases of ``cls`` do."""
     getattr(super(cls, type(owner)), name).__set__(owner, value)
 
 
 def is_overridden(method: str, module: object) -> bool:
-    """Whether a module, of either package, has an implementation of its own of a method of LightningModule."""
+    """Whether a module, of either package, overrides a method of LightningModule."""
     return _is_overridden(method, module, of(module, LightningModule))
 
 
 def derived(ours: type[_T]) -> type[_T]:
-    """Returns a class of ours once more, with the same mixins before ``pytorch_lightning``'s base class.
+    """Returns a copy of one of our classes, with the same mixins before ``pytorch_lightning``'s base class.
 
-    The body of such a class must hold no methods: they would still belong to ``lightning.pytorch``'s.
-
-    Raises:
-        LookupError: If this version of ``pytorch_lightning`` has no such base class.
+    The body of such a class must not contain methods: they would still belong to ``lightning.pytorch``'s. Raises
+    LookupError if this version of ``pytorch_lightning`` has no such base class.
     """
     if ours not in _derived:
         bases = tuple(twin(base) if _is_lightnings(base) else base for base in ours.__bases__)
@@ -96,7 +94,7 @@ def _is_lightnings(ours: type) -> bool:
 
 
 class _Watch(importlib.abc.MetaPathFinder, importlib.abc.Loader):
-    """Runs a function when ``pytorch_lightning`` has been imported, and then is gone."""
+    """Runs a function when ``pytorch_lightning`` has been imported, then removes itself."""
 
     def __init__(self, then: Callable[[], None]) -> None:
         self._then = then
@@ -106,7 +104,7 @@ class _Watch(importlib.abc.MetaPathFinder, importlib.abc.Loader):
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> importlib.machinery.ModuleSpec | None:
-        # The others may be such ones, too, and ask back.
+        # Other finders may do the same and call back.
         if fullname != OTHER or self._asks:
             return None
         self._asks = True
@@ -133,7 +131,7 @@ class _Watch(importlib.abc.MetaPathFinder, importlib.abc.Loader):
 
 
 def when_imported(then: Callable[[], None]) -> None:
-    """Calls ``then`` now if ``pytorch_lightning`` is imported already, or else as soon as it is."""
+    """Calls ``then`` now if ``pytorch_lightning`` is already imported, else as soon as it is."""
     if OTHER in sys.modules:
         then()
     else:
@@ -141,7 +139,7 @@ def when_imported(then: Callable[[], None]) -> None:
 
 
 def refused(argument: str, flag: str, ours: type) -> type:
-    """Returns what to register with ``pytorch_lightning`` under a flag that works with ``lightning.pytorch`` only."""
+    """Returns a class to register with ``pytorch_lightning`` for a flag that only works with ``lightning.pytorch``."""
 
     def refuse(cls: type, *args: Any, **kwargs: Any) -> Any:
         raise IncompatibleTrainer(

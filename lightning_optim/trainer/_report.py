@@ -1,4 +1,4 @@
-"""What was resolved, said once: for the terminal and for the logger's hyperparameters."""
+"""The report of what was resolved, for the terminal and for the logger's hyperparameters."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from lightning_optim.errors import InvalidOption
 from lightning_optim.layerwise import Layerwise
 from lightning_optim.table import REGISTRY, OptimizerSpec, parse
 
-# How many of the modules that are not projected the report names.
+# How many unprojected modules the report names.
 _NAMED = 4
-# What a small state is compared with, for which matrix it is promised, and from which shares on it saves hardly
-# anything and, but for counters, nothing.
+# What a small state is compared with, the matrix whose state must be small by default, and the shares of the usual
+# state from which on hardly anything, and apart from counters nothing, is saved.
 _USUAL, _LARGE, _HARDLY, _NONE = "adamw_torch", (4096, 4096), 0.9, 0.99
 
 
@@ -33,7 +33,7 @@ def describe(resolved: ResolvedOptimizer, identifier: str, schedule: str) -> str
     taken = "" if resolved.name == identifier else f" takes {resolved.name!r}"
     lines = [f"optim={identifier!r}{taken}: {spec.implementation} ({', '.join(f'{k}={v}' for k, v in shared.items())})"]
     if taken and identifier not in resolved.passed_over:
-        # For what stands for several others: why not the better ones. A fallback is a warning of its own.
+        # For an identifier that stands for several: why not the better ones. A fallback has its own warning.
         lines += [f"  not {name!r}: {reason}" for name, reason in resolved.passed_over.items()]
     groups = resolved.optimizer.param_groups
     width = max(len(group["name"]) for group in groups)
@@ -76,7 +76,7 @@ def hyperparameters(resolved: ResolvedOptimizer, identifier: str, schedule: str)
 
 
 def is_report(name: str, value: Any) -> bool:
-    """Whether a hyperparameter that a logger has stored is a report and no argument of the module."""
+    """Whether a hyperparameter stored by a logger is a report, not an argument of the module."""
     is_ours = isinstance(value, Mapping) and {"identifier", "taken"} <= set(value)
     return is_ours and name.partition("_")[0] == "optimizer"
 
@@ -95,7 +95,7 @@ def _not_projected_text(modules: Mapping[str, str]) -> str:
 
 
 def _wide_ranks(resolved: ResolvedOptimizer) -> list[str]:
-    """Returns a line if projected matrices keep more state than they would if they were not projected."""
+    """Returns a line if projected matrices keep more state than they would unprojected."""
     with_rank = without = matrices = 0
     for group in resolved.optimizer.param_groups:
         for parameter in group["params"] if group["rank"] is not None else ():
@@ -114,10 +114,10 @@ def _wide_ranks(resolved: ResolvedOptimizer) -> list[str]:
 
 
 def _no_saving(resolved: ResolvedOptimizer) -> list[str]:
-    """Returns a line if an optimizer that promises a small state keeps hardly less here than AdamW would.
+    """Returns a line if an optimizer with a small state keeps hardly less here than AdamW would.
 
-    So it is with ranks as large as the matrices, with tensors too small to be quantized, and where embeddings, which
-    are neither projected nor quantized, are most of the model.
+    This happens with ranks as large as the matrices, with tensors too small to be quantized, and in models that are
+    mostly embeddings, which are neither projected nor quantized.
     """
     if resolved.state_bytes is None or not _promises_memory(resolved.spec):
         return []
@@ -134,10 +134,10 @@ def _no_saving(resolved: ResolvedOptimizer) -> list[str]:
 
 
 def _promises_memory(spec: OptimizerSpec) -> bool:
-    """Whether the state of a large matrix takes at most half of AdamW's bytes, by the row's defaults."""
+    """Whether, with the row's defaults, the state of a large matrix takes at most half of AdamW's bytes."""
     try:
         options = parse(spec.options, None, spec.name)
-    except InvalidOption:  # An option must be given.
+    except InvalidOption:  # An option is required.
         return False
     usual = REGISTRY.find(_USUAL)
     return parameter_bytes(spec, options, _LARGE, 4) <= parameter_bytes(usual, usual.options(), _LARGE, 4) / 2
@@ -148,7 +148,7 @@ def _elements(group: Mapping[str, Any]) -> int:
 
 
 def _settings(resolved: ResolvedOptimizer) -> dict[str, Any]:
-    """Returns what trains, where a checkpoint has replaced what was asked for."""
+    """Returns the hyperparameters in effect, which a checkpoint may have replaced."""
     settings = {"lr": resolved.lr}
     if resolved.spec.decays:
         settings["weight_decay"] = resolved.weight_decay
@@ -157,7 +157,7 @@ def _settings(resolved: ResolvedOptimizer) -> dict[str, Any]:
 
 
 def _trained(resolved: ResolvedOptimizer, name: str, asked: Any) -> Any:
-    """Returns the value in the first group that was to have the one asked for."""
+    """Returns the value in effect in the first group for which the given one was requested."""
     if name in KERNEL:
         return asked
     value = resolved.resuming.value
@@ -170,12 +170,12 @@ def _trained(resolved: ResolvedOptimizer, name: str, asked: Any) -> Any:
 
 
 def _peak(group: Mapping[str, Any]) -> Any:
-    """Returns a group's base rate, not what a schedule makes of it."""
+    """Returns a group's base rate, before a schedule changes it."""
     return group.get(INITIAL_LR, group[LR])
 
 
 def _differences(group: Mapping[str, Any], resolved: ResolvedOptimizer) -> dict[str, Any]:
-    """Returns what a group sets by itself: its lr and weight decay, its bits, its overrides."""
+    """Returns what is set per group: lr, weight decay, bits, overrides."""
     options, settings = resolved.options.select("group"), _settings(resolved)
     return {
         key: comparable(_peak(group) if key == LR else value)

@@ -231,7 +231,7 @@ class TestManualOptimization:
         fit(module)
         assert module.rates == expected
         helped = ByHelper(optim="sgd", lr=1.0, lr_scheduler="linear")
-        with pytest.warns(UserWarning, match="stepped by other code, too"):
+        with pytest.warns(UserWarning, match="also stepped by other code"):
             fit(helped)
         # It is found out at the second step.
         assert helped.rates[2:] == expected[2:]

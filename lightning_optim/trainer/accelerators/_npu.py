@@ -17,12 +17,12 @@ from lightning_optim.table import NPU, availability
 class NPUAccelerator(Accelerator):
     """Trains on Huawei's Ascend NPUs, with ``Trainer(accelerator="npu", strategy="npu")``.
 
-    Lightning knows no such device. Left to choose the strategy by itself, it would train on the CPU without a word:
-    that is refused. torch_npu is not imported here; torch loads it by itself when it is imported.
+    Lightning does not know this device. If it chose the strategy, it would silently train on the CPU: that is refused.
+    torch_npu is not imported here; torch loads it when torch is imported.
 
     Raises:
-        MissingDependency: If there is no NPU, or nothing that lets torch use it; it says what to install.
-        IncompatibleTrainer: For ``devices`` that are not there; when training starts, if strategy or precision are not
+        MissingDependency: If there is no NPU, or torch cannot use it; the text says what to install.
+        IncompatibleTrainer: For ``devices`` that do not exist; when training starts, if strategy or precision are not
             for this device.
     """
 
@@ -70,7 +70,7 @@ class NPUAccelerator(Accelerator):
         """Returns the indices that ``Trainer(devices=...)`` asks for: a number of NPUs, ``-1``, ``"0,1"`` or a list.
 
         Raises:
-            IncompatibleTrainer: If they are not there, or asked for twice.
+            IncompatibleTrainer: If one does not exist, or is named twice.
         """
         count = NPUAccelerator.auto_device_count()
         try:

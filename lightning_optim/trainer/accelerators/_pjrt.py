@@ -1,4 +1,4 @@
-"""``accelerator="pjrt"``: whatever device torch_xla's runtime is told to use, also one that is no TPU."""
+"""``accelerator="pjrt"``: any device that torch_xla's runtime is told to use, TPU or not."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from lightning_optim._compat.torch_xla import tpu_count
 from lightning_optim.errors import IncompatibleTrainer, MissingDependency
 from lightning_optim.table import XLA, availability
 
-# Whether the user has set PJRT_DEVICE; None where that cannot be known: torch_xla, when it is imported, writes the
-# device that it takes into that variable. Lightning imports torch_xla for every Trainer, also for one on the CPU.
+# Whether the user has set PJRT_DEVICE; None if that cannot be known: when torch_xla is imported, it writes the device
+# it takes into that variable. Lightning imports torch_xla for every Trainer, even for one on the CPU.
 _chosen: bool | None = None if "torch_xla" in sys.modules else "PJRT_DEVICE" in os.environ
 
 
 class PJRTAccelerator(XLAAccelerator):
-    """The devices of torch_xla's runtime (PJRT), as the environment variable ``PJRT_DEVICE`` names them.
+    """The devices of torch_xla's runtime (PJRT), chosen by the environment variable ``PJRT_DEVICE``.
 
-    Lightning's own ``accelerator="tpu"`` counts TPUs, and is not available where there is none. This one takes what
-    ``PJRT_DEVICE`` says, such as ``TPU``, ``CPU`` or the name of a plugin. It needs one of the strategies
+    Lightning's own ``accelerator="tpu"`` counts TPUs, and is not available without one. This one takes the device in
+    ``PJRT_DEVICE``, such as ``TPU``, ``CPU`` or the name of a plugin. It needs one of the strategies
     ``single_xla_syncfree`` and ``xla_syncfree``, or Lightning's ``SingleDeviceXLAStrategy(device)`` or, on several
     devices, ``xla``. Any other strategy, or none, is an error when the Trainer is made, a ``ValueError`` if it is
     Lightning's.
@@ -34,7 +34,7 @@ class PJRTAccelerator(XLAAccelerator):
     Raises:
         MissingDependency: If torch_xla is not installed, or not for this torch.
         IncompatibleTrainer: If torch_xla finds no accelerator and would take the CPU, and ``PJRT_DEVICE`` was not set
-            when lightning_optim was imported. It may be set later if nothing has imported torch_xla until here.
+            when lightning_optim was imported. It may be set later if nothing has imported torch_xla yet.
     """
 
     def __init__(self) -> None:
@@ -63,15 +63,15 @@ class PJRTAccelerator(XLAAccelerator):
 
     @staticmethod
     def get_parallel_devices(devices: int | list[int]) -> list[torch.device]:
-        """Returns the devices by number; they are not opened, since that must wait for the processes of a launcher."""
+        """Returns the devices by number, without opening them: that must wait for a launcher's processes."""
         numbers = range(devices) if isinstance(devices, int) else devices
         return [torch.device("xla", number) for number in numbers]
 
     @staticmethod
     def auto_device_count() -> int:  # type: ignore[override]
-        """Returns how many devices there are to train on, without opening them; of ``CPU`` always one.
+        """Returns how many devices there are to train on, without opening them; for ``CPU`` always one.
 
-        torch_xla can divide the host into several devices, but has no collectives between them.
+        torch_xla can split the host into several devices, but has no collectives between them.
         """
         from torch_xla.experimental import plugins
 
@@ -85,7 +85,7 @@ class PJRTAccelerator(XLAAccelerator):
         return bool(availability.check(XLA)) and PJRTAccelerator.auto_device_count() > 0
 
     def get_device_stats(self, device: torch.device | str | int) -> dict[str, Any]:
-        """Returns the bytes of memory that are used and that there are; nothing where the runtime does not count."""
+        """Returns the bytes of memory used and available; empty if the runtime does not count them."""
         import torch_xla.core.xla_model as xm
 
         try:
@@ -99,7 +99,7 @@ class PJRTAccelerator(XLAAccelerator):
 
 
 def require_torch_xla(what: str) -> None:
-    """Raises :class:`MissingDependency` with the command to type if torch_xla cannot be used for ``what``."""
+    """Raises :class:`MissingDependency`, with the command to type, if torch_xla cannot be used for ``what``."""
     available = availability.check(XLA)
     if not available:
         raise MissingDependency(f"{what} cannot run here: " + "; ".join(available.reasons))
@@ -112,14 +112,14 @@ def _kind() -> str | None:
 
 
 def _refuse_cpu_by_default() -> None:
-    """torch_xla chooses a device when it is imported, and the CPU if it finds no other."""
+    """Refuses the CPU that torch_xla chooses, when it is imported, if it finds no other device."""
     global _chosen
     if "torch_xla" not in sys.modules:
         _chosen = "PJRT_DEVICE" in os.environ
     kind = _kind()
     if not kind or (kind == "CPU" and _chosen is False):
         os.environ.pop("PJRT_DEVICE", None)
-        # torch_xla writes it once: what is there the next time is the user's.
+        # torch_xla writes it only once: the next value is the user's.
         _chosen = True
         raise IncompatibleTrainer(
             "Trainer(accelerator='pjrt'), and PJRT_DEVICE was not set when lightning_optim was imported: torch_xla "

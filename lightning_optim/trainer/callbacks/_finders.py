@@ -1,4 +1,4 @@
-"""What Lightning's finders find reaches the optimizer and the schedule that were built before they ran."""
+"""Applies what Lightning's finders find to the optimizer and schedule that were built before they ran."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Built:
     schedule: NamedSchedule | ReduceLROnPlateau | None = None
 
     def adjust(self, trainer: Trainer, found: float | None) -> None:
-        """Makes it what it would be if it were built now, and for ``found`` in place of the learning rate asked for."""
+        """Makes it what it would be if built now, with ``found`` instead of the requested learning rate."""
         optimizer, config, spec = self.resolved.optimizer, self.config, self.resolved.spec
         length = Length.of(trainer, config)
         if length.warning:
@@ -38,7 +38,7 @@ class Built:
         if found is not None:
             set_rate(optimizer.defaults, found)
         peaks = self.resolved.rates(self.resolved.lr if found is None else found)
-        # Groups that were added since have a rate of their own.
+        # Groups added since then have their own rate.
         peaks += [group.get("initial_lr", group["lr"]) for group in optimizer.param_groups[len(peaks) :]]
         if isinstance(self.schedule, NamedSchedule):
             assert config.lr_scheduler is not None
@@ -51,11 +51,11 @@ class Built:
 
 
 class AfterFinders(Attached):
-    """Takes what ``LearningRateFinder`` and ``BatchSizeFinder`` found, when they have run.
+    """Applies what ``LearningRateFinder`` and ``BatchSizeFinder`` found, after they have run.
 
-    They run when fit starts, after the optimizer was built. A found learning rate takes the place of the one asked for:
-    groups keep their proportions, those with a rate of their own keep it, and the schedule has it for its peak. Lengths
-    are counted again for the new batches.
+    They run when fit starts, after the optimizer was built. A found learning rate replaces the requested one: groups
+    keep their proportions or their own rates, and it becomes the schedule's peak. Lengths are counted again for the new
+    batch size.
     """
 
     def __init__(self) -> None:
@@ -64,17 +64,17 @@ class AfterFinders(Attached):
 
     @classmethod
     def attach(cls, trainer: Trainer, built: Built) -> None:
-        """Has ``built`` adjusted if a finder is among the Trainer's callbacks."""
+        """Has ``built`` adjusted if the Trainer's callbacks include a finder."""
         if not has_finder(trainer):
             return
         callbacks = trainer.callbacks  # type: ignore[attr-defined]
         callback = next((callback for callback in callbacks if isinstance(callback, cls)), None)
         if callback is None:
             callback = cls()
-            # Those that were found by an earlier fit.
+            # What an earlier fit found.
             finders = (other for other in callbacks if isinstance(other, packages.kin(LearningRateFinder)))
             callback._seen = {finder: finder.optimal_lr for finder in finders}
-            # Behind the finders.
+            # After the finders.
             callbacks.append(callback)
         callback._built.append(built)
 
@@ -84,7 +84,7 @@ class AfterFinders(Attached):
             built.adjust(trainer, found)
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        # A subclass may look for a rate in the middle of a training.
+        # A subclass may search for a rate in the middle of training.
         found = self._found(trainer)
         for built in self._built if found is not None else ():
             built.adjust(trainer, found)
@@ -106,9 +106,9 @@ def has_finder(trainer: Trainer) -> bool:
 
 
 def forgetful_finder(trainer: Trainer) -> str:
-    """Returns the class of a finder that runs when a checkpoint is being resumed, or nothing.
+    """Returns the class name of a finder that would run while a checkpoint is being resumed, or an empty string.
 
-    It restores a file of its own, and Lightning forgets the checkpoint before optimizer and progress are read.
+    It restores its own file, and Lightning forgets the checkpoint before optimizer and progress are read.
     """
     if not loaded_checkpoint(trainer):
         return ""

@@ -1,4 +1,4 @@
-"""Tells which hooks look at gradients that were stepped during backward, by watching the first steps of a fit."""
+"""Finds hooks that look at gradients already stepped during backward, by watching the first steps of a fit."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from torch.utils.hooks import RemovableHandle
 from lightning_optim._compat.torch import current_function_mode, without_current_function_mode
 from lightning_optim.trainer import _packages as packages
 
-#: What tells of a hook (``"Class.name"``) that found no gradient of the parameter with a name.
+#: Makes the warning about a hook (``"Class.name"``) that found no gradient for a named parameter.
 Text = Callable[[str, str], str]
 
 # Where a plain step's gradients are found: before it, where removing them would matter too, and after it.
@@ -30,14 +30,13 @@ _READ, _WRITE = Tensor.grad.__get__, Tensor.grad.__set__  # type: ignore[union-a
 class GradientReaders:
     """Warns once of each hook that reads or sets a gradient which a step during backward has freed.
 
-    Lightning runs hooks inside ``trainer.profiler.profile(...)``. For the first steps that is replaced, and a hook of
-    the module or of a callback runs under a mode of torch that sees ``parameter.grad``, wherever the code is that reads
-    it.
-    Then all of it is gone, as it is when fit ends.
+    Lightning runs hooks inside ``trainer.profiler.profile(...)``. For the first steps that is replaced: hooks of the
+    module and of callbacks run under a torch function mode that sees every access to ``parameter.grad``, in whatever
+    code. Everything is removed after those steps, or when fit ends.
 
     Args:
         trainer: The Trainer that fits.
-        watched: The parameters, their names, and what to say of them.
+        watched: The parameters, with their names and their warnings.
     """
 
     def __init__(self, trainer: Trainer, watched: Mapping[Tensor, tuple[str, Text]]) -> None:
@@ -48,7 +47,7 @@ class GradientReaders:
         self._hook: str | None = None
         self._mode = _SeesGradients(self._saw)
         self._steps = 0
-        #: Whether the gradients that arrived last were, or are being, stepped and freed.
+        #: Whether the latest gradients were, or are being, stepped and freed.
         self.stepped = False
         self._handles: list[RemovableHandle] = [
             parameter.register_post_accumulate_grad_hook(self._arrived.add)  # type: ignore[no-untyped-call]
@@ -66,7 +65,7 @@ class GradientReaders:
             self.stepped = False
 
     def on_train_batch_start(self) -> None:
-        """Stops once enough steps were watched, with the hooks that come after them."""
+        """Stops once enough steps were watched, including the hooks that follow them."""
         if self._steps >= _STEPS:
             self.stop()
 
@@ -88,13 +87,13 @@ class GradientReaders:
     @contextmanager
     def _watching(self, action_name: str) -> Iterator[Any]:
         outer = self._hook
-        # What is no hook (a user's own name) belongs to the hook around it.
+        # An action that is not a hook (a user's own name) belongs to the hook around it.
         hook = self._hook_of(action_name) if action_name.startswith("[") else outer
         changes: AbstractContextManager[Any] = nullcontext()
         if hook and not outer:
             changes = self._mode
         elif outer and not hook and current_function_mode() is self._mode:
-            # A step of the model is not to be compiled once more for the mode that the hook around it needs.
+            # The model's step must not be recompiled for the mode that the surrounding hook needs.
             changes = without_current_function_mode()
         with self._profile(action_name) as value, changes:
             self._hook = hook
@@ -104,7 +103,7 @@ class GradientReaders:
                 self._hook = outer
 
     def _hook_of(self, action_name: str) -> str | None:
-        """Returns ``"Class.name"`` for a hook of the user's that is to be watched."""
+        """Returns ``"Class.name"`` for one of the user's hooks that should be watched."""
         kind, _, action = action_name.partition("]")
         key, _, name = action.rpartition(".")
         module = self._trainer.lightning_module
@@ -124,7 +123,7 @@ class GradientReaders:
         return f"{type(owner).__name__}.{name}"
 
     def _saw(self, parameter: Tensor, before: Tensor | None, written: tuple[Tensor | None, ...]) -> None:
-        """Hears of each gradient that is read, or replaced by ``written``."""
+        """Is called for each gradient that is read, or replaced by ``written``."""
         hook = self._hook
         if hook is None or hook in self._told or not self.stepped or before is not None:
             return
@@ -138,7 +137,7 @@ class GradientReaders:
 
 
 class _SeesGradients(TorchFunctionMode):
-    """Tells ``saw`` of each ``tensor.grad`` that is read or set."""
+    """Calls ``saw`` for each ``tensor.grad`` that is read or set."""
 
     def __init__(self, saw: Callable[[Tensor, Tensor | None, tuple[Tensor | None, ...]], None]) -> None:
         self._saw = saw
@@ -152,7 +151,7 @@ class _SeesGradients(TorchFunctionMode):
 
 
 def _reader() -> str:
-    """Returns the module of the code that reads or sets a gradient, three frames out from here."""
+    """Returns the module of the code that reads or sets a gradient, three frames up."""
     frame = inspect.currentframe()
     for _ in range(3):
         frame = frame and frame.f_back
@@ -160,6 +159,6 @@ def _reader() -> str:
 
 
 def _is_housekeeping(module: str) -> bool:
-    """Whether code of a module looks at gradients to zero, move or step them."""
+    """Whether a module's code looks at gradients only to zero, move or step them."""
     ours = module.partition(".")[0] in (torch.__name__, "lightning_optim")
     return ours and not module.startswith("torch.nn.utils.")

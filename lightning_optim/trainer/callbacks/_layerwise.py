@@ -1,4 +1,4 @@
-"""Drives optimizers that are stepped during backward: which backward steps, how it clips, how the loss was scaled."""
+"""Drives optimizers stepped during backward: which backward steps, how it clips, how the loss was scaled."""
 
 from __future__ import annotations
 
@@ -41,9 +41,9 @@ _KEY = "layerwise_gradient_norms"
 class LayerwiseCallback(Attached):
     """Steps layerwise optimizers in the backward of the last micro-batch, while fit runs.
 
-    The mixin, :class:`~lightning_optim.OptimCallback` and the layerwise strategies attach it by themselves. It honours
-    the Trainer's ``accumulate_grad_batches``, ``gradient_clip_val`` and ``precision``. When fit ends, also by an
-    exception, the optimizers step plainly again.
+    The mixin, :class:`~lightning_optim.OptimCallback` and the layerwise strategies attach it automatically. It honours
+    the Trainer's ``accumulate_grad_batches``, ``gradient_clip_val`` and ``precision``. When fit ends, even by an
+    exception, the optimizers step normally again.
     """
 
     def __init__(self) -> None:
@@ -52,7 +52,7 @@ class LayerwiseCallback(Attached):
         self._readers: GradientReaders | None = None
         self._scaler: GradScaler | None = None
         self._may_step = True
-        # Compiled graphs that may overwrite their buffers in backward cannot be retained for another one.
+        # A compiled graph that may overwrite its buffers in backward cannot be retained for a second one.
         self._donates: bool | None = None
         self._norms: list[Tensor | None] = []
 
@@ -60,19 +60,19 @@ class LayerwiseCallback(Attached):
     def attach(
         cls, trainer: Trainer, optimizer: Optimizer, options: LayerwiseOptions, name: str | None = None
     ) -> Layerwise:
-        """Has ``optimizer`` stepped during backward by the fit that is being set up.
+        """Lets the fit that is being set up step ``optimizer`` during backward.
 
         Args:
-            trainer: The Trainer, whose strategy may have options of its own.
-            optimizer: Layerwise already, or to be made so.
-            options: What the optimizer was given.
+            trainer: The Trainer, whose strategy may have its own options.
+            optimizer: The optimizer; it is made layerwise if it is not.
+            options: The optimizer's options.
             name: What the user typed to get it, for error texts; ``None`` if it was the strategy.
 
         Returns:
-            What steps it.
+            The engine that steps it.
 
         Raises:
-            IncompatibleTrainer: If it cannot be stepped so here, or the options contradict others given before.
+            IncompatibleTrainer: If it cannot be stepped during backward here, or the options contradict the strategy's.
         """
         callback = cls._of(trainer)
         if not callback._options:
@@ -91,7 +91,7 @@ class LayerwiseCallback(Attached):
             raise
         if layerwise is None:
             layerwise = Layerwise(optimizer)
-        # All of the module, also those that are frozen now.
+        # All of the module's, including those that are frozen now.
         layerwise.names.update({p: parameter_name for parameter_name, p in trainer.lightning_module.named_parameters()})
         layerwise.bucket_mb = merged.bucket_mb
         layerwise.wants_norm = bool(merged.log_grad_norm)
@@ -117,22 +117,22 @@ class LayerwiseCallback(Attached):
         precision.scaler = OuterScaler(self._scaler)  # type: ignore[attr-defined]
         for layerwise in self._driven(trainer):
             layerwise.scaler = self._scaler
-        # Lightning calls the closure before optimizer.step then, and the module's own may do it without stepping.
+        # With a scaler Lightning calls the closure before optimizer.step, and the module's own may not step at all.
         self._may_step = not packages.is_overridden("optimizer_step", pl_module)
         if not self._may_step:
             rank_zero_warn(
                 f"{type(pl_module).__name__} overrides optimizer_step: with loss scaling it is not known beforehand "
-                "whether it steps, so gradients are stepped after backward and all alive until then."
+                "whether it steps, so gradients are stepped after backward and all kept until then."
             )
         elif self._skips_buckets(trainer):
             rank_zero_warn(
-                "With loss scaling, a gradient that overflows skips its bucket alone, and the others are stepped; "
-                "PyTorch skips the whole step. overflow='skip_step' (in optim_args or in the strategy) skips the whole "
-                "step, too, for a second backward in each; overflow='skip_bucket' leaves it so without this warning."
+                "With loss scaling, a gradient that overflows skips only its own bucket, and the others are stepped; "
+                "PyTorch skips the whole step. overflow='skip_step' (in optim_args or in the strategy) does the same, "
+                "for a second backward in every step; overflow='skip_bucket' keeps this without a warning."
             )
 
     def _skips_buckets(self, trainer: Trainer) -> bool:
-        """Whether an overflow skips a bucket alone, and nobody has said so."""
+        """Whether an overflow skips only a bucket, without the user having chosen that."""
         if not trainer.lightning_module.automatic_optimization or trainer.accumulate_grad_batches > 1:
             return False
         given = [self._options[layerwise] for layerwise in self._driven(trainer)]
@@ -191,8 +191,8 @@ class LayerwiseCallback(Attached):
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if any(layerwise.replicas for layerwise in self._driven(trainer)):
-            # A thread of gloo may still have to hand the last buffer back to Python. It needs the interpreter's lock,
-            # free while this waits, and aborts the process if the interpreter has ended before it gets it.
+            # A gloo thread may still have to hand the last buffer back to Python. It needs the GIL, which is free while
+            # this waits, and aborts the process if the interpreter has exited before it gets it.
             trainer.strategy.barrier("layerwise")
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
@@ -207,7 +207,7 @@ class LayerwiseCallback(Attached):
             layerwise.gradient_norm = norm
 
     def _driven(self, trainer: Trainer) -> Iterator[Layerwise]:
-        """Yields what steps the Trainer's optimizers; some attached earlier may have been replaced."""
+        """Yields the engines of the Trainer's optimizers; some attached earlier may have been replaced."""
         for optimizer in trainer.optimizers:
             layerwise = Layerwise.of(optimizer)
             if layerwise in self._options:
@@ -222,7 +222,7 @@ class LayerwiseCallback(Attached):
     def _clip_alive(
         self, trainer: Trainer, own_clipping: Callable[..., None], optimizer: Optimizer, *args: Any, **kwargs: Any
     ) -> None:
-        """Takes the place of the precision plugin's clipping, for what was not clipped and stepped in backward."""
+        """Replaces the precision plugin's clipping, for gradients that were not clipped and stepped in backward."""
         layerwise = Layerwise.of(optimizer)
         clipping = _clipping(trainer, self._options[layerwise]) if layerwise in self._options else None
         if layerwise is None or (clipping is None and layerwise.has_gradients()):
@@ -238,10 +238,7 @@ class LayerwiseCallback(Attached):
 
     def _watch(self, trainer: Trainer) -> GradientReaders | None:
         watched = {
-            parameter: (
-                layerwise.names.get(parameter, ""),
-                partial(rules.gradient_is_gone, self._facts[layerwise]),
-            )
+            parameter: (layerwise.names.get(parameter, ""), partial(rules.gradient_is_gone, self._facts[layerwise]))
             for layerwise in self._driven(trainer)
             if self._options[layerwise].gradient_readers != "ignore"
             for group in layerwise.optimizer.param_groups
@@ -269,7 +266,7 @@ class LayerwiseCallback(Attached):
 
 
 def _merge(of_optimizer: LayerwiseOptions, of_strategy: LayerwiseOptions) -> LayerwiseOptions:
-    """Returns what optimizer and strategy were given together."""
+    """Returns the options of optimizer and strategy combined."""
     merged = {}
     for field in dataclasses.fields(LayerwiseOptions):
         one, other = getattr(of_optimizer, field.name), getattr(of_strategy, field.name)
@@ -283,7 +280,7 @@ def _merge(of_optimizer: LayerwiseOptions, of_strategy: LayerwiseOptions) -> Lay
 
 
 def _clipping(trainer: Trainer, options: LayerwiseOptions) -> Clipping | None:
-    """Returns what the Trainer's flags and the options say together."""
+    """Returns how the Trainer's flags and the options clip."""
     limit = trainer.gradient_clip_val
     if not limit or limit <= 0:
         return None
@@ -299,12 +296,12 @@ def steps_in_backward(trainer: Trainer) -> bool:
 
 
 def _strategy_name(strategy: Strategy) -> str:
-    """Returns the name by which the rules know a strategy, or the path of a class that they do not know."""
+    """Returns the rules' name for a strategy, or the path of an unknown class."""
     own = getattr(strategy, "layerwise_name", None)
     if own is not None:
         return str(own)
     families = (
-        # Before those that they derive from.
+        # Subclasses before their bases.
         (SingleDeviceXLAStrategy, "single_xla"),
         (XLAStrategy, "xla"),
         (SingleDeviceStrategy, "single_device"),

@@ -17,16 +17,17 @@ from lightning_optim.errors import IncompatibleTrainer, listing
 from lightning_optim.trainer import _packages as packages
 from lightning_optim.trainer.callbacks._attached import Attached
 
-# By these names a module gets at the schedules, to step them by itself.
+# The names by which a module accesses the schedules to step them itself.
 _DOORS = frozenset({"lr_schedulers", "lr_scheduler_configs"})
 _NOT_THEIRS = packages.LIGHTNING | {"lightning_optim", "torch"}
 
 
 class ManualSchedule(Attached):
-    """Steps a schedule after every step of its optimizer, or asks it after every validation if it watches a metric.
+    """Steps a schedule after every step of its optimizer, or after every validation if it watches a metric.
 
-    A module whose code, or a callback's, mentions ``lr_schedulers`` steps it by itself: then this only looks whether it
-    does. The schedule that is stepped elsewhere all the same, by a helper that gets the module, is left to that.
+    If the code of the module or of a callback mentions ``lr_schedulers``, it steps the schedule itself, and this only
+    checks that it does. A schedule that turns out to be stepped elsewhere (by a helper that gets the module) is left to
+    that code.
 
     Args:
         name: What the user typed to get the schedule.
@@ -62,7 +63,7 @@ class ManualSchedule(Attached):
         schedule: LRScheduler | ReduceLROnPlateau,
         monitor: str | None = None,
     ) -> None:
-        """Has the schedule stepped in the fit that is being set up, unless the module does it; see the class."""
+        """Lets the fit that is being set up step the schedule, unless the module does; see the class."""
         owners = [trainer.lightning_module, *trainer.callbacks]  # type: ignore[attr-defined]
         callback = cls(name, optimizer, schedule, monitor, theirs=any(map(_gets_at_schedules, owners)))
         callback._put_first(trainer)
@@ -95,16 +96,16 @@ class ManualSchedule(Attached):
         self._schedule.step()  # type: ignore[call-arg]
 
     def _in_use(self) -> bool:
-        """Whether it is the Trainer's; finders put others in its place."""
+        """Whether the Trainer uses the schedule; finders temporarily replace it."""
         assert self._trainer is not None
         return any(config.scheduler is self._schedule for config in self._trainer.lr_scheduler_configs)
 
     def _leave_it(self, others: int) -> None:
-        """Takes our steps back: somebody else steps the schedule."""
+        """Undoes our steps: other code steps the schedule."""
         self._theirs = self._asked = True
         rank_zero_warn(
-            f"lr_scheduler={self._name!r} is stepped by other code, too, and is left to it from now on: it has to step "
-            "it after every optimizer.step()."
+            f"lr_scheduler={self._name!r} is also stepped by other code, and is left to it from now on: that code has "
+            "to step it after every optimizer.step()."
         )
         self._schedule.last_epoch = self._start + others - 1
         self._schedule.step()  # type: ignore[call-arg]
@@ -137,7 +138,7 @@ class ManualSchedule(Attached):
 
 
 def _gets_at_schedules(owner: Any) -> bool:
-    """Whether the code of a user's class, without Lightning's part of it, mentions the Trainer's schedules."""
+    """Whether the code of a user's class, without its Lightning bases, mentions the Trainer's schedules."""
     classes = (cls for cls in type(owner).__mro__ if packages.top(cls) not in _NOT_THEIRS)
     members = [*vars(owner).values(), *(member for cls in classes for member in vars(cls).values())]
     return any(_DOORS.intersection(_names(code)) for code in _codes(members))

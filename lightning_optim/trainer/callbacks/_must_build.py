@@ -1,4 +1,4 @@
-"""Makes sure that an optimizer that was asked for is the one that trains."""
+"""Makes sure that the requested optimizer is the one that trains."""
 
 from __future__ import annotations
 
@@ -10,12 +10,9 @@ from lightning_optim.trainer.callbacks._attached import Attached
 
 
 class MustBuildOptim(Attached):
-    """Refuses, at the start of fit, a module whose ``configure_optimizers`` did not look at what it was given.
+    """Refuses, when fit starts, a module whose ``configure_optimizers`` ignored its request.
 
-    That is its ``optim``, and its ``lr_scheduler`` where it returns no schedule at all.
-
-    Args:
-        config: What the module was given.
+    The request is its ``optim``, and its ``lr_scheduler`` if no schedule is returned at all.
     """
 
     def __init__(self, config: OptimConfig) -> None:
@@ -36,5 +33,5 @@ class MustBuildOptim(Attached):
             raise IncompatibleTrainer(
                 f"lr_scheduler={name!r} was given to {type(pl_module).__name__}, but its configure_optimizers returns "
                 "no schedule: self.build_optimizer() makes none. Return build_schedule(optimizer, "
-                f"{name!r}, ...) beside the optimizer, or leave lr_scheduler out."
+                f"{name!r}, ...) together with the optimizer, or leave lr_scheduler out."
             )

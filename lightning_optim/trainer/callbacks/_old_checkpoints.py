@@ -1,8 +1,7 @@
-"""Reads checkpoints that hold torchao's quantized tensors themselves, as plain Lightning writes them.
+"""Reads checkpoints that contain torchao's quantized tensors, as plain Lightning writes them.
 
-Lightning cannot read its own files of that kind: the classes are unknown to ``weights_only=True`` until torchao is
-imported, and torch refuses Lightning's callable ``map_location`` for them. Files written with this package hold plain
-tensors and need none of this.
+Lightning cannot read such files back: the classes are unknown to ``weights_only=True`` until torchao is imported, and
+torch refuses Lightning's callable ``map_location`` for them. Files written with this package hold plain tensors.
 """
 
 from __future__ import annotations
@@ -25,11 +24,7 @@ def is_old_style(error: BaseException) -> bool:
 
 
 def import_torchao() -> None:
-    """Makes torchao's classes known to ``torch.load``.
-
-    Raises:
-        MissingDependency: If torchao is not installed.
-    """
+    """Makes torchao's classes known to ``torch.load``; raises MissingDependency if it is not installed."""
     availability.ensure("the checkpoint, which holds torchao tensors,", TORCHAO)
     importlib.import_module("torchao.optim")
 
@@ -37,7 +32,7 @@ def import_torchao() -> None:
 class OldCheckpoints(Attached):
     """Lets ``fit``, ``validate``, ``test`` and ``predict`` read old-style checkpoints of torchao's optimizers.
 
-    The mixin and :class:`~lightning_optim.OptimCallback` attach it by themselves.
+    The mixin and :class:`~lightning_optim.OptimCallback` attach it automatically.
     """
 
     def __init__(self) -> None:
@@ -52,25 +47,25 @@ class OldCheckpoints(Attached):
         if self._original is not None:
             trainer.strategy.checkpoint_io = self._original
             self._original = None
-        # The module hands out a new one for every run; Lightning warns where it finds the last one.
+        # The module returns a new one for every run, and Lightning warns if it finds the previous one.
         super()._detach(trainer)
 
 
 class _ReadsTorchao(WrappingCheckpointIO):
-    """Hands everything to the original, and reads once more with torchao where that fails for its tensors.
+    """Delegates to the original, and retries with torchao imported if reading fails for its tensors.
 
-    The XLA strategies accept no other class of Lightning's around their own.
+    The XLA strategies accept no other wrapper class around their own.
     """
 
     def teardown(self) -> None:
-        # The base class does not hand this on, and an asynchronous original waits for its files here.
+        # The base class does not delegate this, and an asynchronous original waits for its files here.
         assert self.checkpoint_io is not None
         self.checkpoint_io.teardown()
 
     def load_checkpoint(
         self, path: Any, map_location: Any | None = None, weights_only: bool | None = None
     ) -> dict[str, Any]:
-        # None is not handed on: the original's own default may be another.
+        # None is not passed on: the original may have another default.
         given = {"map_location": map_location, "weights_only": weights_only}
         given = {name: value for name, value in given.items() if value is not None}
         try:

@@ -1,4 +1,4 @@
-"""Steps ``reduce_lr_on_plateau`` after every validation, which Lightning's intervals cannot say."""
+"""Steps ``reduce_lr_on_plateau`` after every validation, which Lightning's intervals cannot express."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ _KEY = "plateau_follows_validation"
 
 
 class PlateauCallback(Attached):
-    """Asks a plateau schedule after every validation, or at the end of every epoch where training logs the metric.
+    """Steps a plateau schedule after every validation, or at the end of every epoch if training logs the metric.
 
-    Lightning asks one at the end of an epoch, after ModelCheckpoint has saved: an epoch without an end never asks, and
-    a run that resumes from the file has lost the answer. Here the file has it.
+    Lightning steps it at the end of an epoch, after ModelCheckpoint has saved: never in an epoch without an end, and a
+    run resumed from the file has lost that step. Here the file includes it.
 
     Args:
         scheduler: The schedule.
@@ -32,14 +32,14 @@ class PlateauCallback(Attached):
     def __init__(self, scheduler: ReduceLROnPlateau, monitor: str) -> None:
         self._scheduler = scheduler
         self._monitor = monitor
-        # None until a validation has shown whether the metric is one of its own.
+        # None until a validation has shown whether it logs the metric.
         self._follows_validation: bool | None = None
-        # The Trainer, while an epoch has ended whose metric was not there yet.
+        # The Trainer, after an epoch whose metric is not logged yet.
         self._due: Trainer | None = None
 
     @classmethod
     def attach(cls, trainer: Trainer, scheduler: ReduceLROnPlateau, monitor: str) -> None:
-        """Has ``scheduler`` asked by the fit that is being set up."""
+        """Lets the fit that is being set up step ``scheduler``."""
         callback = cls(scheduler, monitor)
         callback._follows_validation = loaded_checkpoint(trainer).get(_KEY)
         # First: before ModelCheckpoint saves.
@@ -75,7 +75,7 @@ class PlateauCallback(Attached):
             )
 
     def state_dict(self) -> dict[str, Any]:
-        # A checkpoint is being saved, and this is asked first: the optimizer and the schedule come after it.
+        # A checkpoint is being saved; the states of optimizer and schedule are read after this.
         self._settle()
         return {}
 
@@ -89,17 +89,17 @@ class PlateauCallback(Attached):
         checkpoint[_KEY] = self._follows_validation
 
     def _settle(self, final: bool = False) -> None:
-        """Asks for the epoch that has ended; in the end the metric must be there, unless no validation was due yet."""
+        """Steps for the epoch that ended; finally the metric must be there, unless no validation was due yet."""
         trainer = self._due
         if trainer is None:
             return
-        if self._monitor in trainer.callback_metrics:
+        logged = self._monitor in trainer.callback_metrics
+        if logged or final:
             self._due = None
+        if logged:
             self._step(trainer)
-        elif final:
-            self._due = None
-            if self._follows_validation is False or not has_data(trainer.fit_loop.epoch_loop.val_loop):
-                raise self._missing(trainer.callback_metrics)
+        elif final and (self._follows_validation is False or not has_data(trainer.fit_loop.epoch_loop.val_loop)):
+            raise self._missing(trainer.callback_metrics)
 
     def _step(self, trainer: Trainer) -> None:
         trainer.lightning_module.lr_scheduler_step(self._scheduler, trainer.callback_metrics[self._monitor])

@@ -1,4 +1,4 @@
-"""Says what was resolved when fit starts, once, for all optimizers of the module."""
+"""Reports once, when fit starts, what was resolved for each optimizer of the module."""
 
 from __future__ import annotations
 
@@ -13,8 +13,7 @@ from lightning_optim.trainer.callbacks._attached import Attached
 class ReportCallback(Attached):
     """Collects optimizers while they are configured; reports and logs what trains, then removes itself.
 
-    That is known when fit begins to run: a checkpoint, which may hold other hyperparameters, is restored after
-    ``on_fit_start``.
+    It does so after ``on_fit_start``: only then a checkpoint, which may hold other hyperparameters, is restored.
     """
 
     def __init__(self) -> None:
@@ -22,14 +21,7 @@ class ReportCallback(Attached):
 
     @classmethod
     def add(cls, trainer: Trainer, resolved: ResolvedOptimizer, identifier: str, schedule: str) -> None:
-        """Adds one optimizer to what is reported when the fit that is being set up starts.
-
-        Args:
-            trainer: The Trainer.
-            resolved: The optimizer.
-            identifier: What was asked for.
-            schedule: Its schedule, for humans.
-        """
+        """Adds an optimizer, with the requested identifier and a description of its schedule, to the report."""
         cls._of(trainer)._optimizers.append((resolved, identifier, schedule))
 
     def on_sanity_check_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -1,4 +1,4 @@
-"""Has the schedule that was asked for go on from a checkpoint, or refuses to, before the first batch."""
+"""Resumes the requested schedule from a checkpoint, or refuses to, before the first batch."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from lightning_optim.trainer.callbacks._attached import Attached
 
 
 class ResumeCallback(Attached):
-    """Compares the schedule of a run with the checkpoint's when both are restored, then removes itself.
+    """Compares the run's schedule with the checkpoint's once both are restored, then removes itself.
 
-    Lightning pairs schedulers and their states one by one: where one of them is missing it says nothing.
+    Lightning pairs schedulers with saved states one by one, and does not report a missing one.
     """
 
     def __init__(self, optimizer: Optimizer, schedule: KnowsItsName | None, overrides: Sequence[str]) -> None:
@@ -30,7 +30,7 @@ class ResumeCallback(Attached):
 
     def attach(self, trainer: Trainer) -> None:
         """Attaches the callback to the fit that is being set up."""
-        # Read before the optimizers were made, by most strategies; the others read it later, with all callbacks.
+        # Most strategies read the checkpoint before the optimizers are made; others call on_load_checkpoint later.
         checkpoint = loaded_checkpoint(trainer)
         if checkpoint:
             self._states = checkpoint.get("lr_schedulers")
@@ -55,7 +55,7 @@ class ResumeCallback(Attached):
             if not replaces:
                 raise other_schedule(None, written_by(states[0]) or "one that counts steps")
             for group in self._optimizer.param_groups:
-                # From here on nobody moves it: the rate is the peak.
+                # From here on nothing changes it: the rate is the peak.
                 group[LR] = group.pop(INITIAL_LR, group[LR])
         elif not schedule.resumed:
             if not replaces:

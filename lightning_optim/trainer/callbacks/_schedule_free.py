@@ -1,4 +1,4 @@
-"""Keeps schedule-free optimizers in the right mode, and the averaged weights in every checkpoint."""
+"""Keeps schedule-free optimizers in the right mode and the averaged weights in every checkpoint."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ from lightning_optim.trainer.callbacks._attached import Attached
 class ScheduleFreeCallback(Attached):
     """Puts the training point into the model for training and the averaged weights for everything else.
 
-    The mixin and :class:`~lightning_optim.OptimCallback` attach it by themselves; add it yourself only to recalibrate
-    BatchNorm. It switches to training at the start of every training batch and to the averaged weights for validation,
-    at the end of training and when training breaks off. While fit runs, the module's ``state_dict()`` holds the
-    averaged weights, so every checkpoint does, whichever callback saves it and when.
+    The mixin and :class:`~lightning_optim.OptimCallback` attach it automatically; add it yourself only to recalibrate
+    BatchNorm. It switches to the training point at the start of every training batch, and to the averaged weights for
+    validation, at the end of training and on an exception. While fit runs, the module's ``state_dict()`` holds the
+    averaged weights, and so does every checkpoint, whichever callback saves it and when.
 
     Args:
         bn_batches: Training batches to pass through the model at the averaged weights, before every validation and at
@@ -114,11 +114,11 @@ class ScheduleFreeCallback(Attached):
             super()._detach(trainer)
 
     def _recalibrate(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Computes BatchNorm's running statistics anew, as plain averages over the batches."""
+        """Recomputes BatchNorm's running statistics, as plain averages over the batches."""
         if not self.bn_batches:
             return
         precision = trainer.precision_plugin
-        # A second iterator draws a seed, and dropout draws numbers: neither may change the training.
+        # A second iterator draws a seed, and dropout draws random numbers: neither may change the training.
         with isolate_rng(), _statistics_of_this_model(pl_module), torch.no_grad(), precision.forward_context():
             for batch, _, _ in itertools.islice(_second_reading(trainer), self.bn_batches):
                 # What Lightning does to a batch before training_step sees it.
@@ -127,9 +127,9 @@ class ScheduleFreeCallback(Attached):
 
 
 class _AveragedStateDict:
-    """Replaces, in a module's state dict, the training point by the averaged weights.
+    """Replaces the training point by the averaged weights in a module's state dict.
 
-    A copied or pickled module takes a hook along that does nothing: the optimizers stay with the original.
+    In a copied or pickled module the hook does nothing: the optimizers stay with the original.
     """
 
     def __init__(self, optimizers: list[KeepsTrainingPoint] | None = None) -> None:
@@ -151,7 +151,7 @@ def _averaging(trainer: Trainer) -> list[KeepsTrainingPoint]:
 
 
 def _second_reading(trainer: Trainer) -> CombinedLoader:
-    """Returns the training data, to be read without disturbing the reading that goes on."""
+    """Returns the training data, to be read without disturbing the iteration in progress."""
     data: Any = trainer.train_dataloader
     return CombinedLoader(data.iterables if isinstance(data, packages.kin(CombinedLoader)) else data, "max_size_cycle")
 
@@ -162,7 +162,7 @@ def _batch_norms(module: nn.Module) -> Iterator[AnyBatchNorm]:
 
 @contextmanager
 def _statistics_of_this_model(module: nn.Module) -> Iterator[None]:
-    """Empties BatchNorm's statistics and lets forward passes average into them; modes are restored afterwards."""
+    """Resets BatchNorm's statistics and lets forward passes average into them; restores modes afterwards."""
     norms = list(_batch_norms(module))
     momenta = [norm.momentum for norm in norms]
     modes = [(m, m.training) for m in module.modules()]

@@ -1,4 +1,4 @@
-"""Says that an optimizer moved nothing, because its learning rate was 0 all the time."""
+"""Warns that an optimizer moved nothing, because its learning rate was always 0."""
 
 from __future__ import annotations
 
@@ -13,16 +13,15 @@ from lightning_optim.trainer.callbacks._attached import Attached
 
 
 class Standstill(Attached):
-    """Warns at the end of an epoch in which an optimizer had the learning rate 0 in every step and still has it.
+    """Warns once per optimizer, after an epoch in which its learning rate was 0 in every step and still is.
 
-    Each optimizer is spoken of once. It costs a look at the groups until the first step of an epoch that moves
-    something.
+    Its cost is a look at the groups, until the first step of an epoch that moves something.
     """
 
     def __init__(self) -> None:
         self._names: dict[Optimizer, str] = {}
         self._handles: list[RemovableHandle] = []
-        # Steps of this epoch as long as none has moved anything, then None.
+        # Steps of this epoch while none has moved anything, then None.
         self._idle: dict[Optimizer, int | None] = {}
 
     @classmethod

@@ -1,4 +1,4 @@
-"""Groups that a finetuning callback adds while training goes on: they get the policy of those that were there."""
+"""Groups that a finetuning callback adds during training get the grouping policy of the existing ones."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ _CALL = "added_in_call"
 
 
 class KeepsPolicy(Attached):
-    """Divides what a finetuning callback adds as the optimizer's other parameters are divided.
+    """Divides the parameters that a finetuning callback adds in the same way as the optimizer's others.
 
-    ``BaseFinetuning`` adds all parameters that it thaws as one group, with the optimizer's defaults: biases and norms
-    would decay, embeddings would be quantized, matrices not projected. And its callbacks set the learning rate of the
-    last group alone: the others of the same call follow it.
+    ``BaseFinetuning`` adds all parameters that it unfreezes as one group, with the optimizer's defaults: biases and
+    norms would decay, embeddings would be quantized, matrices not projected. And such callbacks set the learning rate
+    of the last group only: here the others from the same call follow it.
     """
 
     def __init__(self, module: LightningModule, resolved: ResolvedOptimizer, config: OptimConfig) -> None:
@@ -36,7 +36,7 @@ class KeepsPolicy(Attached):
     def attach(
         cls, trainer: Trainer, module: LightningModule, resolved: ResolvedOptimizer, config: OptimConfig
     ) -> None:
-        """Attaches it behind the finetuning callbacks; does nothing if there are none."""
+        """Attaches the callback after the finetuning callbacks; does nothing if there are none."""
         callbacks = trainer.callbacks  # type: ignore[attr-defined]
         if any(isinstance(callback, packages.kin(BaseFinetuning)) for callback in callbacks):
             callback = cls(module, resolved, config)
@@ -61,10 +61,10 @@ class KeepsPolicy(Attached):
         super()._detach(trainer)
 
     def _add(self, param_group: dict[str, Any]) -> None:
-        """Takes the place of the optimizer's ``add_param_group``."""
+        """Replaces the optimizer's ``add_param_group``."""
         add = type(self._optimizer).add_param_group
         if set(param_group) != {"params", "lr"}:
-            # Whoever says more has a policy of their own.
+            # A caller that sets more has its own policy.
             add(self._optimizer, param_group)
             return
         given = param_group["params"]
@@ -72,7 +72,7 @@ class KeepsPolicy(Attached):
         names = {id(p.parameter): p.name for p in named_parameters(self._module)}
         before = self._optimizer.param_groups
         call = 1 + max((group.get(_CALL, 0) for group in before), default=0)
-        # The group that decays comes last: it is what the callbacks go on to address.
+        # The decaying group comes last: that is the one the callbacks go on to change.
         for group in reversed(self._divided(float(param_group["lr"]))):
             members = [parameter for parameter in group["params"] if id(parameter) in added]
             if members:

@@ -1,4 +1,4 @@
-"""Warns of an optimizer that needs something of the Trainer and that nobody told the Trainer of."""
+"""Warns of an optimizer that needs support from a Trainer that does not know of it."""
 
 from __future__ import annotations
 
@@ -16,9 +16,8 @@ from lightning_optim.trainer.callbacks._schedule_free import ScheduleFreeCallbac
 
 
 def watch(optimizer: Optimizer, name: str) -> None:
-    """Looks after an optimizer that ``build_optimizer`` made: at once, or at its first step if no Trainer runs yet."""
-    needs = _needs(optimizer)
-    if needs is None:
+    """Checks an optimizer that ``build_optimizer`` made: now, or at its first step if no Trainer is running yet."""
+    if _needs(optimizer) is None:
         return
     trainer = running_trainer()
     if trainer is not None:
@@ -28,7 +27,7 @@ def watch(optimizer: Optimizer, name: str) -> None:
     asked = False
 
     def at_first_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        # It stays: torch iterates over the hooks while they run, so that none may remove itself.
+        # It stays: torch iterates over the hooks while they run, so a hook must not remove itself.
         nonlocal asked
         trainer = None if asked else running_trainer()
         asked = True
@@ -43,7 +42,7 @@ def _needs(optimizer: Optimizer) -> tuple[type, str] | None:
     if isinstance(optimizer, KeepsTrainingPoint):
         return ScheduleFreeCallback, "it is validated and saved at its training point, not at the averaged weights"
     if Layerwise.of(optimizer) is not None:
-        return LayerwiseCallback, "it steps after backward, when all gradients are alive"
+        return LayerwiseCallback, "it steps after backward, with all gradients in memory"
     return None
 
 

@@ -58,11 +58,11 @@ class UnscalesFused(_Precision):
         clip_val: int | float = 0.0,
         gradient_clip_algorithm: GradClipAlgorithmType = GradClipAlgorithmType.NORM,
     ) -> None:
-        # Without what MixedPrecision refuses.
+        # Bypasses MixedPrecision, which refuses to clip for fused optimizers.
         packages.of(self, Precision).clip_gradients(self, optimizer, clip_val, gradient_clip_algorithm)
 
     def state_dict(self) -> dict[str, Any]:
-        # Lightning would file it under the name of this class.
+        # Lightning would store it under the name of this class.
         return {}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -79,11 +79,11 @@ class UnscalesFused(_Precision):
 class FusedMixedPrecision(UnscalesFused, MixedPrecision):
     """Mixed precision that unscales the gradients of a fused optimizer before they are clipped.
 
-    Lightning leaves the unscaling to the fused kernel, so that hooks and clipping would see scaled gradients; it
-    refuses to clip, even where nothing is scaled (``"bf16-mixed"``). Here the order is that of every other optimizer:
-    unscale, ``on_before_optimizer_step``, clip, step. The kernel is handed the flag that says whether a gradient
-    overflowed, and skips the step by itself: the host does not wait for the device to ask. The strategies ``fused`` and
-    ``fused_ddp`` put it in the place of Lightning's ``MixedPrecision``; checkpoints are the same.
+    Lightning leaves the unscaling to the fused kernel, so hooks and clipping would see scaled gradients; it refuses to
+    clip, even if nothing is scaled (``"bf16-mixed"``). Here the order is the same as for every other optimizer:
+    unscale, ``on_before_optimizer_step``, clip, step. The kernel receives the overflow flag and skips the step itself,
+    without a synchronization of host and device. The strategies ``fused`` and ``fused_ddp`` replace Lightning's
+    ``MixedPrecision`` by it; checkpoints are the same.
 
     Args:
         precision: ``"16-mixed"`` or ``"bf16-mixed"``.
@@ -93,7 +93,7 @@ class FusedMixedPrecision(UnscalesFused, MixedPrecision):
 
 
 class StepsFused(Movable, _Base):
-    """Mixin for strategies that have every optimizer of the module stepped by torch's fused kernel."""
+    """Mixin for strategies that step every optimizer of the module by torch's fused kernel."""
 
     strategy_name: str
     _steps: tuple[FusedStep, ...] = ()
@@ -101,7 +101,7 @@ class StepsFused(Movable, _Base):
 
     @property
     def precision_plugin(self) -> Precision:
-        """The Trainer's, or the one that takes the place of its ``MixedPrecision``."""
+        """The Trainer's plugin, or the one that replaces its ``MixedPrecision``."""
         return super().precision_plugin
 
     @precision_plugin.setter
@@ -131,7 +131,7 @@ class StepsFused(Movable, _Base):
             rank_zero_info(f"strategy={self.strategy_name!r}: torch's fused kernels step {' and '.join(made)}.")
 
     def note_identifier(self, optimizer: Optimizer, identifier: str) -> None:
-        """Takes down the identifier by which an optimizer was built, for error texts."""
+        """Records the identifier that an optimizer was built by, for error texts."""
         self._asked = {**self._asked, optimizer: identifier}
 
     def teardown(self) -> None:
@@ -160,20 +160,20 @@ class StepsFused(Movable, _Base):
 class FusedStrategy(StepsFused, OneDevice, SingleDeviceStrategy):
     """Steps every optimizer by torch's fused kernel, on one device, with loss scaling and clipping together.
 
-    ``torch.optim``'s Adam, AdamW, SGD and Adagrad are made fused, where torch has the kernel for the device, whether
-    the module built them itself or by a name; one that is fused already stays so. When fit ends they are as they were
-    built. :class:`~lightning_optim.FusedDDPStrategy` is for several devices.
+    ``torch.optim``'s Adam, AdamW, SGD and Adagrad are made fused where torch has a kernel for the device, whether the
+    module built them itself or by name; one that is already fused stays so. When fit ends they are as they were built.
+    :class:`~lightning_optim.FusedDDPStrategy` is for several devices.
 
     Args:
-        device: Where to train; ``None`` means where the Trainer's ``accelerator`` and ``devices`` say.
+        device: Where to train; ``None`` means the Trainer's ``accelerator`` and ``devices``.
         accelerator: As in ``SingleDeviceStrategy``; the Trainer sets it.
         checkpoint_io: As in ``SingleDeviceStrategy``.
         precision_plugin: As in ``SingleDeviceStrategy``; the Trainer sets it.
 
     Raises:
         IncompatibleTrainer: When the Trainer is made, if it has several devices or nodes, an XLA device, or a precision
-            plugin that cannot clip before a fused step; when fit starts, for an optimizer that has no fused kernel on
-            the device, or a wrong one.
+            plugin that cannot clip before a fused step; when fit starts, if an optimizer has no fused kernel for the
+            device, or a wrong one.
     """
 
     strategy_name = "fused"

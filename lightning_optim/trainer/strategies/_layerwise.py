@@ -25,7 +25,7 @@ else:
 
 
 class StepsInBackward(Movable, _Base):
-    """Mixin for strategies that make every optimizer of the module layerwise, whoever built it."""
+    """Mixin for strategies that make every optimizer of the module layerwise, however it was built."""
 
     #: The flag, and the name by which the rules know it.
     layerwise_name: str
@@ -47,7 +47,7 @@ class StepsInBackward(Movable, _Base):
             self.prepare(LayerwiseCallback.attach(trainer, optimizer, LayerwiseOptions()))
 
     def prepare(self, layerwise: Layerwise) -> None:
-        """Tells the engine how the processes of this strategy work together."""
+        """Tells the engine how the strategy's processes work together."""
 
 
 class StepsInBackwardAlone(StepsInBackward, OneDevice):
@@ -72,20 +72,20 @@ class StepsInBackwardAlone(StepsInBackward, OneDevice):
 class LayerwiseStrategy(StepsInBackwardAlone, SingleDeviceStrategy):
     """Steps every optimizer during backward, on one device: CPU, CUDA or MPS.
 
-    An identifier that ends in ``_layerwise`` does not need it; an optimizer of the module's own becomes layerwise by
-    it. :class:`~lightning_optim.LayerwiseDDPStrategy` is for several devices.
+    An identifier that ends in ``_layerwise`` does not need it; the module's own optimizer becomes layerwise by it.
+    :class:`~lightning_optim.LayerwiseDDPStrategy` is for several devices.
 
     Args:
-        bucket_mb: MiB of gradients alive at once besides the one that arrives, 0 for one parameter at a time; ``None``
-            takes an eighth of all gradients, at most 32 MiB.
+        bucket_mb: MiB of live gradients besides the one being computed, 0 for one parameter at a time; ``None`` takes
+            an eighth of all gradients, at most 32 MiB.
         norm_clipping: How ``gradient_clip_val`` clips by norm: ``"exact"`` (the default) runs a backward that only
-            measures before the one that steps, ``"previous"`` takes the norm of the step before, ``"per_parameter"``
+            measures before the one that steps, ``"previous"`` uses the norm of the previous step, ``"per_parameter"``
             clips each parameter's gradient by itself.
         log_grad_norm: Whether to log the norm before clipping as ``grad_norm``.
         overflow: With ``precision="16-mixed"``: ``"skip_step"`` runs a backward that only measures and skips the whole
             step if a gradient overflowed, ``"skip_bucket"`` (the default, with a warning) steps the other buckets.
-        gradient_readers: ``"warn"`` (the default) tells of hooks that look at gradients after they were stepped and
-            freed, watched in the first two steps; ``"ignore"`` does not.
+        gradient_readers: ``"warn"`` (the default) warns of hooks that look at gradients already stepped and freed,
+            checked in the first two steps; ``"ignore"`` does not.
         device: Where to train; ``None`` means where the Trainer's ``accelerator`` and ``devices`` say.
         accelerator: As in ``SingleDeviceStrategy``; the Trainer sets it.
         checkpoint_io: As in ``SingleDeviceStrategy``.
@@ -94,7 +94,7 @@ class LayerwiseStrategy(StepsInBackwardAlone, SingleDeviceStrategy):
     Raises:
         InvalidOption: If an option is of the wrong type or out of range.
         IncompatibleTrainer: When the Trainer is made, if it has several devices or nodes, or an XLA device; when fit
-            starts, if the module cannot be trained so.
+            starts, if the module cannot be trained this way.
     """
 
     strategy_name = layerwise_name = "layerwise"

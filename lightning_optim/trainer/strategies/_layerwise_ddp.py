@@ -46,7 +46,7 @@ class StepsCopiesInBackward(StepsInBackward, _Base):
         gradient_readers: str | None = None,
         **others: Any,
     ) -> None:
-        # Not handed on: a command line would find the arguments of DistributedDataParallel behind them.
+        # Not passed on: otherwise a command line would offer the arguments of DistributedDataParallel.
         if others:
             raise TypeError(
                 f"LayerwiseDDPStrategy got {', '.join(others)}. If that is for DistributedDataParallel: it is not used "
@@ -66,7 +66,7 @@ class StepsCopiesInBackward(StepsInBackward, _Base):
         self._broadcast_buffers = broadcast_buffers
 
     def configure_ddp(self) -> None:
-        # What DistributedDataParallel's constructor does; nothing wraps the model.
+        # DistributedDataParallel's constructor does this; here nothing wraps the model.
         assert self.model is not None
         sync_module_states(self.model)
 
@@ -88,7 +88,7 @@ class StepsCopiesInBackward(StepsInBackward, _Base):
             return
         for optimizer in self.optimizers:
             layerwise = Layerwise.of(optimizer)
-            # A step that has to wait for the end of backward finds its gradients averaged, as DDP would leave them.
+            # A step that has to wait for the end of backward finds its gradients averaged, as with DDP.
             if layerwise is not None and layerwise.has_gradients():
                 layerwise.average_alive()
 
@@ -96,7 +96,7 @@ class StepsCopiesInBackward(StepsInBackward, _Base):
         assert self.model is not None
         assert self.lightning_module is not None
         if not self._broadcast_buffers or self.lightning_module.trainer.state.fn != TrainerFn.FITTING:
-            # Outside of fit processes may have different numbers of batches, as under DDP.
+            # Outside of fit, processes may have different numbers of batches, as with DDP.
             return
         alike: dict[torch.dtype, list[Tensor]] = {}
         for buffer in self.model.buffers():
@@ -114,16 +114,16 @@ class StepsCopiesInBackward(StepsInBackward, _Base):
 class LayerwiseDDPStrategy(StepsCopiesInBackward, DDPStrategy):
     """Steps every optimizer during backward, in several processes with a copy of the model each.
 
-    The model is not wrapped in ``DistributedDataParallel``: its gradients are averaged bucket by bucket while backward
-    goes on, stepped and freed. Ranks stay bit-identical. Parameters and buffers of rank 0 are broadcast when fit
-    starts, buffers also before every forward. Every parameter must get a gradient in every process.
+    The model is not wrapped in ``DistributedDataParallel``: its gradients are averaged, stepped and freed bucket by
+    bucket during backward. Ranks stay bit-identical. Parameters and buffers of rank 0 are broadcast when fit starts,
+    buffers also before every forward. Every parameter must get a gradient in every process.
 
     Args:
         bucket_mb: As in :class:`~lightning_optim.LayerwiseStrategy`.
-        norm_clipping: As there.
-        log_grad_norm: As there.
-        overflow: As there.
-        gradient_readers: As there.
+        norm_clipping: As in ``LayerwiseStrategy``.
+        log_grad_norm: As in ``LayerwiseStrategy``.
+        overflow: As in ``LayerwiseStrategy``.
+        gradient_readers: As in ``LayerwiseStrategy``.
         broadcast_buffers: Whether all processes take rank 0's buffers (BatchNorm's statistics) before every forward.
         process_group_backend: As in ``DDPStrategy``.
         timeout: As in ``DDPStrategy``.
@@ -137,8 +137,8 @@ class LayerwiseDDPStrategy(StepsCopiesInBackward, DDPStrategy):
 
     Raises:
         InvalidOption: If an option is of the wrong type or out of range.
-        IncompatibleTrainer: When fit starts, if the module cannot be trained so; in the first step, if a parameter gets
-            no gradient.
+        IncompatibleTrainer: When fit starts, if the module cannot be trained this way; in the first step, if a
+            parameter gets no gradient.
         TypeError: For arguments of ``DistributedDataParallel``, which is not used.
     """
 

@@ -46,7 +46,7 @@ class StepsShardsInBackward(StepsInBackward, _Base):
 
     @contextmanager
     def block_backward_sync(self) -> Iterator[None]:
-        """Keeps gradients of micro-batches that accumulate in this process."""
+        """Accumulates the gradients of micro-batches locally."""
         from torch.distributed.fsdp import FSDPModule
 
         assert self.model is not None
@@ -61,7 +61,7 @@ class StepsShardsInBackward(StepsInBackward, _Base):
 
 
 class LayerwiseFSDP2Strategy(StepsShardsInBackward, ModelParallelStrategy):
-    """Steps every optimizer during backward, on parameters that ``fully_shard`` (FSDP2) divided among the processes.
+    """Steps every optimizer during backward, on parameters sharded by ``fully_shard`` (FSDP2).
 
     As with Lightning's ``ModelParallelStrategy``, the module calls ``fully_shard`` in ``configure_model``, on the mesh
     ``self.device_mesh["data_parallel"]``. Gradients are reduced by FSDP2 before they are stepped; micro-batches that
@@ -69,20 +69,20 @@ class LayerwiseFSDP2Strategy(StepsShardsInBackward, ModelParallelStrategy):
 
     Args:
         bucket_mb: As in :class:`~lightning_optim.LayerwiseStrategy`, counted in shards.
-        norm_clipping: As there.
-        log_grad_norm: As there.
-        overflow: As there.
-        gradient_readers: As there.
-        data_parallel_size: Processes that share the shards; ``"auto"`` means all that tensor parallelism leaves, unlike
-            in ``ModelParallelStrategy``, where it means the number of nodes.
-        tensor_parallel_size: Processes of each tensor-parallel group.
+        norm_clipping: As in ``LayerwiseStrategy``.
+        log_grad_norm: As in ``LayerwiseStrategy``.
+        overflow: As in ``LayerwiseStrategy``.
+        gradient_readers: As in ``LayerwiseStrategy``.
+        data_parallel_size: Processes to shard over; ``"auto"`` means all that tensor parallelism leaves, unlike in
+            ``ModelParallelStrategy``, where it means the number of nodes.
+        tensor_parallel_size: Processes in each tensor-parallel group.
         save_distributed_checkpoint: As in ``ModelParallelStrategy``.
-        process_group_backend: As there.
-        timeout: As there.
+        process_group_backend: As in ``ModelParallelStrategy``.
+        timeout: As in ``ModelParallelStrategy``.
 
     Raises:
         InvalidOption: If an option is of the wrong type or out of range.
-        IncompatibleTrainer: When fit starts, if the module cannot be trained so.
+        IncompatibleTrainer: When fit starts, if the module cannot be trained this way.
     """
 
     strategy_name = layerwise_name = "layerwise_fsdp2"

@@ -1,4 +1,4 @@
-"""What lets an instance of our strategies train under the Trainer of either package."""
+"""Lets an instance of our strategies train under the Trainer of either package."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ else:
 
 
 class Movable(_Base):
-    """Mixin: an instance made of ``lightning.pytorch``'s classes is made anew when another package's Trainer takes it.
+    """Mixin: an instance based on ``lightning.pytorch`` is rebuilt when the other package's Trainer takes it.
 
-    ``pytorch_lightning`` counts it among its own strategies, see :func:`lightning_optim.trainer.strategies.register`.
+    ``pytorch_lightning`` accepts it as a strategy: see :func:`lightning_optim.trainer.strategies.register`.
     """
 
     _given: tuple[tuple[Any, ...], dict[str, Any]]

@@ -22,7 +22,7 @@ else:
 
 
 class _OnNPU(_Base):
-    """Mixin: no other device than an NPU, and mixed precision for that device."""
+    """Mixin: only NPUs, and mixed precision for them."""
 
     strategy_name: str
 
@@ -47,8 +47,8 @@ class _OnNPU(_Base):
 
     @precision_plugin.setter
     def precision_plugin(self, precision: Precision | None) -> None:
-        # Lightning makes one for CUDA where it does not know the accelerator: it would cast nothing here, and its
-        # GradScaler would be switched off.
+        # For an unknown accelerator Lightning makes one for CUDA, which would cast nothing here and disable its
+        # GradScaler.
         if type(precision) is MixedPrecision and precision.device == "cuda":
             precision = MixedPrecision(precision.precision, "npu")  # type: ignore[arg-type]
         packages.set_inherited(_OnNPU, self, "precision_plugin", precision)
@@ -58,18 +58,17 @@ class NPUStrategy(_OnNPU, OneDevice, SingleDeviceStrategy):
     """Trains on one Ascend NPU.
 
     Parameters and batches go to the device. ``precision="16-mixed"`` and ``"bf16-mixed"`` cast on it; the first scales
-    the loss with ``torch.amp.GradScaler("npu")``. A precision plugin of your own for this device is kept. An identifier
-    that ends in ``_layerwise`` steps during backward.
+    the loss with ``torch.amp.GradScaler("npu")``. Your own precision plugin for this device is kept. An identifier that
+    ends in ``_layerwise`` steps during backward.
 
     Args:
-        device: Where to train; ``None`` means where the Trainer's ``devices`` say.
+        device: Where to train; ``None`` means the Trainer's ``devices``.
         accelerator: As in ``SingleDeviceStrategy``; the Trainer sets it.
         checkpoint_io: As in ``SingleDeviceStrategy``.
         precision_plugin: As in ``SingleDeviceStrategy``; the Trainer sets it.
 
     Raises:
-        IncompatibleTrainer: When the Trainer is made, if its accelerator is another one, or if it has several
-            devices or nodes.
+        IncompatibleTrainer: When the Trainer is made, if its accelerator is not ours, or with several devices or nodes.
     """
 
     strategy_name = "npu"
@@ -78,15 +77,15 @@ class NPUStrategy(_OnNPU, OneDevice, SingleDeviceStrategy):
 class NPUDDPStrategy(_OnNPU, WrapsForAnyDevice, DDPStrategy):
     """Trains on several Ascend NPUs, one process each, with ``DistributedDataParallel``.
 
-    Precision is as in :class:`~lightning_optim.NPUStrategy`. What Lightning's own strategy does for CUDA alone is done
-    for NPUs: wrapping the model, barriers, and communication hooks.
+    Precision is as in :class:`~lightning_optim.NPUStrategy`. What Lightning's strategy does only for CUDA is done for
+    NPUs: wrapping the model, barriers, and communication hooks.
 
     Args:
-        process_group_backend: The backend of ``torch.distributed``; torch_npu brings ``"hccl"``.
+        process_group_backend: The backend of ``torch.distributed``; torch_npu provides ``"hccl"``.
         **ddp: As in ``DDPStrategy``.
 
     Raises:
-        IncompatibleTrainer: When the Trainer is made, if its accelerator is another one.
+        IncompatibleTrainer: When the Trainer is made, if its accelerator is not ours.
     """
 
     strategy_name = layerwise_name = "npu_ddp"

@@ -1,7 +1,8 @@
-"""What the strategies for one device share: they train where the Trainer says."""
+"""What the strategies for one device share: they train on the Trainer's device."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -20,7 +21,27 @@ else:
 
 
 class SingleProcess(_Base):
-    """Mixin: one device in one process, and an error where the Trainer has more."""
+    """Mixin: one device in one process, and an error if the Trainer has more."""
+
+    _parallel_devices: list[torch.device] | None = None
+
+    @property
+    def parallel_devices(self) -> list[torch.device] | None:
+        """The device in a list; the Trainer sets it from its accelerator and its ``devices``."""
+        return self._parallel_devices
+
+    @parallel_devices.setter
+    def parallel_devices(self, devices: list[torch.device]) -> None:
+        self._check(devices)
+        self._refuse_several(len(devices), "devices")
+        self._parallel_devices = devices
+        set_root_device(self, self._opened(devices[0]))
+
+    def _check(self, devices: Sequence[torch.device]) -> None:
+        """Refuses devices of a type that is not for this strategy."""
+
+    def _opened(self, device: torch.device) -> torch.device:
+        return torch.device(device)
 
     @property
     def for_several(self) -> str:
@@ -29,12 +50,12 @@ class SingleProcess(_Base):
 
     @property
     def num_nodes(self) -> int:
-        """1; the Trainer sets it where a strategy has it."""
+        """1; the Trainer sets this attribute."""
         return 1
 
     @num_nodes.setter
     def num_nodes(self, number: int) -> None:
-        # Each node would train a model of its own.
+        # Each node would train its own model.
         self._refuse_several(number, "num_nodes")
 
     def _refuse_several(self, number: int, flag: str) -> None:
@@ -48,8 +69,8 @@ class SingleProcess(_Base):
 class OneDevice(SingleProcess):
     """Mixin for subclasses of ``SingleDeviceStrategy`` that are registered by name.
 
-    Lightning builds such a strategy without a device, and would train on the CPU whatever the accelerator. It fills
-    ``parallel_devices`` where a strategy has it: this is how the device gets here.
+    Lightning builds such a strategy without a device, and would train on the CPU with any accelerator. But it sets
+    ``parallel_devices`` if a strategy has it, which is how the device gets here.
     """
 
     def __init__(
@@ -62,18 +83,9 @@ class OneDevice(SingleProcess):
         super().__init__(device or "cpu", accelerator, checkpoint_io, precision_plugin)
         self._parallel_devices = None if device is None else [self.root_device]
 
-    @property
-    def parallel_devices(self) -> list[torch.device] | None:
-        """The device in a list; the Trainer fills it with what its accelerator and its ``devices`` say."""
-        return self._parallel_devices
-
-    @parallel_devices.setter
-    def parallel_devices(self, devices: list[torch.device]) -> None:
+    def _check(self, devices: Sequence[torch.device]) -> None:
         if torch.device(devices[0]).type == "xla":
             raise IncompatibleTrainer(
                 f"strategy={self.strategy_name!r} does not train on XLA devices. Use "
                 f"Trainer(strategy={'xla_syncfree' if len(devices) > 1 else 'single_xla_syncfree'!r})."
             )
-        self._refuse_several(len(devices), "devices")
-        self._parallel_devices = devices
-        set_root_device(self, torch.device(devices[0]))

@@ -16,7 +16,7 @@ from lightning.pytorch.strategies.xla import XLAStrategy
 from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_only
 from torch import Tensor
 
-from lightning_optim._compat.lightning import StartsNoneAlone, set_root_device
+from lightning_optim._compat.lightning import StartsNoneAlone
 from lightning_optim.errors import IncompatibleTrainer
 from lightning_optim.layerwise import Layerwise, Replicas
 from lightning_optim.trainer import _packages as packages
@@ -42,7 +42,7 @@ class XLAReplicas(Replicas):
     def average(self, flat: Tensor) -> Callable[[], object]:
         import torch_xla.core.xla_model as xm
 
-        # Part of the step's graph: there is nothing to wait for. Copied, because the gradients are views of it.
+        # Part of the step's graph, so there is nothing to wait for. Copied, because the gradients are views of it.
         flat.copy_(xm.all_reduce(xm.REDUCE_SUM, flat, scale=1 / self.size))
         return lambda: None
 
@@ -54,20 +54,20 @@ class XLAReplicas(Replicas):
 
 
 class _OnXLA(_Base):
-    """Mixin of both strategies: an XLA device or an error, and a precision of our own."""
+    """Mixin of both strategies: requires XLA devices and uses our own precision plugin."""
 
     strategy_name: str
 
     @property
     def precision_plugin(self) -> XLAPrecision:
-        """Lightning's ``XLAPrecision`` is exchanged for ours of the same name."""
+        """Lightning's ``XLAPrecision`` is replaced by ours for the same precision."""
         plugin = super().precision_plugin
         return plugin if isinstance(plugin, XLASyncFreePrecision) else XLASyncFreePrecision()
 
     @precision_plugin.setter
     def precision_plugin(self, plugin: Precision | None) -> None:
         if type(plugin) is XLAPrecision:
-            # Takes what it has set out of the environment, before torch_xla reads it.
+            # Removes its environment variables, before torch_xla reads them.
             plugin.teardown()
             plugin = XLASyncFreePrecision(plugin.precision)  # type: ignore[arg-type]
         if plugin is not None and not isinstance(plugin, XLASyncFreePrecision):
@@ -108,21 +108,20 @@ class _OnXLA(_Base):
 class SingleDeviceXLASyncFreeStrategy(_OnXLA, SingleProcess, SingleDeviceXLAStrategy):
     """Trains on one XLA device.
 
-    Unlike Lightning's ``single_xla`` it can be named in ``Trainer(strategy=...)``, takes any device that
-    ``accelerator="pjrt"`` has, and stores bfloat16 by conversion, see :class:`~lightning_optim.XLASyncFreePrecision`.
-    Identifiers such as ``adamw_torch_xla`` reach the sync-free kernel under it; an optimizer of the module's own is
-    stepped as it is.
+    Unlike Lightning's ``single_xla`` it can be named in ``Trainer(strategy=...)``, takes any device of
+    ``accelerator="pjrt"``, and stores bfloat16 by conversion: see :class:`~lightning_optim.XLASyncFreePrecision`.
+    Identifiers such as ``adamw_torch_xla`` use the sync-free kernel; the module's own optimizer is stepped as it is.
 
     Args:
         accelerator: As in ``SingleDeviceXLAStrategy``; the Trainer sets it.
-        checkpoint_io: As there.
-        precision_plugin: As there; the Trainer sets it.
-        debug: As there.
+        checkpoint_io: As in ``SingleDeviceXLAStrategy``.
+        precision_plugin: As in ``SingleDeviceXLAStrategy``; the Trainer sets it.
+        debug: As in ``SingleDeviceXLAStrategy``.
 
     Raises:
         MissingDependency: If torch_xla is not installed, or not for this torch.
         IncompatibleTrainer: When the Trainer is made, if its accelerator has no XLA device or several. When it starts,
-            if a backward ran in this process before the device was opened, or torch_xla stores float32 in 16 bits.
+            if a backward ran in this process before the device was opened, or if torch_xla stores float32 in 16 bits.
     """
 
     strategy_name = layerwise_name = "single_xla_syncfree"
@@ -136,24 +135,15 @@ class SingleDeviceXLASyncFreeStrategy(_OnXLA, SingleProcess, SingleDeviceXLAStra
         debug: bool = False,
     ) -> None:
         require_torch_xla(f"strategy={self.strategy_name!r}")
-        # Not SingleDeviceXLAStrategy's: it opens a device, and the Trainer has not yet said which.
+        # Not SingleDeviceXLAStrategy.__init__: it opens a device, which the Trainer has not chosen yet.
         SingleDeviceStrategy.__init__(self, "cpu", accelerator, checkpoint_io, precision_plugin)
         self.debug = debug
-        self._parallel_devices: list[torch.device] | None = None
 
-    @property
-    def parallel_devices(self) -> list[torch.device] | None:
-        """The device in a list; the Trainer fills it with what its accelerator and its ``devices`` say."""
-        return self._parallel_devices
-
-    @parallel_devices.setter
-    def parallel_devices(self, devices: list[torch.device]) -> None:
+    def _opened(self, device: torch.device) -> torch.device:
         import torch_xla
 
-        self._check(devices)
-        self._refuse_several(len(devices), "devices")
-        self._parallel_devices = devices
-        set_root_device(self, torch_xla.device(devices[0].index))
+        opened: torch.device = torch_xla.device(device.index)
+        return opened
 
     def validation_step(self, *args: Any, **kwargs: Any) -> Any:
         return _run(super().validation_step(*args, **kwargs))
@@ -168,21 +158,22 @@ class SingleDeviceXLASyncFreeStrategy(_OnXLA, SingleProcess, SingleDeviceXLAStra
 class XLASyncFreeStrategy(_OnXLA, StartsNoneAlone, XLAStrategy):
     """Trains on all XLA devices of the machine, one process and one copy of the model each.
 
-    Gradients are averaged after backward, those of a layerwise optimizer bucket by bucket in its hooks. On a single
-    device it works too, unlike Lightning's ``xla``. Otherwise as
+    Gradients are averaged after backward, those of a layerwise optimizer bucket by bucket in its hooks. Unlike
+    Lightning's ``xla`` it also works on a single device. For the rest see
     :class:`~lightning_optim.SingleDeviceXLASyncFreeStrategy`.
 
     Args:
         accelerator: As in ``XLAStrategy``; the Trainer sets it.
-        parallel_devices: As there; the Trainer sets it.
-        checkpoint_io: As there.
-        precision_plugin: As there; the Trainer sets it.
-        debug: As there.
-        sync_module_states: As there.
+        parallel_devices: As in ``XLAStrategy``; the Trainer sets it.
+        checkpoint_io: As in ``XLAStrategy``.
+        precision_plugin: As in ``XLAStrategy``; the Trainer sets it.
+        debug: As in ``XLAStrategy``.
+        sync_module_states: As in ``XLAStrategy``.
 
     Raises:
         MissingDependency: If torch_xla is not installed, or not for this torch.
-        IncompatibleTrainer: When the Trainer is made, if its accelerator has no XLA device. When it starts, as there.
+        IncompatibleTrainer: When the Trainer is made, if its accelerator has no XLA device. When it starts, as in
+            ``SingleDeviceXLASyncFreeStrategy``.
     """
 
     strategy_name = layerwise_name = "xla_syncfree"
@@ -201,7 +192,7 @@ class XLASyncFreeStrategy(_OnXLA, StartsNoneAlone, XLAStrategy):
 
     @property
     def parallel_devices(self) -> list[torch.device] | None:
-        """The devices; the Trainer fills them in."""
+        """The devices; the Trainer sets them."""
         return super().parallel_devices
 
     @parallel_devices.setter
@@ -209,8 +200,8 @@ class XLASyncFreeStrategy(_OnXLA, StartsNoneAlone, XLAStrategy):
         self._check(devices or ())
         packages.set_inherited(XLASyncFreeStrategy, self, "parallel_devices", devices)
 
-    # XLAStrategy refuses a single device. It needs no other process, so that fit() can be called again and predict()
-    # returns what it predicts; all else holds for it.
+    # XLAStrategy refuses a single device. That one needs no other process, so fit() can be called again and predict()
+    # returns its predictions.
 
     def setup_distributed(self) -> None:
         if self.num_processes > 1:
@@ -227,7 +218,7 @@ class XLASyncFreeStrategy(_OnXLA, StartsNoneAlone, XLAStrategy):
 
 
 def _run(result: Any) -> Any:
-    """Runs what a step without an optimizer has recorded: the graph would grow over all batches."""
+    """Runs the graph recorded by a step without an optimizer: it would otherwise grow over all batches."""
     import torch_xla
 
     torch_xla.sync()
@@ -235,7 +226,7 @@ def _run(result: Any) -> Any:
 
 
 def _refuse_narrow_floats(device: torch.device) -> None:
-    """Refuses a process in which torch_xla stores float32 as something narrower: it decides that once."""
+    """Refuses a process in which torch_xla stores float32 in a narrower type, which it decides only once."""
     exact = 1 + 2**-20
     if torch.tensor(exact, device=device).item() != exact:
         raise IncompatibleTrainer(
@@ -246,7 +237,7 @@ def _refuse_narrow_floats(device: torch.device) -> None:
 
 
 def _refuse_late_device(device: torch.device) -> None:
-    """Refuses a process whose first backward was before the device was opened: torch makes its threads only then."""
+    """Refuses a process that ran a backward before opening the device: torch creates its device threads only then."""
     try:
         torch.autograd.backward(torch.ones((), device=device, requires_grad=True))
     except RuntimeError as error:

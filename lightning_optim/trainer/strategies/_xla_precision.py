@@ -1,4 +1,4 @@
-"""Precision on XLA devices: by converting and by autocast, not by an environment variable."""
+"""Precision on XLA devices by conversion and autocast, not by an environment variable."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ XLAPrecisionName = Literal["32-true", "bf16-true", "bf16-mixed"]
 class XLASyncFreePrecision(ReducesXLA):
     """Precision under the strategies ``single_xla_syncfree`` and ``xla_syncfree``.
 
-    Lightning's ``XLAPrecision`` has torch_xla store every float32 as bfloat16, by an environment variable that
-    torch_xla reads once: later runs of the process are bfloat16 too. Here ``bf16-true`` converts the module and its
+    Lightning's ``XLAPrecision`` makes torch_xla store every float32 as bfloat16, by an environment variable that
+    torch_xla reads once: later runs in the process are bfloat16 too. Here ``bf16-true`` converts the module and its
     inputs, as on other devices, and a later run in float32 is in float32.
 
-    The strategies use it by themselves for ``Trainer(precision=...)``, except ``"bf16-mixed"``, which Lightning refuses
-    before they are asked: ``Trainer(plugins=XLASyncFreePrecision("bf16-mixed"))``.
+    The strategies use it for ``Trainer(precision=...)``, except for ``"bf16-mixed"``, which Lightning refuses before
+    it reaches them: pass ``Trainer(plugins=XLASyncFreePrecision("bf16-mixed"))``.
 
     Args:
         precision: ``"32-true"``, ``"bf16-true"`` or ``"bf16-mixed"`` (autocast).
@@ -71,7 +71,7 @@ class XLASyncFreePrecision(ReducesXLA):
         layerwise = Layerwise.of(optimizer)
         if layerwise is None or layerwise.replicas is None:
             return super().closure_and_reduction(optimizer, closure)
-        # Reduced already, bucket by bucket; only what has to wait for the end of backward is not.
+        # Already reduced bucket by bucket, except for what has to wait for the end of backward.
         result = closure()
         if layerwise.has_gradients():
             layerwise.average_alive()

@@ -53,6 +53,7 @@ def resolve_warmup(warmup_steps: int | float, total_steps: int | None) -> int:
 
 
 Multiplier = Callable[[int], float]
+_Options = Mapping[str, Any] | str | None
 
 
 class NamedSchedule(KnowsItsName):
@@ -133,11 +134,7 @@ def build_schedule(
 
 
 def make_schedule(
-    optimizer: Optimizer,
-    name: str,
-    total_steps: int | None,
-    warmup_steps: int | float,
-    args: Mapping[str, Any] | str | None,
+    optimizer: Optimizer, name: str, total_steps: int | None, warmup_steps: int | float, args: _Options
 ) -> NamedSchedule | Plateau:
     """Does the work of :func:`build_schedule`, without its warning."""
     spec = get_schedule(name)
@@ -152,11 +149,7 @@ def make_schedule(
 
 
 def make_multiplier(
-    optimizer: Optimizer,
-    name: str,
-    total_steps: int | None,
-    warmup_steps: int | float,
-    args: Mapping[str, Any] | str | None,
+    optimizer: Optimizer, name: str, total_steps: int | None, warmup_steps: int | float, args: _Options
 ) -> Multiplier:
     """Returns the factor on the peak as a function of the step. Raises: see :func:`build_schedule`."""
     spec = get_schedule(name)

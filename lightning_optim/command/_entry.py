@@ -39,27 +39,20 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"lightning_optim {__version__}")
     subparsers = parser.add_subparsers(dest="subcommand", required=True, metavar="SUBCOMMAND")
-
     shown = "the identifiers, and whether they can run here"
+    patterns = "identifiers, or wildcards such as '*8bit*' (quote them)"
     subparser = subparsers.add_parser("list", help=shown, description=f"Lists {shown}.")
-    subparser.add_argument(
-        "patterns", nargs="*", metavar="PATTERN", help="identifiers, or wildcards such as '*8bit*' (quote them)"
-    )
-    subparser.set_defaults(subcommand_module=listing)
+    subparser.add_argument("patterns", nargs="*", metavar="PATTERN", help=patterns)
 
     shown = "one identifier: options, defaults, grouping, state bytes, an example"
     subparser = subparsers.add_parser("info", help=shown, description=f"Describes {shown}.")
     subparser.add_argument("name", metavar="NAME", help="identifier, alias or dotted path such as torch.optim.NAdam")
-    subparser.set_defaults(subcommand_module=info)
 
-    subparser = subparsers.add_parser(
-        "doctor",
-        help="versions, devices and packages here, and what to install",
-        description="Shows versions, devices and packages here. Exits with 1 if an identifier for these devices cannot "
-        "run.",
-    )
-    subparser.set_defaults(subcommand_module=doctor)
+    shown = "versions, devices and packages here"
+    exits = "Exits with 1 if an identifier for these devices cannot run."
+    subparsers.add_parser("doctor", help=f"{shown}, and what to install", description=f"Shows {shown}. {exits}")
 
-    for subparser in subparsers.choices.values():
+    for module, subparser in zip((listing, info, doctor), subparsers.choices.values(), strict=True):
+        subparser.set_defaults(subcommand_module=module)
         subparser.add_argument("--json", action="store_true", help="print JSON for scripts instead of text")
     return parser

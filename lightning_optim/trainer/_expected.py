@@ -146,13 +146,7 @@ class Expected:
         return frozenset(p for group in self.optimizer.param_groups for p in group["params"])
 
     def losses(self, module: LightningModule, config: OptimConfig, lr: float) -> Iterator[str]:
-        """Yields a sentence for everything of the module's own that is replaced without having been named.
-
-        Args:
-            module: The module.
-            config: The request.
-            lr: The learning rate in effect.
-        """
+        """Yields a sentence for everything of the module's own that ``config``, at ``lr``, replaces unasked."""
         if self.error is not None:
             yield (
                 f"{self.module}.configure_optimizers raises {type(self.error).__name__} ({self.error}); what its loop "

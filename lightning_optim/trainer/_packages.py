@@ -153,15 +153,7 @@ def refused(argument: str, flag: str, ours: type) -> type:
 
 
 def enter(registry: Any, argument: str, flag: str, ours: type, **arguments: Any) -> None:
-    """Registers a class under ``flag``; where another class has that name, it keeps it, with a warning.
-
-    Args:
-        registry: Lightning's registry of strategies or of accelerators.
-        argument: The Trainer's argument, ``"strategy"`` or ``"accelerator"``.
-        flag: What the user types.
-        ours: The class to register.
-        **arguments: What the class is made with.
-    """
+    """Registers a class under a flag of ``Trainer(argument=...)``; one that another class has stays, with a warning."""
     # Compared by path: importing a module a second time creates its classes anew.
     theirs, own = _path(registry[flag][argument] if flag in registry else ours), _path(ours)
     if theirs == own:

@@ -32,11 +32,8 @@ class GradientReaders:
 
     Lightning runs hooks inside ``trainer.profiler.profile(...)``. For the first steps that is replaced: hooks of the
     module and of callbacks run under a torch function mode that sees every access to ``parameter.grad``, in whatever
-    code. Everything is removed after those steps, or when fit ends.
-
-    Args:
-        trainer: The Trainer that fits.
-        watched: The parameters, with their names and their warnings.
+    code. Everything is removed after those steps, or when fit ends. ``watched`` are the parameters, with their names
+    and the warnings about them.
     """
 
     def __init__(self, trainer: Trainer, watched: Mapping[Tensor, tuple[str, Text]]) -> None:

@@ -17,6 +17,7 @@ from lightning_optim.errors import IncompatibleTrainer, listing
 from lightning_optim.trainer import _packages as packages
 from lightning_optim.trainer.callbacks._attached import Attached
 
+_Schedule = LRScheduler | ReduceLROnPlateau
 # The names by which a module accesses the schedules to step them itself.
 _DOORS = frozenset({"lr_schedulers", "lr_scheduler_configs"})
 _NOT_THEIRS = packages.LIGHTNING | {"lightning_optim", "torch"}
@@ -37,14 +38,7 @@ class ManualSchedule(Attached):
         theirs: Whether the module steps the schedule.
     """
 
-    def __init__(
-        self,
-        name: str,
-        optimizer: Optimizer,
-        schedule: LRScheduler | ReduceLROnPlateau,
-        monitor: str | None,
-        theirs: bool,
-    ) -> None:
+    def __init__(self, name: str, optimizer: Optimizer, schedule: _Schedule, monitor: str | None, theirs: bool) -> None:
         self._name = name
         self._schedule = schedule
         self._monitor = monitor
@@ -60,7 +54,7 @@ class ManualSchedule(Attached):
         trainer: Trainer,
         name: str,
         optimizer: Optimizer,
-        schedule: LRScheduler | ReduceLROnPlateau,
+        schedule: _Schedule,
         monitor: str | None = None,
     ) -> None:
         """Lets the fit that is being set up step the schedule, unless the module does; see the class."""

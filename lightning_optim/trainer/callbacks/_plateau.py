@@ -23,10 +23,6 @@ class PlateauCallback(Attached):
 
     Lightning steps it at the end of an epoch, after ModelCheckpoint has saved: never in an epoch without an end, and a
     run resumed from the file has lost that step. Here the file includes it.
-
-    Args:
-        scheduler: The schedule.
-        monitor: Name of the metric it watches.
     """
 
     def __init__(self, scheduler: ReduceLROnPlateau, monitor: str) -> None:

@@ -1,4 +1,4 @@
-"""The errors users see. Each says what was passed, what is allowed and what to type instead."""
+"""The errors users see. Each text names what was passed, what is allowed and what to type instead."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Iterable
 
 
 class UnknownOptimizer(ValueError, KeyError):
-    """The identifier is not in the table, no plugin provides it and it is no importable dotted path."""
+    """The identifier is not in the table, no plugin provides it and it is not an importable dotted path."""
 
     # A KeyError would show its text as a quoted string.
     __str__ = ValueError.__str__
@@ -18,7 +18,7 @@ class UnknownSchedule(ValueError):
 
 
 class UntrustedOptimizer(ValueError):
-    """Only a checkpoint names the optimizer's class, and importing that class would run code that nobody asked for."""
+    """Only a checkpoint names the optimizer's class, and importing it would run untrusted code."""
 
 
 class InvalidOption(ValueError):
@@ -26,7 +26,7 @@ class InvalidOption(ValueError):
 
 
 class InvalidParamGroups(ValueError):
-    """The parameters cannot be grouped as asked: nothing matches, nothing trains, two rules collide."""
+    """The parameters cannot be grouped as requested: nothing matches, nothing trains, two rules conflict."""
 
 
 class DuplicateOptimizer(ValueError):
@@ -44,9 +44,8 @@ class IncompatibleTrainer(ValueError):
 def close_names(name: str, known: Iterable[str], limit: int = 5) -> list[str]:
     """Returns up to ``limit`` of the ``known`` names that a user who typed ``name`` may have meant.
 
-    Names that begin with ``name`` come first, short ones before long ones; then similar spellings; then names that
-    share the most ``_``-separated words with it, where words of four letters or more are shared if one contains the
-    other.
+    Names that begin with ``name`` come first, the shortest first; then similar spellings; then names that share the
+    most ``_``-separated words with it, where words of four or more letters match if one contains the other.
     """
     known = sorted(known)
     begun = sorted((other for other in known if name and other.startswith(name.lower())), key=len)

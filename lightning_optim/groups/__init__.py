@@ -1,6 +1,6 @@
 """From named parameters and a policy to param groups: every trainable parameter lands in exactly one.
 
-What decays, what is projected, which learning rate a layer gets. Nothing here knows an optimizer by name.
+What decays, what is projected, which learning rate a layer gets. No optimizer is named here.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """How deep in the model each parameter lies, for learning rates that fall with the distance from the top.
 
-Only the numbers in names and the order of registration are known, not the order in which a model computes: where these
-two do not decide, the text of an error asks for a ``layer_pattern``.
+Only the numbers in names and the order of registration are known, not the order of computation: where these do not
+decide, an error asks for a ``layer_pattern``.
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ from dataclasses import dataclass
 from lightning_optim.errors import InvalidParamGroups, listing
 from lightning_optim.groups._parameters import NamedParameter, compiled
 
-# Beside a larger stack, one of at most this share of its size is a stem or a head of numbered modules.
+# A stack of at most this fraction of the largest one's size is a stem or a head of numbered modules.
 _SMALL = 0.1
 
-# What a parameter is called that the model adds to its input or puts before it, such as ViT's cls_token and pos_embed.
+# Words in the names of parameters that a model adds or prepends to its input, such as ViT's cls_token and pos_embed.
 _OF_THE_INPUT = frozenset({"token", "tokens", "embed", "embedding", "embeddings", "pos", "position", "positions"})
 
 
@@ -25,7 +25,7 @@ class Depth:
     """Where a parameter lies.
 
     Attributes:
-        layer: Number of its layer; 0 is the bottom of the deepest stack. Equal numbers are equally far from the top.
+        layer: Its layer's number; 0 is the bottom of the deepest stack. Equal numbers are equally far from the top.
         from_top: Layers between it and the top, 0 for the top itself.
     """
 
@@ -36,13 +36,13 @@ class Depth:
 def layer_depths(parameters: Sequence[NamedParameter], pattern: str | None) -> dict[int, Depth]:
     """Returns the depth of each parameter by its id.
 
-    A stack is what the pattern's matches have in common before the number; several stacks, as of an encoder and a
-    decoder, are each counted from their own top. Beside the stacks:
+    Matches of the pattern with the same text before the number form a stack; several stacks, such as an encoder and a
+    decoder, are each counted from their own top. Outside of the stacks:
 
-    - What is registered before the blocks of the stack that is nearest in the tree of modules lies below them, what
-      comes later at the top.
-    - Where a parameter is used that a module owns itself that also holds the stack cannot be known. Those named as part
-      of the input (``cls_token``, ``pos_embed``) lie at the bottom, all others at the top.
+    - Parameters registered before the blocks of the stack that is nearest in the module tree lie below them, later ones
+      at the top.
+    - For a parameter owned by a module that also contains the stack, its place in the computation is unknown. Those
+      named as part of the input (``cls_token``, ``pos_embed``) lie at the bottom, all others at the top.
 
     Args:
         parameters: All trainable parameters, in the order of registration.
@@ -76,7 +76,7 @@ def layer_depths(parameters: Sequence[NamedParameter], pattern: str | None) -> d
 
 
 def _matches(parameters: Sequence[NamedParameter], pattern: str) -> dict[int, tuple[str, int]]:
-    """Returns what stands before the number, and the number, by the id of each parameter that the pattern matches."""
+    """Returns the text before the number, and the number, by the id of each parameter that the pattern matches."""
     expression = compiled(pattern, "layer_pattern")
     if expression.groups != 1:
         raise InvalidParamGroups(
@@ -104,7 +104,7 @@ def _found_pattern(parameters: Iterable[NamedParameter]) -> str:
     """Returns the pattern of the numbered blocks that hold most of the parameters."""
     sizes: dict[str, int] = {}
     numbers: dict[str, set[str]] = {}
-    # Those whose members have modules inside.
+    # Those whose members contain modules.
     composite: set[str] = set()
     for parameter in parameters:
         for match in re.finditer(r"(?:^|\.)(\d+)\.", parameter.name):
@@ -114,9 +114,9 @@ def _found_pattern(parameters: Iterable[NamedParameter]) -> str:
             if "." in parameter.name[match.end() :]:
                 composite.add(prefix)
     several = [prefix for prefix, found in numbers.items() if len(found) > 1]
-    # What is numbered inside of a block belongs to the block.
+    # Numbered modules inside a block belong to the block.
     outermost = [p for p in several if not any(p != other and p.startswith(other) for other in several)]
-    # Single layers in a row, beside blocks, are a stem or a head.
+    # Where there are blocks, a sequence of single layers is a stem or a head.
     stacks = [prefix for prefix in outermost if prefix in composite] or outermost
     if not stacks:
         raise InvalidParamGroups(
@@ -127,18 +127,14 @@ def _found_pattern(parameters: Iterable[NamedParameter]) -> str:
     largest = max(stacks, key=lambda prefix: sizes[prefix])
     rivals = [prefix for prefix in stacks if sizes[prefix] > _SMALL * sizes[largest]]
     if len(rivals) > 1:
-        either = "|".join(map(_as_pattern, rivals))
+        # Not re.escape, for patterns that are easy to read.
+        either, one = (text.replace(".", "[.]") for text in ("|".join(rivals), largest))
         raise InvalidParamGroups(
             f"layer_decay finds several stacks of numbered layers, {listing(rivals)}, and cannot know whether one "
             f"follows the other. Write layer_pattern=r'^(?:{either})(\\d+)' to count each from its own top, or "
-            f"r'^{_as_pattern(largest)}(\\d+)' for that one alone"
+            f"r'^{one}(\\d+)' for that one alone"
         )
     return rf"^{re.escape(largest)}(\d+)\."
-
-
-def _as_pattern(prefix: str) -> str:
-    """Returns the beginning of a name as a regular expression that is easy to read."""
-    return prefix.replace(".", "[.]")
 
 
 def _nearest(name: str, stacks: Iterable[str]) -> set[str]:

@@ -1,13 +1,13 @@
 """From named parameters and a policy to param groups: every trainable parameter in exactly one of them.
 
-The policy, in the order in which a parameter meets it:
+The policy, in the order in which it is applied to a parameter:
 
 1. the first of the user's patterns that matches it sets its hyperparameters;
-2. layer-wise decay scales its learning rate by its depth, unless a pattern set it;
-3. biases, parameters of norm layers and others with fewer than two dimensions are not decayed, unless a pattern says
-   so;
-4. where states are quantized, those of embeddings stay in 32 bits, unless the options say otherwise;
-5. where gradients are projected, those of parameters that no target module owns are not.
+2. layer-wise decay scales its learning rate by its depth, unless a pattern sets it;
+3. biases, parameters of norm layers and others with fewer than two dimensions are not decayed, unless a pattern sets
+   weight_decay;
+4. if states are quantized, those of embeddings stay in 32 bits, unless the options say otherwise;
+5. if gradients are projected, those of parameters that no target module owns are not.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ class GroupPolicy:
         lr: Learning rate.
         weight_decay: Weight decay of the parameters that decay.
         overrides: Hyperparameters by regular expression over parameter names.
-        layer_decay: Factor per layer of depth; ``None`` leaves all layers the same lr.
-        layer_pattern: Regular expression whose one group is the layer's number; ``None`` finds the layers itself.
+        layer_decay: Factor per layer of depth; ``None`` gives all layers the same lr.
+        layer_pattern: Regular expression whose one group is the layer's number; ``None`` finds the layers.
         target_modules: The modules whose matrices a projecting optimizer projects; ``None`` means ``"all-linear"``.
     """
 
@@ -52,7 +52,7 @@ def make_groups(
 
     Returns:
         Param groups with ``name``, ``params``, ``lr``, ``weight_decay`` (if the class decays), ``optim_bits`` (if its
-        states are quantized), ``rank`` (if the class projects; ``None`` where it is to leave them alone) and the
+        states are quantized), ``rank`` (if the class projects; ``None`` for groups that are not projected) and the
         overridden options.
 
     Raises:
@@ -96,7 +96,7 @@ def make_groups(
         key = (pattern, name, group.get("stack_dims"))
         groups.setdefault(key, {"name": name, "params": [], **group, **override})["params"].append(parameter.parameter)
     _make_unique(list(groups.values()))
-    # Decayed groups first whatever module comes first, so that adding a leading norm layer does not swap the groups.
+    # Decayed groups first, whichever module comes first: adding a leading norm layer must not swap the groups.
     return sorted(groups.values(), key=lambda group: "no_decay" in group["name"].split("/"))
 
 
@@ -107,7 +107,7 @@ def _check_projected(
     targets: Mapping[int, int],
     options: Options,
 ) -> None:
-    """Refuses options of the projection for what is not projected; a pattern may match the bias beside a weight."""
+    """Refuses projection options for parameters that are not projected, except for biases matched with a weight."""
     for pattern, values in overrides.items():
         matched = [p for p in parameters if pattern_of.get(id(p.parameter)) == pattern]
         without = [p for p in matched if id(p.parameter) not in targets]
@@ -131,14 +131,14 @@ def _make_unique(groups: list[dict[str, Any]]) -> None:
 
 
 def override_keys(spec: OptimizerSpec) -> tuple[str, ...]:
-    """Returns what a pattern of ``param_groups`` may set."""
+    """Returns the names of what a pattern of ``param_groups`` may set."""
     decay = ("weight_decay",) if spec.decays else ()
     bits = ("optim_bits",) if spec.bits else ()
     return ("lr", *decay, *bits, *(info.name for info in describe(spec.options) if info.scope == "group"))
 
 
 def _checked(pattern: str, values: Mapping[str, Any], spec: OptimizerSpec, options: Options) -> dict[str, Any]:
-    """Returns an override with its values converted and checked, also together with the options it leaves alone."""
+    """Returns an override with its values converted, and checked together with the other options."""
     if not isinstance(values, Mapping):
         raise InvalidParamGroups(f"param_groups[{pattern!r}] must be a mapping such as {{'lr': 1e-4}}, got {values!r}")
     checked: dict[str, Any] = {}

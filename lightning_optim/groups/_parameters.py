@@ -37,14 +37,14 @@ class NamedParameter:
 
     @property
     def modules(self) -> tuple[tuple[str, nn.Module | None], ...]:
-        """The names of the modules it belongs to with the modules, which are ``None`` if only names were given."""
+        """Names of the modules it belongs to, with the modules, which are ``None`` if only names were given."""
         prefixes = [name.rpartition(".")[0] for name in self.names or ("",)]
         return tuple(zip(prefixes, self.owners or (None,) * len(prefixes), strict=True))
 
     @property
     def is_matrix(self) -> bool:
-        """Whether it is a weight of at least two dimensions and no bias."""
-        # Not all biases have one dimension: those of experts are stacked, attention's bias_k is (1, 1, width).
+        """Whether it has at least two dimensions and is not a bias."""
+        # Biases may have more than one dimension: those of experts are stacked, attention's bias_k is (1, 1, width).
         return self.parameter.ndim >= 2 and not self.is_bias
 
     @property
@@ -54,7 +54,7 @@ class NamedParameter:
 
     @property
     def decays(self) -> bool:
-        """Whether weight decay makes sense: no bias, no norm, at least two dimensions."""
+        """Whether weight decay makes sense: not a bias, not in a norm layer, at least two dimensions."""
         return self.is_matrix and not any(map(_is_norm, self.owners))
 
     @property
@@ -95,19 +95,19 @@ def named_parameters(target: Target) -> list[NamedParameter]:
 
 
 def compiled(pattern: Any, where: str) -> re.Pattern[str]:
-    """Returns a regular expression over parameter names that was given as the argument ``where``.
+    """Compiles a regular expression over parameter names, given as the argument ``where``.
 
     Raises:
-        InvalidParamGroups: If it is none.
+        InvalidParamGroups: If it is malformed.
     """
     if not isinstance(pattern, str):
-        raise InvalidParamGroups(f"{where}: {pattern!r} ({type(pattern).__name__}) is no regular expression")
+        raise InvalidParamGroups(f"{where}: {pattern!r} ({type(pattern).__name__}) is not a regular expression")
     try:
         return re.compile(pattern)
     except re.error as error:
         hint = f"; did you mean the glob's equivalent {pattern.replace('.', '[.]').replace('*', '.*')!r}?"
         raise InvalidParamGroups(
-            f"{where}: {pattern!r} is no regular expression ({error}){hint if '*' in pattern else ''}"
+            f"{where}: {pattern!r} is not a regular expression ({error}){hint if '*' in pattern else ''}"
         ) from None
 
 
@@ -115,7 +115,7 @@ def _walk(target: Target) -> Iterator[tuple[str, Tensor, nn.Module | None]]:
     """Yields (name, parameter, owner), tied parameters once per name."""
     if isinstance(target, nn.Module):
         for prefix, module in target.named_modules(remove_duplicate=False):
-            # Whatever the module makes of the method of this name.
+            # Even if the module overrides named_parameters.
             own = nn.Module.named_parameters(module, recurse=False, remove_duplicate=False)
             for name, parameter in own:
                 yield f"{prefix}.{name}" if prefix else name, parameter, module
@@ -136,5 +136,5 @@ def _walk(target: Target) -> Iterator[tuple[str, Tensor, nn.Module | None]]:
 
 
 def _is_norm(module: nn.Module) -> bool:
-    # Many models bring their own norm layers (LlamaRMSNorm, LayerNorm2d, T5LayerNorm): the name tells.
+    # Many models define norm layers (LlamaRMSNorm, LayerNorm2d, T5LayerNorm), recognized by name.
     return isinstance(module, _NORMS) or re.search(r"Norm(\d+d)?$", type(module).__name__) is not None

@@ -2,12 +2,12 @@
 
 What a name selects is decided in this order:
 
-- a weight of an ``nn.Linear``, and a matrix called ``weight`` of any other module that is no embedding and no norm
-  (GPT-2's ``Conv1D``, routers);
+- a weight of an ``nn.Linear``, and a matrix called ``weight`` of any other module that is neither an embedding nor a
+  norm (GPT-2's ``Conv1D``, routers);
 - a convolution's weight, as the matrix ``[out, rest]``;
-- a stack of matrices ``[..., m, n]``, such as the experts of a mixture, each matrix by itself: where a module's own
+- a stack of matrices ``[..., m, n]``, such as the experts of a mixture, each matrix separately: if a module's own
   weights are all of this kind;
-- any other matrix or stack only if its own name is named and not just its module's.
+- any other matrix or stack only if the parameter itself is named, not just its module.
 """
 
 from __future__ import annotations
@@ -32,11 +32,11 @@ ALL_LINEAR = "all-linear"
 # How many names an error text shows.
 _SHOWN = 4
 
-# Layers of others are known by their classes' names: lookup tables, and convolutions, whose weights are no stacks.
+# Custom layers are recognized by class name: lookup tables, and convolutions, whose weights are not stacks.
 _TABLE = re.compile(r"Embed|Position")
 _CONVOLUTION = re.compile(r"Conv", re.IGNORECASE)
 
-# The parameters that each module owns itself, by the module's name.
+# The parameters that each module owns directly, by the module's name.
 _Owned = Mapping[str, Sequence["_Place"]]
 
 
@@ -76,14 +76,13 @@ def check_target_modules(value: Any) -> None:
 
 
 def projected(parameters: Sequence[NamedParameter], setting: TargetModules) -> dict[int, int]:
-    """Returns the parameters to project, by id, each with the number of its leading dimensions that count matrices.
+    """Returns the parameters to project, by id, each with the number of its leading dimensions that index matrices.
 
     Args:
         parameters: All trainable parameters.
-        setting: ``"all-linear"`` or ``None``: every matrix and stack of matrices that can be told by its module, but
-            no convolution. Another string: a regular expression that matches whole names of modules or parameters. A
-            list: names, parts of names or regular expressions. A weight that is tied to an embedding is never
-            projected.
+        setting: ``"all-linear"`` or ``None``: every matrix and stack of matrices recognized by its module, but no
+            convolution. Another string: a regular expression over whole names of modules or parameters. A list: names,
+            parts of names or regular expressions. A weight tied to an embedding is never projected.
 
     Raises:
         InvalidParamGroups: If the setting or one of its entries has no effect.
@@ -91,7 +90,7 @@ def projected(parameters: Sequence[NamedParameter], setting: TargetModules) -> d
     if not (_is_all_linear(setting) or any(parameter.names for parameter in parameters)):
         raise InvalidParamGroups(
             f"optim_target_modules={setting!r} needs names to match; pass the module or model.named_parameters(), or "
-            f"use {ALL_LINEAR!r}, which means every matrix where nothing is known of the modules"
+            f"use {ALL_LINEAR!r}, which means every matrix if the modules are unknown"
         )
     owned = _owned(parameters)
     found: dict[int, int] = {}
@@ -101,12 +100,13 @@ def projected(parameters: Sequence[NamedParameter], setting: TargetModules) -> d
             found.setdefault(id(place.parameter.parameter), stack_dims)
     if not found:
         means = ", every linear layer and stack of matrices," if _is_all_linear(setting) else ""
-        vain = [f"{name!r} ({kind})" for name, kind in left_out(parameters, setting).items()]
-        matched = f": it names {', '.join(vain[:_SHOWN])}{' and others' if len(vain) > _SHOWN else ''}" if vain else ""
+        others = [f"{name!r} ({kind})" for name, kind in left_out(parameters, setting).items()]
+        more = " and others" if len(others) > _SHOWN else ""
+        matched = f": it names {', '.join(others[:_SHOWN])}{more}" if others else ""
         raise InvalidParamGroups(
-            f"optim_target_modules={setting!r}{means} projects nothing{matched}. Projected are trainable weights of "
+            f"optim_target_modules={setting!r}{means} projects nothing{matched}. It can project trainable weights of "
             "nn.Linear and of convolutions, a matrix called 'weight' of another module, stacks of matrices such as "
-            "experts, and what is named by its parameter's own name; no biases, norms and embeddings, nor what is tied "
+            "experts, and any matrix named by its parameter's own name; not biases, norms, embeddings, or weights tied "
             f"to an embedding.{_examples(owned)} Name such weights, or use an optimizer that does not project, such as "
             "optim='adamw_torch'"
         )
@@ -114,7 +114,7 @@ def projected(parameters: Sequence[NamedParameter], setting: TargetModules) -> d
 
 
 def left_out(parameters: Sequence[NamedParameter], setting: TargetModules) -> dict[str, str]:
-    """Returns the modules that ``setting`` names although nothing of them can be projected, with what they are."""
+    """Returns the modules that ``setting`` names although nothing in them can be projected, with their kinds."""
     if _is_all_linear(setting):
         return {}
     owned = _owned(parameters)
@@ -134,12 +134,9 @@ def _owned(parameters: Sequence[NamedParameter]) -> dict[str, list[_Place]]:
 
 
 def _stack_dims(place: _Place, siblings: Sequence[_Place], by_its_name: bool = False) -> int | None:
-    """Returns how many leading dimensions of a parameter count matrices; ``None`` if it is not projected.
+    """Returns how many leading dimensions of a parameter index matrices; ``None`` if it is not projected.
 
-    Args:
-        place: The parameter.
-        siblings: What its module owns, itself included.
-        by_its_name: Whether it is named by its own name, not only by its module's.
+    ``siblings`` are all parameters of its module; ``by_its_name`` means that the parameter itself is named.
     """
     owner, dims = place.owner, place.parameter.parameter.ndim
     if not place.parameter.decays or place.parameter.is_embedding or isinstance(owner, ParametrizationList):
@@ -147,7 +144,7 @@ def _stack_dims(place: _Place, siblings: Sequence[_Place], by_its_name: bool = F
     if isinstance(owner, AnyConvolution):
         return 0
     if owner is None:
-        # Nothing tells experts from a convolution's kernels but that layers call theirs weight.
+        # Only the name distinguishes experts from a convolution's kernels: layers call theirs weight.
         return 0 if dims == 2 or place.is_weight or not place.name else dims - 2
     if dims > 2 and _CONVOLUTION.search(type(owner).__name__):
         return None
@@ -162,12 +159,12 @@ def _stack_dims(place: _Place, siblings: Sequence[_Place], by_its_name: bool = F
 
 def _is_stack(place: _Place) -> bool:
     shape = place.parameter.parameter.shape
-    # Tokens and tables of positions are [1, n, width] and [1, 1, width].
+    # Not tokens and position tables: [1, n, width] and [1, 1, width].
     return len(shape) > 2 and math.prod(shape[:-2]) > 1 and min(shape[-2:]) > 1
 
 
 def _kind(places: Sequence[_Place]) -> str:
-    """Returns what a module is whose parameters cannot be projected."""
+    """Returns, for an error text, the kind of a module whose parameters cannot be projected."""
     owner = places[0].owner
     tied = any(place.parameter.is_embedding for place in places) and not isinstance(
         owner, (nn.Embedding, nn.EmbeddingBag)
@@ -211,20 +208,20 @@ def _named(owned: _Owned, setting: TargetModules) -> Iterator[tuple[_Place, bool
 
 
 def _tests(setting: str | Sequence[str]) -> dict[str, Callable[[str], bool]]:
-    """Returns by entry what tells whether it matches a name."""
+    """Returns, for each entry, a function that tells whether it matches a name."""
     if not isinstance(setting, str):
         every = [entry for entry in setting if _is_all_linear(entry)]
         if every:
             raise InvalidParamGroups(
-                f"optim_target_modules={list(setting)!r}: {every[0]!r} beside other entries. Write {ALL_LINEAR!r} "
-                "alone, or leave it out of the list"
+                f"optim_target_modules={list(setting)!r}: {every[0]!r} together with other entries. Write "
+                f"{ALL_LINEAR!r} alone, or leave it out of the list"
             )
         return {entry: partial(_matches_entry, entry) for entry in setting}
     try:
         expression = re.compile(setting)
     except re.error as error:
         raise InvalidParamGroups(
-            f"optim_target_modules={setting!r} is no regular expression ({error}). Write a list such as "
+            f"optim_target_modules={setting!r} is not a regular expression ({error}). Write a list such as "
             "['attn', 'mlp'] to match parts of names"
         ) from None
     return {setting: lambda name: expression.fullmatch(name) is not None}
@@ -251,7 +248,7 @@ def _split(entries: Sequence[str]) -> str:
 
 
 def _examples(owned: _Owned) -> str:
-    """Returns a sentence with names of modules, those of which something can be projected first."""
+    """Returns a sentence with names of modules, those with something to project first."""
 
     def is_projectable(name: str) -> bool:
         return any(_stack_dims(place, owned[name]) is not None for place in owned[name])

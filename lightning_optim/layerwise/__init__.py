@@ -1,7 +1,7 @@
 """The engine that steps buckets of parameters during backward and frees their gradients. Pure torch.
 
 README.md in this folder explains it. Public: :class:`Layerwise`, :class:`Clipping` and :class:`Replicas`, for loops
-without Lightning; who drives it under Lightning lives in ``trainer/``.
+without Lightning; its drivers under Lightning live in ``trainer/``.
 """
 
 from __future__ import annotations
@@ -11,9 +11,4 @@ from lightning_optim.layerwise._engine import Layerwise
 from lightning_optim.layerwise._replicas import Replicas
 from lightning_optim.layerwise._scaling import OuterScaler
 
-__all__ = [
-    "Clipping",
-    "Layerwise",
-    "OuterScaler",
-    "Replicas",
-]
+__all__ = ["Clipping", "Layerwise", "OuterScaler", "Replicas"]

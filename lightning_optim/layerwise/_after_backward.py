@@ -1,4 +1,4 @@
-"""What a layerwise optimizer does with gradients that are alive when backward is over."""
+"""What a layerwise optimizer does with gradients that are still alive after backward."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ from lightning_optim.layerwise._replicas import AgreedOrder, Replicas, refuse_un
 from lightning_optim.stepping import uncompiled
 
 MIB = 2**20
-# Without bucket_mb: this part of all gradients, so that small models save memory too, and never more than this.
+# Default bucket: this fraction of all gradients, so that small models save memory too, up to this size.
 _SHARE, _LARGEST = 8, 32 * MIB
 
 
 class AfterBackward:
-    """The part of :class:`~lightning_optim.Layerwise` that steps, clips and averages gradients that wait for it.
+    """The part of :class:`~lightning_optim.Layerwise` that averages, clips and steps gradients after backward.
 
-    They wait where micro-batches accumulated and a decision is about all gradients, and where a loop that knows nothing
-    of the engine runs backward by itself.
+    Gradients wait until then if micro-batches have accumulated and a decision depends on all of them, and if a loop
+    that knows nothing of the engine runs backward.
     """
 
     optimizer: Optimizer
@@ -43,10 +43,10 @@ class AfterBackward:
 
     @uncompiled
     def average_alive(self) -> None:
-        """Averages gradients that a backward without steps left alive over the processes, unless that was done.
+        """Averages over the processes the gradients that a backward without steps has left, unless already done.
 
         Raises:
-            IncompatibleTrainer: If a parameter got none.
+            IncompatibleTrainer: If a parameter got no gradient.
         """
         if self.replicas is None or self._averaged:
             return
@@ -61,18 +61,18 @@ class AfterBackward:
 
     @uncompiled
     def measure_alive(self) -> None:
-        """Takes the norm of gradients that wait for their step as :attr:`gradient_norm`."""
+        """Sets :attr:`gradient_norm` to the total norm of the live gradients."""
         self.gradient_norm = total_norm(norms_of(self._alive()))
 
     @uncompiled
     def clip_alive(self, clipping: Clipping) -> None:
-        """Clips gradients that wait for their step; whatever the kind, their total norm is that of this step."""
+        """Clips the live gradients; whatever the kind, by the norm of this step."""
         alive = self._alive()
         norms = norms_of(alive)
         clipping.apply(alive, norms, total_norm(norms))
 
     def has_gradients(self) -> bool:
-        """Whether gradients are alive that were not stepped."""
+        """Whether there are live gradients."""
         return bool(self._alive())
 
     @uncompiled
@@ -100,12 +100,12 @@ class AfterBackward:
             scaler.step(self.optimizer)
         else:
             self.optimizer.step()
-        # After an overflow the scaler has left them.
+        # An overflow leaves the gradients alive.
         self.accumulated = self._averaged = False
         self.optimizer.zero_grad(set_to_none=True)
 
     def _watch(self) -> Watch | None:
-        """Returns what sees whether the parts of a group agree, until that is known of all groups."""
+        """Returns a check that the parts of each group agree, or ``None`` once all groups have passed."""
         trains = (any(p.requires_grad for p in group["params"]) for group in self.optimizer.param_groups)
         if all(self._watched.get(index, 0) >= WATCHED_STEPS for index, trained in enumerate(trains) if trained):
             return None
@@ -113,7 +113,7 @@ class AfterBackward:
 
     @property
     def bucket_bytes(self) -> int:
-        """Bytes of gradients that may be alive besides the one that arrives."""
+        """Bytes of gradients that may be alive in addition to the arriving one."""
         if self.bucket_mb is not None:
             return int(self.bucket_mb * MIB)
         return min(self._hooks.bytes // _SHARE, _LARGEST)

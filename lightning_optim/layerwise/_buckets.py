@@ -1,4 +1,4 @@
-"""Which gradients are handed on together: as they arrive, or as all processes agreed."""
+"""Which gradients are handed on together: in order of arrival, or as all processes have agreed."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ Average = Callable[[Tensor], Callable[[], object]]
 
 
 class Buckets(Protocol):
-    """Collects the parameters whose gradient has arrived and gives them back in buckets."""
+    """Collects the parameters whose gradient has arrived and returns them in buckets."""
 
     def add(self, parameter: Tensor) -> Iterable[Bucket]:
-        """Takes one whose gradient has arrived; returns the buckets that can be stepped now."""
+        """Takes a parameter whose gradient has arrived; returns the buckets that can be stepped now."""
 
     def flush(self, leftover: Iterable[Tensor]) -> Iterator[Bucket]:
-        """Ends a backward; ``leftover`` hold gradients of earlier micro-batches and got none in this one."""
+        """Ends a backward; ``leftover`` have gradients of earlier micro-batches and got none in this one."""
 
 
 def nbytes(tensor: Tensor) -> int:
-    """Returns the bytes of a tensor in this process; of a DTensor those of its shard."""
+    """Returns the bytes of a tensor in this process; for a DTensor, those of its shard."""
     # Called for every gradient: hasattr on a Parameter is slow, and a sharded one is a DTensor by type.
     if type(tensor) is not Parameter and hasattr(tensor, "to_local"):
         tensor = tensor.to_local()
@@ -35,10 +35,7 @@ def nbytes(tensor: Tensor) -> int:
 
 
 class ArrivalBuckets:
-    """Buckets in the order in which gradients arrive, each full as soon as it holds ``limit`` bytes.
-
-    So less than the limit is alive when the next gradient arrives.
-    """
+    """Buckets in order of arrival, full at ``limit`` bytes: less is alive when the next gradient arrives."""
 
     def __init__(self, limit: int) -> None:
         self._limit = limit
@@ -62,15 +59,15 @@ class ArrivalBuckets:
 
 
 class AgreedBuckets:
-    """Buckets that are the same in every process, averaged over the processes before they are given back.
+    """Buckets that are the same in every process, averaged over the processes before they are returned.
 
-    While one bucket is on its way the next one fills, so each may have half of the limit; one with a larger gradient
-    has to come back before another is begun. A gradient is copied into its bucket's flat buffer when it arrives and
-    becomes a view of it: the buffer is all that is alive of a bucket.
+    While one bucket is being averaged the next one fills, so each may have half of the limit; one with a larger
+    gradient has to come back before another is started. An arriving gradient is copied into its bucket's flat buffer
+    and becomes a view of it: only the buffer of a bucket stays alive.
 
     Args:
-        order: The parameters in the order that the processes agreed upon.
-        limit: Bytes of gradients alive at any moment, besides the one that arrives.
+        order: The parameters in the order that the processes agreed on.
+        limit: Bytes of gradients alive at any moment, in addition to the arriving one.
         average: Averages a flat buffer over the processes.
     """
 
@@ -105,7 +102,7 @@ class AgreedBuckets:
             yield from self.add(parameter)
         self.unused = [parameter for bucket in self._plan for parameter in bucket if parameter in self._awaited]
         for parameter in self.unused:
-            # The other processes must not hang on this one.
+            # The other processes must not wait forever for this one.
             parameter.grad = torch.zeros_like(parameter)
             yield from self.add(parameter)
         while self._flying:
@@ -115,7 +112,7 @@ class AgreedBuckets:
         number, offset = self._place[parameter]
         gradient = parameter.grad
         assert gradient is not None
-        # Its strides, if it is dense, are its parameter's: fused kernels read both in the order of memory.
+        # A dense gradient keeps its parameter's strides: fused kernels read both in memory order.
         strides = gradient.stride() if gradient.is_contiguous() else torch.empty_like(gradient, device="meta").stride()
         if len(self._plan[number]) == 1 and strides == gradient.stride():
             self._buffers[number] = gradient.as_strided((gradient.numel(),), (1,))
@@ -130,7 +127,7 @@ class AgreedBuckets:
         self._incomplete[number] -= 1
 
     def _launch(self) -> Iterator[Bucket]:
-        """Starts averaging every bucket that is complete, in the agreed order; yields those that have arrived."""
+        """Starts averaging every complete bucket, in the agreed order; yields those that are done."""
         while self._launched < len(self._plan) and not self._incomplete[self._launched]:
             wait = self._average(self._buffers.pop(self._launched))
             self._flying.append((self._plan[self._launched], wait))
@@ -139,7 +136,7 @@ class AgreedBuckets:
                 yield self._land()
 
     def _alive_bytes(self) -> int:
-        """Returns the bytes of all buckets that are on their way or filling."""
+        """Returns the bytes of all buckets that are being averaged or filled."""
         flying = sum(nbytes(parameter) for bucket, _ in self._flying for parameter in bucket)
         return flying + sum(map(nbytes, self._buffers.values()))
 
@@ -150,7 +147,7 @@ class AgreedBuckets:
 
 
 def _partition(order: Sequence[Tensor], limit: int) -> Iterator[Bucket]:
-    """Cuts into buckets of at most ``limit`` bytes, each of one dtype on one device."""
+    """Splits parameters into buckets of at most ``limit`` bytes, each of one dtype on one device."""
     bucket: Bucket = []
     size = 0
     for parameter in order:

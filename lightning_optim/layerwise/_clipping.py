@@ -23,7 +23,7 @@ class Clipping:
     Attributes:
         kind: ``"value"`` clamps every element; ``"norm"`` scales all gradients so that their total 2-norm is at most
             ``limit``, which takes a backward that only measures before the one that steps; ``"previous"`` scales them
-            by the total norm of the step before (the first step measures); ``"per_parameter"`` scales each parameter's
+            by the previous step's total norm (the first step measures); ``"per_parameter"`` scales each parameter's
             gradient by its own norm.
         limit: The largest value or norm.
 
@@ -45,8 +45,8 @@ class Clipping:
 
         Args:
             bucket: Parameters with gradients.
-            norms: The 2-norm of each gradient, 0-dim; used by ``"per_parameter"``.
-            total: The total norm to scale by, 0-dim; used by ``"norm"`` and ``"previous"``.
+            norms: The 2-norm of each gradient, 0-dim; for ``"per_parameter"``.
+            total: The total norm to scale by, 0-dim; for ``"norm"`` and ``"previous"``.
         """
         if self.kind == "value":
             torch.nn.utils.clip_grad_value_(bucket, self.limit)
@@ -68,10 +68,7 @@ def norms_of(bucket: Iterable[Tensor]) -> list[Tensor]:
 
 
 def total_norm(norms: Sequence[Tensor]) -> Tensor:
-    """Returns the norm of all gradients together from their single norms, 0-dim.
-
-    They are added in the order in which ``torch.nn.utils.get_total_norm`` adds them, by device and dtype.
-    """
+    """Returns the total norm, 0-dim, from the single ones; adds in ``torch.nn.utils.get_total_norm``'s order."""
     if not norms:
         return torch.zeros(())
     device = norms[0].device

@@ -1,4 +1,4 @@
-"""Optimizers whose parameters cannot be stepped one after the other: those that are known, and how others show it."""
+"""Optimizers whose parameters cannot be stepped one by one: known ones, and how to detect others."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from torch.optim import LBFGS, Optimizer
 from lightning_optim._compat.torch import entries
 from lightning_optim.errors import IncompatibleTrainer
 
-# The steps in which a group is watched. Not the first alone: D-Adaptation's estimate moves in the second one.
+# How many steps a group is watched. More than one: D-Adaptation's estimate first moves in the second step.
 WATCHED_STEPS = 3
-# What a part made of the optimizer's attributes, beside what it made of its groups (by index).
+# Stands for the optimizer's attributes where groups are known by their index.
 ATTRIBUTES = -1
 
 
 def refuse_coupled(optimizer: Optimizer) -> None:
-    """Raises :class:`IncompatibleTrainer` for an optimizer that is known to step all its parameters together."""
+    """Raises :class:`IncompatibleTrainer` for an optimizer known to step all its parameters together."""
     name = type(optimizer).__name__
     if isinstance(optimizer, LBFGS):
         raise IncompatibleTrainer(
@@ -42,28 +42,23 @@ def refuse_coupled(optimizer: Optimizer) -> None:
     manager = getattr(optimizer, "mng", None)
     if type(optimizer).__module__.startswith("bitsandbytes.") and getattr(manager, "module_weight_config_triple", None):
         raise IncompatibleTrainer(
-            f"bitsandbytes' {name} with overrides in its GlobalOptimManager (StableEmbedding makes some), which count "
-            "parameters by position: buckets would get each other's. Use the identifier, for instance "
+            f"bitsandbytes' {name} with overrides in its GlobalOptimManager (StableEmbedding adds some), which are "
+            "keyed by position: buckets would get each other's. Use an identifier such as "
             "optim='adamw_8bit_layerwise', which keeps embeddings in 32 bits by itself."
         )
 
 
 def merged(optimizer: Optimizer, what: str, before: Any, values: Sequence[Any], watched: bool) -> Any:
-    """Returns what the parts of one step made of a value together.
+    """Returns the value after a step from ``before`` and the parts' ``values``.
 
-    Args:
-        optimizer: Whose step it is, for the error text.
-        what: The value's name, for the error text.
-        before: The value before the step.
-        values: What each part made of it.
-        watched: Whether to compare where that waits for a device, too.
+    ``watched`` also compares values on other devices than the CPU, which waits for them.
 
     Raises:
-        IncompatibleTrainer: If two of them changed it differently.
+        IncompatibleTrainer: If two parts changed it differently; the text names ``optimizer`` and ``what``.
     """
     if not watched and isinstance(before, Tensor) and before.device.type != "cpu":
         return values[0]
-    # Some write only when they meet a parameter that asks for it.
+    # Some optimizers write only when they meet certain parameters.
     changed = [value for value in values if differ(value, before)]
     if any(differ(value, changed[0]) for value in changed[1:]):
         raise IncompatibleTrainer(
@@ -93,12 +88,12 @@ class _Part:
     """A part that was stepped, and how to undo it.
 
     Attributes:
-        copies: Parameters and states, and their values before.
-        states: Each parameter's state before.
+        copies: Parameters and state tensors with their previous values.
+        states: Each parameter's previous state.
         open: The groups, and :data:`ATTRIBUTES`, of which nothing is known yet.
-        blind: Those for which the part had no gradient that is not zero, so that what it writes tells nothing.
-        empty: Of these, those for which all parts write the same then. Not so if a sparse gradient adds up to zero and
-            its entries are not: an optimizer may look at those.
+        blind: Those for which all gradients of the part were zero, so that what it writes tells nothing.
+        empty: Of these, those for which all parts write the same then. Not so if a sparse gradient adds up to zero but
+            its entries are nonzero: an optimizer may look at those.
     """
 
     copies: list[tuple[Tensor, Tensor]]
@@ -109,15 +104,15 @@ class _Part:
 
 
 class Watch:
-    """Sees in one step whether an optimizer couples its parameters, and undoes the step if it does.
+    """Detects in one step whether an optimizer couples its parameters, and undoes the step if it does.
 
-    A part with gradients that wrote nothing into groups and attributes cannot have coupled anything. If two parts with
-    gradients wrote the same, it does not depend on their gradients. Until one of the two is known, copies of the part's
-    parameters and states are kept.
+    A part with nonzero gradients that wrote nothing into groups and attributes cannot have coupled anything. If two
+    such parts wrote the same, it does not depend on their gradients. Until one or the other is known, copies of the
+    part's parameters and states are kept.
 
     Args:
         optimizer: The outer optimizer.
-        seen: Counts the steps in which each group was watched, by its index; it outlives this step.
+        seen: How many steps each group was watched, by its index; it outlives this step.
     """
 
     def __init__(self, optimizer: Optimizer, seen: dict[int, int]) -> None:
@@ -125,18 +120,18 @@ class Watch:
         self._seen = seen
         self._parts: list[_Part] = []
         self._met: set[int] = set()
-        # Those into which a part with gradients wrote nothing, or something; and those of which two did, the same.
+        # Groups into which a part with gradients wrote nothing; something; and the same as another part.
         self._silent: set[int] = set()
         self._wrote: set[int] = set()
         self._agreed: set[int] = set()
 
     def wants(self, group: int) -> bool:
-        """Whether it is not known yet that the parts of this group agree."""
+        """Whether it is still open if the parts of this group agree."""
         return self._seen.get(group, 0) < WATCHED_STEPS and group not in self._agreed
 
     @torch.no_grad()
     def before(self, groups: Mapping[int, Sequence[Tensor]]) -> None:
-        """Keeps copies of a part that is about to be stepped."""
+        """Copies a part that is about to be stepped."""
         stepped = [p for parameters in groups.values() for p in parameters if p.grad is not None]
         self._met.update(index for index, parameters in groups.items() if any(p.grad is not None for p in parameters))
         blind = {index for index, parameters in groups.items() if not any(map(_has_gradient, parameters))}
@@ -154,7 +149,7 @@ class Watch:
         self._parts.append(part)
 
     def after(self, wrote: Iterable[int]) -> None:
-        """Takes note of what the part wrote into (groups, :data:`ATTRIBUTES`), once the parts are found to agree."""
+        """Records what the part wrote into (groups, :data:`ATTRIBUTES`), after the parts were found to agree."""
         part = self._parts[-1]
         telling = set(wrote) - part.blind
         self._silent |= part.open - part.blind - telling
@@ -167,7 +162,7 @@ class Watch:
 
     @contextmanager
     def undoing(self) -> Iterator[None]:
-        """Undoes the parts that are kept if the parts are found to differ inside."""
+        """Undoes the copied parts if the parts are found to differ inside."""
         try:
             yield
         except IncompatibleTrainer:
@@ -196,7 +191,7 @@ class Watch:
 
 
 def _is_plain(tensor: Tensor) -> bool:
-    """Whether a tensor can be copied and written: quantized ones of other packages may not."""
+    """Whether a tensor can be copied and written; other packages' quantized ones may not."""
     return type(tensor) in (Tensor, torch.nn.Parameter) or hasattr(tensor, "to_local")
 
 

@@ -29,11 +29,10 @@ from lightning_optim.stepping import KeepsTrainingPoint, uncompiled
 class Layerwise(AfterBackward):
     """Steps an optimizer during backward, bucket by bucket, and frees each bucket's gradients at once.
 
-    The optimizer stays what it is: its param groups, its state and its state dict are its own, and checkpoints move
-    freely between stepping layer by layer and stepping plainly. Only its ``step`` changes while this is attached:
-    ``step(closure)`` runs the closure and then steps the gradients that are alive, if there are any (bucket by bucket,
-    freeing them). So a loop that knows nothing of this engine still trains right; it saves memory where a backward
-    runs through :meth:`backward` or inside :meth:`stepping`::
+    The optimizer keeps its param groups, state and state dict, and checkpoints move freely between layerwise and plain
+    stepping. Only its ``step`` changes while this is attached: ``step(closure)`` runs the closure and then steps the
+    live gradients, if any (bucket by bucket, freeing them). So a loop that knows nothing of this engine still trains
+    correctly; memory is saved where a backward runs through :meth:`backward` or inside :meth:`stepping`::
 
         optimizer = build_optimizer(model, "adamw_8bit")
         layerwise = Layerwise(optimizer)
@@ -43,15 +42,15 @@ class Layerwise(AfterBackward):
 
     Args:
         optimizer: Any optimizer that steps each parameter on its own.
-        bucket_mb: MiB of gradients that may be alive besides the one that arrives; 0 steps one parameter at a time,
+        bucket_mb: MiB of gradients that may be alive in addition to the arriving one; 0 steps one parameter at a time,
             ``None`` takes an eighth of all gradients, at most 32 MiB.
         replicas: The processes to average gradients over, for copies of one model trained without
-            ``DistributedDataParallel``; ``None`` for one process, and where gradients are reduced already (FSDP2).
+            ``DistributedDataParallel``; ``None`` for one process, and where gradients are already reduced (FSDP2).
         names: The parameters' names, for error texts.
 
     Raises:
         InvalidOption: If ``bucket_mb`` is negative.
-        IncompatibleTrainer: If the optimizer steps its parameters together, or is layerwise already.
+        IncompatibleTrainer: If the optimizer steps its parameters together, or is already layerwise.
     """
 
     def __init__(
@@ -66,27 +65,27 @@ class Layerwise(AfterBackward):
             raise InvalidOption(f"bucket_mb={bucket_mb!r} is not a size: give MiB, 0 for single parameters, or None")
         refuse_coupled(optimizer)
         if Layerwise.of(optimizer) is not None:
-            raise IncompatibleTrainer(f"this {type(optimizer).__name__} is layerwise already: Layerwise.of(optimizer)")
+            raise IncompatibleTrainer(f"this {type(optimizer).__name__} is already layerwise: Layerwise.of(optimizer)")
         self.optimizer = optimizer
         self.bucket_mb = bucket_mb
         self.replicas = replicas
         self.names = dict(names or {})
-        #: Total 2-norm of the last step's gradients before clipping, unscaled and averaged, a 0-dim tensor; ``None`` as
-        #: long as neither the clipping nor ``wants_norm`` needed it.
+        #: Total 2-norm of the last step's gradients before clipping, unscaled and averaged, a 0-dim tensor; ``None``
+        #: until clipping or ``wants_norm`` needs it.
         self.gradient_norm: Tensor | None = None
-        #: Whether to take the norm at every step, also where clipping does not need it.
+        #: Whether to take the norm at every step, even if clipping does not need it.
         self.wants_norm = False
-        #: Whether an overflow under loss scaling skips the whole step, as PyTorch does, and not its bucket alone; it
-        #: takes a backward that only measures before the one that steps.
+        #: Whether an overflow under loss scaling skips the whole step, as in PyTorch, not just its bucket; this takes a
+        #: backward that only measures before the one that steps.
         self.skips_whole_steps = False
         #: Whether micro-batches have accumulated; to be set where ``parameter.grad`` does not show it, as with FSDP2
         #: and ``set_requires_gradient_sync(False)``.
         self.accumulated = False
-        #: What scales the losses, for :meth:`stepping`; a training framework that scales them itself sets it.
+        #: What scales the losses, for :meth:`stepping`; set by training frameworks that scale them.
         self.scaler: GradScaler | None = None
-        #: True while ``optimizer.step`` runs its closure: the backward that runs now is the one to step in.
+        #: True while ``optimizer.step`` runs its closure: the current backward is the one to step in.
         self.in_closure = False
-        #: True if a backward stepped since the last ``optimizer.step``, which then has nothing to do.
+        #: True if a backward has stepped since the last ``optimizer.step``, which then has nothing to do.
         self.stepped = False
 
         self._hooks = GradientHooks(self._on_gradient)
@@ -95,7 +94,7 @@ class Layerwise(AfterBackward):
         self._passes: list[Pass] = []
         self._measured: Tensor | None = None
         self._averaged = False
-        # The steps in which each group was watched, by its index.
+        # In how many steps each group was watched, by its index.
         self._watched: dict[int, int] = {}
         self._order = AgreedOrder()
         self._lock = threading.Lock()  # a model on two devices has two backward threads
@@ -110,13 +109,13 @@ class Layerwise(AfterBackward):
 
     @staticmethod
     def of(optimizer: Optimizer) -> Layerwise | None:
-        """Returns what steps this optimizer during backward, or ``None`` if it steps plainly."""
-        # Lightning's and Fabric's wrappers hand attributes of the optimizer out.
+        """Returns the ``Layerwise`` attached to this optimizer, or ``None`` if it steps plainly."""
+        # Lightning's and Fabric's wrappers forward attributes of the optimizer.
         attached: Layerwise | None = getattr(optimizer, ATTACHED, None)
         return attached
 
     def detach(self) -> None:
-        """Removes all hooks and gives the optimizer its own ``step`` back; safe to call twice."""
+        """Removes all hooks and restores the optimizer's ``step``; safe to call twice."""
         self.abort()
         self._hooks.remove()
         self._passes.clear()
@@ -128,7 +127,7 @@ class Layerwise(AfterBackward):
                 attributes[name] = value
         self._instead_of.clear()
 
-    # What a training loop calls.
+    # --- for training loops ---
 
     def backward(
         self,
@@ -138,20 +137,20 @@ class Layerwise(AfterBackward):
         scaler: GradScaler | None = None,
         backward: Callable[..., Any] = Tensor.backward,
     ) -> None:
-        """Runs backward and steps: what ``loss.backward()``, clipping, ``optimizer.step()`` and ``zero_grad()`` do.
+        """Runs backward and steps: replaces ``loss.backward()``, clipping, ``optimizer.step()`` and ``zero_grad()``.
 
         For accumulation call ``loss.backward()`` on the earlier micro-batches and this on the last one.
 
         Args:
-            loss: The loss, not scaled.
+            loss: The unscaled loss.
             clipping: How to clip.
             scaler: Loss scaling for float16; call ``scaler.update()`` afterwards.
-            backward: What runs backward; it is called with the loss, and with ``retain_graph=True`` if another backward
-                follows. ``fabric.backward`` for Fabric.
+            backward: Runs backward; it is called with the loss, and with ``retain_graph=True`` if another backward
+                follows. Pass ``fabric.backward`` under Fabric.
 
         Raises:
-            IncompatibleTrainer: If a parameter gets a gradient twice, or none where processes average it; if there are
-                several processes and nothing averages; if ``backward`` scales the loss by itself.
+            IncompatibleTrainer: If a parameter gets a gradient twice, or none while processes average it; if there are
+                several processes and nothing averages; if ``backward`` itself scales the loss.
         """
         fabric = getattr(backward, "__self__", None)
         precision = getattr(getattr(fabric, "strategy", None), "precision", None)
@@ -172,15 +171,15 @@ class Layerwise(AfterBackward):
         with self._aborting():
             backward(loss)
         self.end()
-        # Nothing is left to step: for the hooks that others registered on it.
+        # Nothing is left to step; this runs the hooks registered on it.
         self.optimizer.step()
 
     @contextmanager
     def stepping(self, *, clipping: Clipping | None = None, scaler: GradScaler | None = None) -> Iterator[None]:
-        """Steps during the backward that runs inside; for manual optimization and loops of your own.
+        """Steps during the backward that runs inside; for manual optimization and custom loops.
 
         Args:
-            clipping: How to clip, by value or per parameter; :meth:`backward` knows the other kinds.
+            clipping: How to clip, by value or per parameter; the other kinds need :meth:`backward`.
             scaler: The scaler that scaled the loss; call its ``update()`` afterwards. Lightning does both.
 
         Raises:
@@ -189,27 +188,27 @@ class Layerwise(AfterBackward):
         """
         if self.replicas is not None and not self._order.covers(self._trainable()):
             raise IncompatibleTrainer(
-                "the processes do not know yet in which order gradients arrive: run the first step through "
-                "Layerwise.backward(loss) in place of a backward inside Layerwise.stepping()."
+                "the processes do not yet know in which order gradients arrive: run the first step through "
+                "Layerwise.backward(loss) instead of a backward inside Layerwise.stepping()."
             )
         scaler = scaler or self.scaler
         if scaler is not None and self.skips_whole_steps:
             raise IncompatibleTrainer(
                 "skips_whole_steps needs to know of an overflow before the gradients are stepped: call "
-                "Layerwise.backward(loss, scaler=...) in place of a backward inside Layerwise.stepping()."
+                "Layerwise.backward(loss, scaler=...) instead of a backward inside Layerwise.stepping()."
             )
         self.begin(clipping, scaler)
         with self._aborting():
             yield
         self.end()
 
-    # What a driver calls: before, at the start and at the end of the backward that steps.
+    # --- for drivers: before, at the start and at the end of the backward that steps ---
 
     def must_wait(self, clipping: Clipping | None, scaler: GradScaler | None) -> bool:
-        """Whether to leave the step until backward is over.
+        """Whether the step must wait for the end of backward.
 
-        So it is where micro-batches accumulated and the decision is about all gradients, by their total norm or because
-        one of them overflowed. Nothing is lost: they are all alive already.
+        That is so after accumulation if the decision depends on all gradients (their total norm, or an overflow in one
+        of them). Nothing is lost: they are all alive already.
         """
         whole = scaler is not None or (clipping is not None and self._must_measure(clipping))
         return whole and (self.accumulated or self.has_gradients())
@@ -218,20 +217,15 @@ class Layerwise(AfterBackward):
     def prepare(
         self, backward: Callable[[], Any], clipping: Clipping | None = None, scaler: GradScaler | None = None
     ) -> None:
-        """Runs the backward passes that must come before the one that steps; most steps need none.
-
-        Args:
-            backward: Runs backward and retains the graph.
-            clipping: How the step will be clipped.
-            scaler: The scaler that scaled the loss.
+        """Runs the backward passes that must precede the one that steps, if any; ``backward`` retains the graph.
 
         Raises:
             IncompatibleTrainer: If a parameter gets no gradient in a process and others average it.
         """
         self._hook_parameters()
         if self.replicas is not None and not self._order.covers(self._trainable()):
-            # Micro-batches that accumulated have told the order already, and their gradients must not be freed. A
-            # parameter may still get its gradient in the last one.
+            # Accumulated micro-batches have already shown the order, and their gradients must not be freed. A parameter
+            # may still get its gradient in the last one.
             complete = not self._order.arrivals
             if complete:
                 self._run(Observation(ArrivalBuckets(0), self._name, self._order.arrivals), backward)
@@ -244,21 +238,21 @@ class Layerwise(AfterBackward):
         if scaler is not None and self.skips_whole_steps:
             norm = self._measure(backward, scaler)
             if not bool(torch.isfinite(norm)):
-                # The step that comes is skipped by it.
+                # Makes the step skip.
                 self._measured = norm
 
     @uncompiled
     def begin(self, clipping: Clipping | None = None, scaler: GradScaler | None = None) -> None:
-        """Makes the backward that comes step."""
+        """Makes the next backward step."""
         self._hook_parameters()
         if self.replicas is None:
             refuse_separate_processes(self._parameters())
         if clipping is not None and clipping.kind in ("norm", "previous") and self._measured is None:
             raise IncompatibleTrainer(
                 f"Clipping({clipping.kind!r}, ...) needs the norm before the gradients are stepped: call "
-                "Layerwise.backward(loss, clipping=...) in place of a backward inside Layerwise.stepping()."
+                "Layerwise.backward(loss, clipping=...) instead of a backward inside Layerwise.stepping()."
             )
-        step = Step(
+        self._pass = Step(
             self._buckets(),
             self._name,
             self.optimizer,
@@ -268,12 +262,11 @@ class Layerwise(AfterBackward):
             self.wants_norm,
             self._watch(),
         )
-        self._passes.append(step)
-        self._pass = step
+        self._passes.append(self._pass)
 
     @uncompiled
     def end(self) -> None:
-        """Steps what the backward left over and ends the step.
+        """Steps the remaining gradients and ends the step.
 
         Raises:
             IncompatibleTrainer: If a parameter got no gradient while other processes average it.
@@ -298,7 +291,7 @@ class Layerwise(AfterBackward):
 
     @uncompiled
     def abort(self) -> None:
-        """Gives up the backward that runs: drops the gradients it left; what was stepped stays stepped."""
+        """Abandons the current backward and drops its gradients; what was stepped stays stepped."""
         if self._pass is not None:
             self._pass, self._measured = None, None
             self.optimizer.zero_grad(set_to_none=True)
@@ -319,14 +312,14 @@ class Layerwise(AfterBackward):
             self.abort()
             if stepping and "modified by an inplace operation" in str(error):
                 raise IncompatibleTrainer(
-                    "backward needs the value of a parameter that has been stepped already: it is used without a "
-                    "gradient too (weight.detach()), or backward runs twice in one step. Step after backward: use the "
+                    "backward needs the value of a parameter that has already been stepped: it is also used without a "
+                    "gradient (weight.detach()), or backward runs twice in one step. Step after backward: use the "
                     "optimizer without _layerwise."
                 ) from error
             raise
 
     def _outer_step(self, closure: Callable[[], Any] | None) -> Any:
-        """What ``optimizer.step`` does: the closure, then the gradients that are alive."""
+        """What ``optimizer.step`` does: runs the closure, then steps the live gradients."""
         mark_as_stepped(self.optimizer)
         loss = None
         if closure is not None:
@@ -342,7 +335,7 @@ class Layerwise(AfterBackward):
         return loss
 
     def _must_measure(self, clipping: Clipping) -> bool:
-        """Whether the total norm has to be known, and is not, before the first gradient can be clipped."""
+        """Whether clipping the first gradient takes a total norm that is not known yet."""
         if clipping.kind == "previous":
             return self.gradient_norm is None or not bool(torch.isfinite(self.gradient_norm))
         return clipping.kind == "norm"
@@ -369,7 +362,7 @@ class Layerwise(AfterBackward):
             refuse_unused(run.buckets.unused, "in this process", self._name)
 
     def _hook_parameters(self) -> None:
-        """Hooks every trainable parameter, also those that were added or unfrozen since."""
+        """Hooks every trainable parameter, including those added or unfrozen since."""
         self._hooks.add(self._trainable())
 
     @uncompiled

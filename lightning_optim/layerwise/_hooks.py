@@ -1,4 +1,4 @@
-"""Hooks on parameters that do not keep alive who listens to them."""
+"""Hooks on parameters that do not keep their listener alive."""
 
 from __future__ import annotations
 
@@ -13,25 +13,22 @@ from lightning_optim.layerwise._buckets import nbytes
 
 
 class GradientHooks:
-    """Calls a method whenever the gradient of a hooked parameter has been accumulated, as long as its object lives.
+    """Calls a method, with the parameter, whenever the gradient of a hooked one has been accumulated.
 
-    A parameter outlives its optimizers: whoever builds another one for the model has not always detached the first, and
-    with it the states of a whole model would stay alive. So the hooks hold the object weakly, and go when it does.
-
-    Args:
-        arrived: The method; it is called with the parameter.
+    A parameter outlives its optimizers: building another one without detaching the first would keep the states of a
+    whole model alive. So the hooks hold the method's object weakly, and go when it does.
     """
 
     def __init__(self, arrived: Callable[[Tensor], None]) -> None:
         self._call = _Weakly(arrived)
         self._handles: dict[Tensor, RemovableHandle] = {}
-        #: Bytes of the gradients of all that are hooked.
+        #: Bytes of the gradients of all hooked parameters.
         self.bytes = 0
         # Not at the interpreter's exit, when the hooks no longer matter.
         weakref.finalize(arrived.__self__, _remove, self._handles).atexit = False  # type: ignore[attr-defined]
 
     def add(self, parameters: Iterable[Tensor]) -> None:
-        """Hooks those that are not yet."""
+        """Hooks those that are not hooked yet."""
         for parameter in parameters:
             if parameter not in self._handles:
                 register: Any = parameter.register_post_accumulate_grad_hook
@@ -39,12 +36,12 @@ class GradientHooks:
                 self.bytes += nbytes(parameter)
 
     def remove(self) -> None:
-        """Removes all of them; safe to call twice."""
+        """Removes all hooks; safe to call twice."""
         _remove(self._handles)
 
 
 class _Weakly:
-    """A function that calls a method of an object that may be gone."""
+    """Calls a method while its object lives."""
 
     def __init__(self, method: Callable[[Tensor], None]) -> None:
         self._method = weakref.WeakMethod(method)

@@ -1,4 +1,4 @@
-"""What happens to the gradients of one backward: their order is noted, their norms are taken, or they are stepped."""
+"""What happens to the gradients of one backward: recording their order, taking their norms, or stepping."""
 
 from __future__ import annotations
 
@@ -17,12 +17,7 @@ from lightning_optim.layerwise._split_step import SplitStep
 
 
 class Pass:
-    """One backward whose gradients are taken bucket by bucket and freed.
-
-    Args:
-        buckets: What makes buckets of the gradients that arrive.
-        name: Names a parameter in an error text.
-    """
+    """One backward whose gradients are used bucket by bucket and freed; ``name`` names a parameter in error texts."""
 
     def __init__(self, buckets: Buckets, name: Callable[[Tensor], str]) -> None:
         self.buckets = buckets
@@ -34,8 +29,8 @@ class Pass:
         """Takes a parameter whose gradient has been accumulated."""
         if id(parameter) in self._seen:
             raise IncompatibleTrainer(
-                f"{self._name(parameter)} got a gradient twice in one backward, so that stepping it at the first one "
-                "was too early. Reentrant activation checkpointing does that to tied parameters (use "
+                f"{self._name(parameter)} got a gradient twice in one backward, so stepping it at the first one was "
+                "too early. Reentrant activation checkpointing does that to tied parameters (use "
                 "checkpoint(..., use_reentrant=False)), and so do two backward calls in one step (add the losses). Or "
                 "use the optimizer without _layerwise."
             )
@@ -43,7 +38,7 @@ class Pass:
         self._take(self.buckets.add(parameter))
 
     def finish(self, alive: Iterable[Tensor]) -> None:
-        """Takes what is left at the end of backward; ``alive`` are the parameters that have gradients."""
+        """Takes what is left at the end of backward; ``alive`` are the parameters with gradients."""
         self._take(self.buckets.flush([parameter for parameter in alive if id(parameter) not in self._seen]))
 
     def _take(self, buckets: Iterable[Bucket]) -> None:
@@ -58,7 +53,7 @@ class Pass:
 
 
 class Observation(Pass):
-    """Notes the order in which gradients arrive."""
+    """Records the order in which gradients arrive."""
 
     def __init__(self, buckets: Buckets, name: Callable[[Tensor], str], arrivals: dict[Tensor, None]) -> None:
         super().__init__(buckets, name)
@@ -92,15 +87,9 @@ class Measurement(Pass):
 class Step(Pass):
     """Unscales, clips and steps.
 
-    Args:
-        buckets: What makes buckets of the gradients that arrive.
-        name: Names a parameter in an error text.
-        optimizer: The outer optimizer.
-        clipping: How to clip.
-        scaler: Unscales each bucket and skips one that overflowed.
-        total: The total norm that ``clipping`` scales by. If it is not finite and there is a scaler, all is skipped.
-        wants_norm: Whether to take the norm though ``clipping`` does not need it.
-        watch: Undoes the step if the optimizer couples its parameters; ``None`` does not look.
+    ``total`` is the norm that ``clipping`` scales by; a non-finite one with a scaler skips the whole step. Otherwise
+    the scaler skips the buckets that overflow. ``wants_norm`` takes the norm even if ``clipping`` does not need it.
+    ``watch`` undoes the step if the optimizer couples its parameters; ``None`` does not check.
     """
 
     def __init__(
@@ -142,11 +131,11 @@ class Step(Pass):
                 self._scaler.step(inner)
             else:
                 inner.step()
-        # For kernels that write without autograd's knowledge: backward must not use a stepped value unnoticed.
+        # For kernels that bypass autograd: backward must not silently use a stepped value.
         torch.autograd.graph.increment_version(bucket)
 
     def commit(self) -> None:
-        """Writes what the step advanced into the outer optimizer."""
+        """See :meth:`SplitStep.commit`."""
         self._split.commit()
 
     def norm(self) -> Tensor | None:
@@ -157,5 +146,5 @@ class Step(Pass):
 
 
 def _in_order(norms: dict[Tensor, Tensor], parameters: Iterable[Tensor]) -> list[Tensor]:
-    """Orders as the param groups do, so that sums are rounded as torch.nn.utils.clip_grad_norm_ rounds them."""
+    """Orders norms like the param groups, so that sums round as in torch.nn.utils.clip_grad_norm_."""
     return [norms[parameter] for parameter in parameters if parameter in norms]

@@ -29,7 +29,7 @@ class Replicas:
 
     def average(self, flat: Tensor) -> Callable[[], object]:
         """Starts averaging a tensor over the processes in place; returns the function that waits for it."""
-        # Divided before the sum, as DistributedDataParallel does it: equal to it bit for bit.
+        # Divided before the sum, as DistributedDataParallel does: the results are bit-identical.
         flat.mul_(1 / self.size)
         work = dist.all_reduce(flat, group=self._group, async_op=True)
         assert work is not None
@@ -44,10 +44,10 @@ class Replicas:
 
 
 class AgreedOrder:
-    """The order in which gradients arrive in the first process, which all processes follow.
+    """The order in which gradients arrive in rank 0, which all processes follow.
 
     Attributes:
-        parameters: The parameters in that order; empty until the processes agreed.
+        parameters: The parameters in that order; empty until the processes have agreed.
         arrivals: The parameters whose gradient has arrived in this process since, in order.
     """
 
@@ -60,16 +60,16 @@ class AgreedOrder:
         return bool(self.parameters) and set(self.parameters) == set(trainable)
 
     def agree(self, replicas: Replicas, parameters: Sequence[Tensor], name: Namer, complete: bool) -> None:
-        """Takes the first process's arrivals for all processes.
+        """Adopts rank 0's arrivals in all processes.
 
         Args:
             replicas: The processes.
-            parameters: All parameters, numbered alike in every process.
+            parameters: All parameters, in the same order in every process.
             name: Names a parameter in an error text.
-            complete: Whether every trainable parameter must have arrived; otherwise those that have not come last.
+            complete: Whether every trainable parameter must have arrived; otherwise missing ones come last.
 
         Raises:
-            IncompatibleTrainer: If one has not arrived in some process, in every process.
+            IncompatibleTrainer: In every process, if a parameter has not arrived in one of them.
         """
         number = {parameter: index for index, parameter in enumerate(parameters)}
         orders = replicas.exchange([number[parameter] for parameter in self.arrivals])
@@ -101,6 +101,6 @@ def refuse_separate_processes(parameters: Iterable[Tensor]) -> None:
     if not any(hasattr(parameter, "to_local") for parameter in parameters):
         raise IncompatibleTrainer(
             f"{dist.get_world_size()} processes, and nothing averages gradients before they are stepped: "
-            "DistributedDataParallel does it too late. Use the model without it and "
+            "DistributedDataParallel does so too late. Use the model without it and "
             "Layerwise(optimizer, replicas=Replicas()); Replicas(group) of one process if each trains by itself."
         )

@@ -13,18 +13,18 @@ from lightning_optim.layerwise._engine import Layerwise
 class OuterScaler:
     """A ``GradScaler`` that leaves alone what was unscaled and stepped during backward, bucket by bucket.
 
-    The scaler itself saw every bucket, as it sees every optimizer where there are several: its ``update()`` lowers the
-    scale if one of them overflowed. Only the outer optimizer, whose gradients are gone, must not come before it.
+    The scaler has seen every bucket as a separate optimizer: its ``update()`` lowers the scale if one of them
+    overflowed. Only the outer optimizer, whose gradients are gone, must not reach it.
 
     Args:
-        scaler: The scaler that does the work; all other attributes are its own.
+        scaler: The scaler that does the work; all other attributes are forwarded to it.
     """
 
     def __init__(self, scaler: GradScaler) -> None:
         self.inner = scaler
 
     def unscale_(self, optimizer: Optimizer) -> None:
-        """Unscales the gradients that are alive; see ``GradScaler.unscale_``."""
+        """Unscales the live gradients; see ``GradScaler.unscale_``."""
         if not _stepped(optimizer):
             self.inner.unscale_(optimizer)
 

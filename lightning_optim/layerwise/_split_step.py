@@ -1,4 +1,4 @@
-"""One step of any optimizer, taken in parts that amount to one."""
+"""One step of any optimizer, taken in parts."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ class SplitStep:
     """A step of an optimizer that is taken bucket by bucket.
 
     Every bucket is stepped by an inner optimizer: an object of the same class with the same attributes and the same
-    state, whose groups hold the bucket's parameters alone. All inner optimizers start from what the outer groups said
+    state, whose groups hold only the bucket's parameters. All inner optimizers start from the outer groups as they were
     before the step, and what a step writes into its groups and attributes (schedule-free's counters, StableAdamW's
     step) reaches the outer optimizer once, in :meth:`commit`. So each parameter sees what it would see if all were
     stepped together.
 
     Args:
-        optimizer: The outer optimizer; its state is written, its groups are not before :meth:`commit`.
-        watch: Undoes the step if its parts do not amount to one; ``None`` does not look.
+        optimizer: The outer optimizer; its state is written at once, its groups only in :meth:`commit`.
+        watch: Undoes the step if its parts disagree; ``None`` does not check.
     """
 
     def __init__(self, optimizer: Optimizer, watch: Watch | None = None) -> None:
@@ -46,7 +46,7 @@ class SplitStep:
         self._tensors = [
             [key for key, value in group.items() if isinstance(value, Tensor)] for group in optimizer.param_groups
         ]
-        # What the inner optimizers that stepped made of each group, and of the attributes.
+        # The groups and the attributes as each inner optimizer's step left them.
         self._advanced: dict[int, list[dict[str, Any]]] = {}
         self._attributes: list[dict[str, Any]] = []
         # Groups that have had a gradient.
@@ -60,7 +60,7 @@ class SplitStep:
         return self._group_of.keys()
 
     def parts(self, bucket: Sequence[Tensor]) -> list[Sequence[Tensor]]:
-        """Returns what to step of a bucket at once: all of it, or two parts that can be compared."""
+        """Returns a bucket whole, or in two parts that can be compared."""
         watch = self._watch
         if watch is None:
             return [bucket]
@@ -73,7 +73,7 @@ class SplitStep:
         return [part for part in parts if part]
 
     def inner(self, parameters: Sequence[Tensor]) -> Optimizer:
-        """Returns the optimizer of one part, which has not been stepped."""
+        """Returns a new optimizer for one part."""
         members: dict[int, list[Tensor]] = {}
         for parameter in parameters:
             members.setdefault(self._group_of[parameter], []).append(parameter)
@@ -90,7 +90,7 @@ class SplitStep:
         groups = self._optimizer.param_groups
         without = {index: group["params"] for index, group in enumerate(groups) if index not in self._reached}
         if without and (self._advanced or not self.inners):
-            # A step counts in every group, also in one whose parameters got no gradient.
+            # A step counts in every group, even if its parameters got no gradient.
             self._make(without).step()
         with self._watch.undoing() if self._watch is not None else nullcontext():
             advanced = [(groups[index], self._merged(groups[index], own)) for index, own in self._advanced.items()]
@@ -106,7 +106,7 @@ class SplitStep:
             self._watch.end()
 
     def _merged(self, before: Mapping[str, Any], parts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-        """Returns what the parts made of a group or of the attributes together."""
+        """Returns a group or the attributes after all parts."""
         values: dict[str, Any] = {}
         for key in dict.fromkeys(key for own in parts for key in own if key != "params"):
             made = [own[key] for own in parts if key in own]
@@ -118,7 +118,7 @@ class SplitStep:
         return values
 
     def _wrote(self, inner: Optimizer, indices: Sequence[int]) -> Iterator[int]:
-        """Yields the groups that a part wrote something into, and whether it did so into attributes."""
+        """Yields the groups (and :data:`ATTRIBUTES`) that a part's step changed."""
         for index, group in zip(indices, inner.param_groups, strict=True):
             before = self._optimizer.param_groups[index]
             if any(differ(value, before.get(key)) for key, value in group.items() if key != "params"):
@@ -128,9 +128,9 @@ class SplitStep:
             yield ATTRIBUTES
 
     def _make(self, members: Mapping[int, list[Tensor]]) -> Optimizer:
-        """Returns an inner optimizer with these parameters by index of their group."""
+        """Returns an inner optimizer with these parameters, by group index."""
         inner = bare_optimizer(type(self._optimizer), self._shared)
-        # A counter that is changed in place must not advance once per part.
+        # A counter changed in place must not advance once per part.
         numbers = {name: value for name, value in self._shared.items() if isinstance(value, Tensor)}
         vars(inner).update({name: value.clone() for name, value in numbers.items() if _is_number(value)})
         inner.param_groups = []
@@ -165,7 +165,7 @@ class SplitStep:
 
 
 def _is_number(value: Any) -> bool:
-    """Whether an attribute is a counter or an estimate, and not a setting or something to work with."""
+    """Whether an attribute is a counter or an estimate, not a setting or a work buffer."""
     if isinstance(value, Tensor):
         return type(value) is Tensor and value.numel() == 1 and not value.requires_grad
     return isinstance(value, (bool, int, float, complex))

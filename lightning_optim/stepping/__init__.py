@@ -1,7 +1,7 @@
 """What a step needs, whoever wrote the optimizer. Pure torch.
 
-Kernels and their states' layout, train and eval points, what happens before a step, what torch.compile must leave
-alone, and the marks by which a state dict says whose it is. An algorithm does not belong here (``optimizers/``), nor
+Kernels and the memory layout of states, train and eval points, what happens before a step, what torch.compile must
+leave alone, and the marks that identify a state dict's optimizer. Algorithms (``optimizers/``) do not belong here, nor
 does anything that knows the table.
 """
 

@@ -1,14 +1,14 @@
-"""Optimizers that train at one point and are evaluated at an average: exact switching between the two.
+"""Optimizers that train at one point and are evaluated at an average: lossless switching between the two.
 
-A schedule-free optimizer trains at a point ``y`` and wants to be evaluated at an average ``x``; upstream computes one
-from the other in place (``x = lerp(y, z, 1 - 1/beta1)`` and back). That does not round-trip: 100 validations drift a
-float32 model by 6e-8 and a bfloat16 one by 2e-3, and a checkpoint that holds ``x`` cannot resume exactly. Here
-``eval()`` stores ``y`` before it writes ``x`` into the parameters, and ``train()`` puts the stored ``y`` back.
+A schedule-free optimizer trains at a point ``y`` and is evaluated at an average ``x``; upstream computes one from the
+other in place (``x = lerp(y, z, 1 - 1/beta1)`` and back). That does not round-trip: 100 validations drift a float32
+model by 6e-8 and a bfloat16 one by 2e-3, and a checkpoint that holds ``x`` cannot resume exactly. Here ``eval()``
+stores ``y`` before it writes ``x`` into the parameters, and ``train()`` restores ``y``.
 
-A state dict tells the mode that the optimizer is in, as upstream's does; in evaluation mode it holds ``y``, so that it
-resumes bit for bit together with the averaged weights. While a Trainer makes the model's state dict hold the averaged
-weights also in training (``saves_averages``), the optimizer's has the form of evaluation mode, too. One without ``y``,
-written by upstream, is read as upstream reads it.
+As upstream's, a state dict contains the optimizer's mode; in evaluation mode it holds ``y``, so that it resumes bit for
+bit together with the averaged weights. While a Trainer puts the averaged weights into the model's state dict during
+training, too (``saves_averages``), the optimizer's has the form of evaluation mode. One without ``y``, written by
+upstream, is read as upstream reads it.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class KeepsTrainingPoint(StepsUncompiled):
     @uncompiled
     @torch.no_grad()
     def eval(self) -> None:
-        """Puts the averaged weights into the parameters; does nothing if they are there already."""
+        """Puts the averaged weights into the parameters, if they are not there yet."""
         for parameter, state, _ in self._moved(train_mode=True):
             state[_POINT] = parameter.detach().clone()
         super().eval()  # type: ignore[misc]
@@ -49,7 +49,7 @@ class KeepsTrainingPoint(StepsUncompiled):
     @uncompiled
     @torch.no_grad()
     def train(self) -> None:
-        """Puts the training point into the parameters; does nothing if it is there already."""
+        """Puts the training point into the parameters, if it is not there yet."""
         moved = list(self._moved(train_mode=False))
         super().train()  # type: ignore[misc]
         for parameter, state, _ in moved:
@@ -58,15 +58,15 @@ class KeepsTrainingPoint(StepsUncompiled):
 
     @torch.no_grad()
     def averaged_weights(self) -> dict[Tensor, Tensor]:
-        """Returns the averaged value of every parameter that is at its training point, leaving the parameters alone."""
+        """Returns the averaged value of every parameter that is at its training point, without changing parameters."""
         return {
             parameter: parameter.detach().lerp(state["z"], 1 - 1 / _interpolation(group))
             for parameter, state, group in self._moved(train_mode=True)
         }
 
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
-        # Nobody switches in Lightning's finders, which run without the callbacks. A closure computes the gradients
-        # itself; without one, as under a GradScaler, they fit the training point only while it is the average.
+        # Lightning's finders run without the callbacks that switch. A closure computes the gradients itself; without
+        # one, as under a GradScaler, existing gradients fit the training point only while it equals the average.
         if closure is not None or not any(self._moved(train_mode=False)):
             self.train()
         loss: float | None = super().step(closure)
@@ -80,14 +80,14 @@ class KeepsTrainingPoint(StepsUncompiled):
         for index, parameter in enumerate(parameters):
             state = state_dict["state"].get(index, {})
             if "z" in state and _POINT not in state:
-                # A new dict and a copy: state_dict() shares its tensors with the optimizer, and this one is the weight.
+                # A new dict and a copy: state_dict() shares its tensors with the optimizer, and y is the weight itself.
                 state_dict["state"][index] = {**state, _POINT: parameter.detach().clone()}
         for group in state_dict["param_groups"]:
             group["train_mode"] = False
         return state_dict
 
     def _moved(self, train_mode: bool) -> Iterator[tuple[Tensor, dict[str, Any], dict[str, Any]]]:
-        """Yields (parameter, its state, its group) in this mode where average and training point differ."""
+        """Yields (parameter, state, group) in this mode where average and training point differ."""
         for group in self.param_groups:
             if group["train_mode"] == train_mode:
                 for parameter in group["params"]:

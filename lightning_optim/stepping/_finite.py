@@ -1,4 +1,4 @@
-"""States that went NaN or infinite, said where it costs nothing: when a state dict is made, as for a checkpoint."""
+"""Warns of states that are NaN or infinite where it costs nothing: when a state dict is made, as for a checkpoint."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from lightning_optim.stepping._state_marks import MEMBERS
 
 
 def say_if_not_finite(optimizer: Optimizer) -> None:
-    """Has ``optimizer.state_dict()`` warn, once for each parameter, if its state is not finite.
+    """Makes ``optimizer.state_dict()`` warn, once per parameter, if its state is not finite.
 
-    A single NaN gradient stays in a moment for ever. Where the update is a sign (Lion), weights and loss stay finite
-    and the parameter just stops learning.
+    A single NaN gradient stays in a moment forever. If the update is a sign (Lion), weights and loss stay finite and
+    the parameter just stops learning.
     """
     optimizer.register_state_dict_post_hook(_Watch())
 
@@ -39,9 +39,9 @@ class _Watch:
         first, *others = found
         more = f" and of {len(others)} more" if others else ""
         warnings.warn(
-            f"{type(optimizer).__name__}: the state of {first}{more} has become NaN or infinite {since}, as a gradient "
-            "was. It stays so: these parameters become NaN or do not learn any more, also after a resume from this "
-            "checkpoint. Resume from an earlier one, and leave such gradients out: Trainer(detect_anomaly=True) shows "
+            f"{type(optimizer).__name__}: the state of {first}{more} has become NaN or infinite {since}, because of a "
+            "gradient. It stays so: these parameters become NaN or stop learning, also after a resume from this "
+            "checkpoint. Resume from an earlier one, and avoid such gradients: Trainer(detect_anomaly=True) shows "
             "where they come from, and training_step can return None for a batch whose loss is not finite.",
             RuntimeWarning,
             stacklevel=2,
@@ -50,7 +50,7 @@ class _Watch:
 
 @torch.no_grad()
 def _not_finite(optimizer: Optimizer) -> Iterator[tuple[str, Tensor]]:
-    """Yields the parameters, by name, whose states hold numbers that are not finite."""
+    """Yields the parameters, with their names, whose states hold non-finite numbers."""
     tensors: dict[torch.device, list[tuple[str, Tensor, Tensor]]] = {}
     for group in optimizer.param_groups:
         members = group.get(MEMBERS, ())
@@ -60,7 +60,7 @@ def _not_finite(optimizer: Optimizer) -> Iterator[tuple[str, Tensor]]:
             for value in _floats(optimizer.state.get(parameter, {})):
                 tensors.setdefault(value.device, []).append((name, parameter, value))
     for found in tensors.values():
-        # The largest absolute value is NaN if one is. One answer from a device for all.
+        # The largest absolute value is NaN if one is. One synchronization per device.
         largest = [torch.linalg.vector_norm(value, ord=math.inf).isfinite() for *_, value in found]
         for (name, parameter, _), finite in zip(found, torch.stack(largest).tolist(), strict=True):
             if not finite:
@@ -71,7 +71,7 @@ def _floats(state: Mapping[str, Any]) -> Iterator[Tensor]:
     for value in state.values():
         if not isinstance(value, Tensor):
             continue
-        # Quantized in a subclass (torchao): its scales tell.
+        # A quantized subclass (torchao) shows it in its scales.
         value = getattr(value, "scale", value)
         if is_sharded(value):
             value = value.to_local()

@@ -1,7 +1,7 @@
 """torch's fused kernels: which optimizers have one, where it is wrong, and how an optimizer is stepped by it.
 
-A fused kernel updates many parameters in one pass, and can skip the update of a float16 step that overflowed without
-asking the device first. Which of torch's classes have one is read from torch itself.
+A fused kernel updates many parameters in one pass, and can skip a float16 step that overflowed without waiting for the
+device.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ HALF = (torch.bfloat16, torch.float16)
 
 
 def fused_class(optimizer: Optimizer) -> type[Optimizer] | None:
-    """Returns the class of torch that steps ``optimizer`` and that has a fused kernel, or ``None``."""
+    """Returns the torch class that steps ``optimizer`` if it has a fused kernel, else ``None``."""
     bases = (c for c in type(optimizer).__mro__ if issubclass(c, Optimizer))
     base = next(c for c in bases if c.__module__.startswith("torch.optim."))
     own_step = inspect.unwrap(type(optimizer).step) is not inspect.unwrap(base.step)
@@ -30,10 +30,10 @@ def fused_class(optimizer: Optimizer) -> type[Optimizer] | None:
 
 
 def is_packed(parameter: Tensor) -> bool:
-    """Whether the elements fill a block of memory without gaps and without sharing, in whatever order.
+    """Whether the elements fill a block of memory without gaps or overlaps, in any order.
 
-    The fused kernels run over the memory of others element by element: on a CPU they step the wrong numbers in silence
-    (torch 2.9 and 2.13), elsewhere torch refuses in the first step.
+    The fused kernels ignore the strides of others: on a CPU they silently step the wrong numbers (torch 2.9 and 2.13),
+    elsewhere torch raises in the first step.
     """
     expected = 1
     for stride, size in sorted(zip(parameter.stride(), parameter.shape, strict=True)):
@@ -46,13 +46,13 @@ def is_packed(parameter: Tensor) -> bool:
 
 
 class FusedStep:
-    """Has an optimizer of torch's stepped by its fused kernel until :meth:`detach`, whatever checkpoint it loads.
+    """Makes a torch optimizer step by its fused kernel until :meth:`detach`, whatever checkpoint it loads.
 
-    SGD's velocity exists before its first step, as zeros. Otherwise torch hands the kernel memory that nobody wrote; if
-    that step overflows and is skipped, what was in it counts from then on. And a parameter whose first gradient comes
-    later than another's raises a ``TypeError``.
+    SGD's velocity is initialized to zeros before its first step. Otherwise torch passes uninitialized memory to the
+    kernel, which stays in the velocity if that step overflows and is skipped; and a parameter whose first gradient
+    comes later than another's raises a ``TypeError``.
 
-    Checkpoints say nothing of it: they are those of the optimizer as it was built.
+    Checkpoints are those of the optimizer as it was built.
 
     Args:
         optimizer: With a :func:`fused_class` and parameters on a device with the kernel; it may have stepped before.
@@ -68,8 +68,8 @@ class FusedStep:
         self._hooks = keep_kernel(optimizer)
         if isinstance(optimizer, SGD):
             self._hooks.append(prepare_step(optimizer, _start_velocities))
-        # A scaler then hands the kernel the flag that says whether to skip, instead of reading it. torch's own classes
-        # set this if they are built fused, Adagrad only from some version on.
+        # A scaler then passes the overflow flag to the kernel instead of reading it. torch's own classes set this if
+        # they are built fused, Adagrad only in newer versions.
         self._scales = getattr(optimizer, SCALES, False)
         setattr(optimizer, SCALES, True)
         if not self.built_plain:
@@ -80,7 +80,7 @@ class FusedStep:
             group.update(kernel)
         for parameter, state in optimizer.state.items():
             if isinstance(parameter, Tensor) and "step" in state:
-                # As torch does for a fused optimizer when it loads a checkpoint.
+                # As torch does when a fused optimizer loads a checkpoint.
                 state["step"] = state["step"].to(parameter.device, torch.float32)
         lay_out_states(optimizer)
 

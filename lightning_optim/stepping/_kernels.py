@@ -1,4 +1,4 @@
-"""Which of torch's kernels steps an optimizer: a matter of the run, not of the checkpoint."""
+"""Which of torch's kernels steps an optimizer: decided by the run, not by the checkpoint."""
 
 from __future__ import annotations
 
@@ -12,27 +12,25 @@ from torch.utils.hooks import RemovableHandle
 from lightning_optim._compat.torch import load_hooks
 from lightning_optim.stepping._preparing import prepare_step
 
-# What torch keeps in the param groups although it says how a step is computed, not what.
+# Entries of torch's param groups about how, not what, a step computes.
 _KERNEL = ("fused", "foreach", "capturable")
 
 
 def keep_kernel(optimizer: Optimizer) -> list[RemovableHandle]:
-    """Has ``optimizer`` stepped by the kernel that it was built with, whatever it loads, and sees to what that needs.
+    """Keeps the kernel that ``optimizer`` was built with, whatever it loads, and the memory layout that this needs.
 
-    - torch takes the whole param groups of a state dict, and Lightning's finetuning callbacks those that they saved: a
-      checkpoint of another kernel, of another device perhaps, would change the kernel without a word.
-    - Gradients and states lie in memory as their parameter does. A fused kernel on a CPU takes no notice of strides and
-      would add the wrong elements; others refuse, even where only dimensions of size 1 differ
+    - torch adopts the param groups of a state dict as a whole, and Lightning's finetuning callbacks those they saved: a
+      checkpoint of another kernel, perhaps from another device, would silently change the kernel.
+    - Gradients and states get their parameter's memory layout. A fused kernel on a CPU ignores strides and would add
+      the wrong elements; others raise, even if only dimensions of size 1 differ
       (https://github.com/pytorch/pytorch/issues/106951).
 
-    Copies of the optimizer made by ``copy.deepcopy`` or ``pickle`` are without it, as without all hooks.
+    Like all hooks, this is not copied by ``copy.deepcopy`` or ``pickle``.
 
     Returns:
-        What takes it back; nothing for an optimizer that has no choice of kernels, or that has it already.
+        The handles that remove it; none for an optimizer without a choice of kernels, or with these hooks already.
     """
-    if not any(key in optimizer.defaults for key in _KERNEL):
-        return []
-    if _with_own_kernel in load_hooks(optimizer)[0]:
+    if not any(key in optimizer.defaults for key in _KERNEL) or _with_own_kernel in load_hooks(optimizer)[0]:
         return []
     return [
         optimizer.register_load_state_dict_pre_hook(_with_own_kernel),
@@ -42,7 +40,7 @@ def keep_kernel(optimizer: Optimizer) -> list[RemovableHandle]:
 
 
 def lay_out_states(optimizer: Optimizer) -> None:
-    """Has the states of a fused optimizer lie in memory as their parameters do."""
+    """Gives the states of a fused optimizer their parameters' memory layout."""
     for group in optimizer.param_groups:
         for parameter in group["params"] if group.get("fused") else ():
             _lay_out_state(parameter, optimizer.state.get(parameter, {}))
@@ -63,7 +61,7 @@ def _prepare(optimizer: Optimizer) -> None:
             if gradient.stride() != parameter.stride():
                 parameter.grad = laid_out_as(parameter, gradient)
             if parameter.device.type == "cpu":
-                # Elsewhere torch says so if the model has taken another memory format since.
+                # Elsewhere torch raises if the model has changed its memory format since.
                 _lay_out_state(parameter, optimizer.state.get(parameter, {}))
 
 
@@ -75,17 +73,13 @@ def _lay_out_state(parameter: Tensor, state: dict[str, Any]) -> None:
 
 
 def laid_out_as(parameter: Tensor, value: Tensor) -> Tensor:
-    """Returns a copy of ``value`` that lies in memory as ``parameter`` does."""
+    """Returns a copy of ``value`` in the memory layout of ``parameter``."""
     return torch.empty_like(parameter, dtype=value.dtype).copy_(value)
 
 
 def _with_own_kernel(optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
     groups = list(state_dict["param_groups"])
     if len(groups) != len(optimizer.param_groups):
-        # torch says so.
-        return state_dict
+        return state_dict  # torch raises
     own = [{key: group[key] for key in _KERNEL if key in group} for group in optimizer.param_groups]
-    return {
-        **state_dict,
-        "param_groups": [{**group, **kernel} for group, kernel in zip(groups, own, strict=True)],
-    }
+    return {**state_dict, "param_groups": [{**group, **kernel} for group, kernel in zip(groups, own, strict=True)]}

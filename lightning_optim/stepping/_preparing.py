@@ -1,7 +1,7 @@
-"""What has to be done to an optimizer right before its step, when the gradients are there: whole or bucket by bucket.
+"""What has to happen right before an optimizer steps existing gradients, all at once or bucket by bucket.
 
-An ordinary step hook will not do. Before ``step(closure)`` there are no gradients yet, and where an optimizer is
-stepped during backward its hooks run once per step, when the gradients are gone.
+A plain step hook is not enough: before ``step(closure)`` there are no gradients yet, and the hooks of an optimizer that
+steps during backward run once per step, when the gradients are gone.
 """
 
 from __future__ import annotations
@@ -19,28 +19,23 @@ Prepare = Callable[[Optimizer], None]
 
 
 def prepare_step(optimizer: Optimizer, prepare: Prepare) -> RemovableHandle:
-    """Has ``prepare`` called right before every step of ``optimizer``, with the gradients there.
+    """Calls ``prepare`` right before every step of ``optimizer``, when the gradients exist; returns the hook's handle.
 
-    Args:
-        optimizer: What is stepped; copies by ``copy.deepcopy`` or ``pickle`` are without it, as without all hooks.
-        prepare: Is called with the optimizer whose step comes. Where the layerwise engine takes a step in parts, that
-            is an inner optimizer for every part, whose groups hold the part's parameters alone. It may change
-            gradients, states and the groups' values, and must not mind to be called twice.
-
-    Returns:
-        What takes it back.
+    ``prepare`` is called with the optimizer about to step. If the layerwise engine takes a step in parts, that is an
+    inner optimizer for every part, whose groups hold only the part's parameters. It may change gradients, states and
+    values of the groups, and must be idempotent. Like all hooks, it is not copied by ``copy.deepcopy`` or ``pickle``.
     """
     return optimizer.register_step_pre_hook(_Preparation(prepare))
 
 
 def preparations(optimizer: Optimizer) -> tuple[Prepare, ...]:
-    """Returns what :func:`prepare_step` has registered, for who steps without running the optimizer's hooks."""
+    """Returns what :func:`prepare_step` has registered, for code that steps without running the optimizer's hooks."""
     return tuple(hook.prepare for hook in step_pre_hooks(optimizer) if isinstance(hook, _Preparation))
 
 
 @dataclass(frozen=True)
 class _Preparation:
-    """A step hook that waits for the closure, which makes the gradients."""
+    """A step hook that waits for the closure, which computes the gradients."""
 
     prepare: Prepare
 

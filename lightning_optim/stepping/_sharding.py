@@ -9,6 +9,6 @@ from torch import Tensor
 
 def is_sharded(parameter: Tensor) -> bool:
     """Whether a parameter is a DTensor, as FSDP2 and tensor parallelism make it."""
-    # Importing DTensor costs, and one cannot exist before its module is imported.
+    # Importing DTensor is slow, and none exists before its module is imported.
     module = sys.modules.get("torch.distributed.tensor")
     return module is not None and isinstance(parameter, module.DTensor)

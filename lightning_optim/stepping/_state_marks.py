@@ -1,8 +1,8 @@
-"""Whose a state is: what param groups carry of the optimizer that wrote it, and what is refused of others.
+"""Which optimizer wrote a state: what param groups record about it, and which states are refused.
 
-torch finds the state of a parameter by its position and loads whatever it is given. So every group that we write names
-the optimizer, the format of its state and its parameters. Group entries are the one place that every class stores,
-copies and hands back.
+torch finds a parameter's state by its position and loads whatever it is given. So every group that we write names the
+optimizer, the format of its state and its parameters. Group entries are the one thing that every class stores, copies
+and restores.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from torch.optim import Optimizer
 
 from lightning_optim.errors import InvalidOption
 
-#: Key of a group for the identifier of the optimizer; without ``_layerwise``, which makes no difference to the state.
+#: A group's key for the identifier of the optimizer; without ``_layerwise``, which makes no difference to the state.
 IDENTIFIER = "optim"
-#: Key of a group for the format of the state.
+#: A group's key for the format of the state.
 FORMAT = "format"
-#: Key of a group for the names of its parameters, in order. Not torch's ``param_names``: with that key all groups must
-#: have names, also those that a finetuning callback adds.
+#: A group's key for the names of its parameters, in order. Not torch's ``param_names``, which requires that all groups
+#: have names, including those that a finetuning callback adds.
 MEMBERS = "members"
 MARKS = (IDENTIFIER, FORMAT, MEMBERS)
 
@@ -32,17 +32,14 @@ Group = Mapping[str, Any]
 
 
 def refuse_foreign(own: Sequence[Group], saved: Sequence[Group], reader: str, marked_only: bool = False) -> None:
-    """Refuses groups that another optimizer wrote, or whose parameters are others.
+    """Raises :class:`InvalidOption` for groups written by another optimizer, or for other parameters.
 
     Args:
-        own: The groups of the optimizer that reads.
+        own: The groups of the reading optimizer.
         saved: Those of the state dict.
-        reader: What to call the optimizer if its groups do not say it.
-        marked_only: Refuses groups that do not say their format, too; else they pass, because earlier versions, torch
-            and plain Lightning write none.
-
-    Raises:
-        InvalidOption: With the names of both.
+        reader: What to call the optimizer if its groups do not name it.
+        marked_only: Also refuses groups without a format; otherwise they pass, because earlier versions, torch and
+            plain Lightning write none.
     """
     expected = next((group[FORMAT] for group in own if FORMAT in group), None)
     reader = _called(own, reader)
@@ -64,7 +61,7 @@ def _called(groups: Sequence[Group], otherwise: str) -> str:
 
 
 def _refuse_other_parameters(own: Sequence[Group], saved: Sequence[Group]) -> None:
-    """A state is found by its parameter's position: other groups would hand it to another parameter."""
+    """States are found by position: with other groups they would go to other parameters."""
     if len(own) != len(saved) and all(MEMBERS in group for group in (*own, *saved)):
         here, there = (", ".join(f"{group.get('name')!r}" for group in groups) for groups in (own, saved))
         raise InvalidOption(
@@ -92,7 +89,7 @@ _SAME = (
 
 
 def _same_but_for_a_prefix(pairs: Sequence[tuple[str, str]]) -> bool:
-    """Whether the names tell the same parameters, seen from a module and from one that owns it, or tell nothing."""
+    """Whether the names are equal up to the prefix of an enclosing module, or unknown."""
     if any(name.startswith(_UNNAMED) for pair in pairs for name in pair):
         return all(any(name.startswith(_UNNAMED) for name in pair) for pair in pairs)
     for longer, shorter in ((0, 1), (1, 0)):
@@ -103,18 +100,18 @@ def _same_but_for_a_prefix(pairs: Sequence[tuple[str, str]]) -> bool:
 
 
 def _plain(name: str) -> str:
-    """Returns a parameter's name without what torch.compile adds to it."""
+    """Returns a parameter's name without torch.compile's additions."""
     return name.replace("_orig_mod.", "")
 
 
 def check_state(optimizer: Optimizer, state_dict: Mapping[str, Any], kept: Mapping[str, int | None]) -> None:
-    """Refuses a state that is not this optimizer's, as far as its tensors show: all there is without marks.
+    """Refuses a state without marks if its tensors show that another optimizer wrote it.
 
     Args:
-        optimizer: The one that reads.
+        optimizer: The reading optimizer.
         state_dict: What it reads.
-        kept: What the state of every parameter holds that was ever stepped: how many tensors of the parameter's shape
-            by key, or ``None`` for anything else.
+        kept: What the state of every parameter that was ever stepped holds, by key: the number of tensors of the
+            parameter's shape, or ``None`` for anything else.
 
     Raises:
         InvalidOption: If a state lacks one of them, or holds it in another size.
@@ -133,7 +130,7 @@ def check_state(optimizer: Optimizer, state_dict: Mapping[str, Any], kept: Mappi
 
 
 def _flat(state: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns a state with what bitsandbytes wraps in a dict of its own beside the rest."""
+    """Returns a state without the nested dict into which bitsandbytes puts a part of it."""
     flat: dict[str, Any] = {}
     for key, value in state.items():
         flat.update(value if isinstance(value, Mapping) else {key: value})

@@ -15,21 +15,18 @@ _Result = TypeVar("_Result")
 
 
 def uncompiled(function: Callable[_Arguments, _Result]) -> Callable[_Arguments, _Result]:
-    """Decorator for what runs as written where a compiled function calls it, or where a hook runs in its backward.
+    """Decorator for a function that torch.compile must not trace, in a compiled function or in a hook of its backward.
 
-    After something that it cannot trace (a decomposition, a kernel of another library) torch.compile goes on with the
-    next Python function it meets, and what it compiled for one matrix then serves others of the same shape: one gets
-    the updates of all. Nothing is lost by it: the arithmetic of a step is in operations over lists of tensors.
+    After something untraceable (a decomposition, another library's kernel) torch.compile continues with the next Python
+    function, and code compiled for one matrix is then reused for others of the same shape: one gets the updates of all.
+    Nothing is lost: a step's arithmetic is in operations over lists of tensors.
     """
     disabled: Callable[_Arguments, _Result] = torch.compiler.disable(function)  # type: ignore[no-untyped-call]
     return disabled
 
 
 class StepsUncompiled(Optimizer):
-    """Mixin for an optimizer whose step runs as written inside a compiled function.
-
-    The closure is left to the compiler: it is the user's, and has the model in it.
-    """
+    """Mixin for an optimizer whose step is not traced inside a compiled function; its closure, with the model, is."""
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Steps every parameter that has a gradient; returns what ``closure`` returns."""
@@ -42,7 +39,7 @@ class StepsUncompiled(Optimizer):
 
     @uncompiled
     def _step(self) -> None:
-        """Steps; by default as the class does that this one is mixed into."""
+        """Steps; by default as the class that this one is mixed into."""
         upstream: Any = super().step
-        # torch wraps the step of every class that was instantiated: the hooks would run twice.
+        # torch wraps the step of every instantiated class: the hooks would run twice.
         unhooked(upstream.__func__)(self)

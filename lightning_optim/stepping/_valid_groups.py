@@ -1,4 +1,4 @@
-"""Groups that an optimizer is given."""
+"""Adding param groups, all or nothing."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch.optim import Optimizer
 
 @contextmanager
 def only_valid_groups(optimizer: Optimizer) -> Iterator[None]:
-    """Takes the groups out of ``optimizer`` again that are added inside, if a check that follows there raises."""
+    """Removes the groups added to ``optimizer`` inside if a check raises."""
     before = len(optimizer.param_groups)
     try:
         yield

@@ -1,7 +1,7 @@
-"""What is known of each optimizer, as frozen data: names, options, packages, states. Nothing is built here.
+"""What is known about each optimizer, as frozen data: names, options, packages, states. Nothing is built here.
 
-One row per optimizer in ``rows/``, one file per provider; CONTRIBUTING.md shows how to add one. A row's fields are
-documented at :class:`OptimizerSpec`. No ``if name == ...`` anywhere: what differs between rows is a field.
+One row per optimizer in ``rows/``, one file per provider; CONTRIBUTING.md shows how to add one. :class:`OptimizerSpec`
+documents a row's fields. No ``if name == ...`` anywhere: what differs between rows is a field.
 """
 
 from __future__ import annotations

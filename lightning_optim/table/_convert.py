@@ -1,4 +1,4 @@
-"""Values as users write them, strings too, to the types that options declare."""
+"""Converts values as users write them, strings included, to the declared types of options."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _FALSE = ("false", "0", "no", "n", "off", "f")
 
 
 def convert(value: Any, hint: Any) -> Any:
-    """Converts ``value`` to the type ``hint``; raises ValueError or TypeError where that would lose or guess."""
+    """Converts ``value`` to the type ``hint``; raises ValueError or TypeError rather than lose or guess anything."""
     origin = typing.get_origin(hint)
     if hint is Any:
         return _literal(value) if isinstance(value, str) else value
@@ -41,7 +41,7 @@ def convert(value: Any, hint: Any) -> Any:
         raise TypeError(value)
     if isinstance(value, str):
         value = _literal(value.strip())
-    # Real, not (int, float): numpy's numbers are welcome.
+    # Real, not (int, float), to accept numpy's numbers.
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(value)
     if hint is int:
@@ -90,7 +90,7 @@ def _convert_bool(value: Any) -> bool:
 
 
 def _literal(text: str) -> Any:
-    """Reads a Python literal; ``1e-3`` and ``inf`` are numbers, whatever is no literal stays a string."""
+    """Reads a Python literal; ``1e-3`` and ``inf`` are numbers, anything else stays a string."""
     try:
         return float(text) if text.lower().lstrip("+-") in ("inf", "infinity") else ast.literal_eval(text)
     except (ValueError, SyntaxError):

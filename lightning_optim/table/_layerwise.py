@@ -1,4 +1,4 @@
-"""The ``_layerwise`` form of a row, derived and never written twice."""
+"""The ``_layerwise`` form of a row, derived from the plain one."""
 
 from __future__ import annotations
 
@@ -20,27 +20,27 @@ class LayerwiseOptions(Options):
 
     bucket_mb: float | None = option(
         None,
-        "MiB of gradients alive at once besides the one that arrives, 0 for one parameter at a time; "
+        "MiB of gradients alive at once in addition to the arriving one, 0 for one parameter at a time; "
         "None takes an eighth of all, at most 32",
         NON_NEGATIVE,
         scope="layerwise",
     )
     norm_clipping: Literal["exact", "previous", "per_parameter"] | None = option(
         None,
-        "with gradient_clip_val: 'exact' measures in a backward of its own, 'previous' takes the norm of the step "
-        "before, 'per_parameter' clips each gradient by itself; None is 'exact'",
+        "with gradient_clip_val: 'exact' measures in a separate backward, 'previous' takes the previous step's norm, "
+        "'per_parameter' clips each gradient separately; None is 'exact'",
         scope="layerwise",
     )
     log_grad_norm: bool | None = option(None, "log the norm before clipping as 'grad_norm'", scope="layerwise")
     overflow: Literal["skip_bucket", "skip_step"] | None = option(
         None,
-        "with loss scaling (16-mixed): 'skip_step' measures in a backward of its own and skips the whole step, "
+        "with loss scaling (16-mixed): 'skip_step' measures in a separate backward and skips the whole step, "
         "'skip_bucket' steps the other buckets; None is 'skip_bucket', with a warning",
         scope="layerwise",
     )
     gradient_readers: Literal["warn", "ignore"] | None = option(
         None,
-        "what to do about hooks that look at gradients after they were stepped and freed, watched in the first two "
+        "what to do about hooks that read gradients after they were stepped and freed, watched in the first two "
         "steps; None is 'warn'",
         scope="layerwise",
     )
@@ -62,7 +62,7 @@ def layerwise_row(row: OptimizerSpec) -> OptimizerSpec:
 
 
 def stepped_in_backward(row: OptimizerSpec) -> OptimizerSpec:
-    """Returns ``row`` stepped during backward under its own name, for algorithms that are meant so (LOMO)."""
+    """Returns ``row`` stepped during backward under the same name, for algorithms designed for it (LOMO)."""
     return dataclasses.replace(
         row,
         summary=f"{row.summary}, stepped during backward",
@@ -73,7 +73,7 @@ def stepped_in_backward(row: OptimizerSpec) -> OptimizerSpec:
 
 @functools.cache
 def _with_layerwise_options(options: type[Options]) -> type[Options]:
-    """Returns ``options`` with the fields of :class:`LayerwiseOptions` behind its own; the same type every time."""
+    """Returns ``options`` followed by the fields of :class:`LayerwiseOptions`; the same type every time."""
     name = options.__name__.removesuffix("Options") + "LayerwiseOptions"
     namespace = {"__doc__": options.__doc__}
     return make_dataclass(name, (), bases=(LayerwiseOptions, options), namespace=namespace, frozen=True)

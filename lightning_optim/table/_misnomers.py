@@ -1,7 +1,4 @@
-"""What other libraries call an argument, and what to write here.
-
-Nobody is made to read a page for a name that the Hugging Face Trainer, torch or another package has for the same thing.
-"""
+"""What the Hugging Face Trainer, torch and others call an argument, and what to write here, for error texts."""
 
 from __future__ import annotations
 
@@ -10,7 +7,7 @@ from typing import Any, NoReturn
 
 from lightning_optim.errors import InvalidOption, close_names, listing
 
-# Arguments of ours under the names of others.
+# Our arguments, by their names elsewhere.
 _ARGUMENTS = {
     "learning_rate": "lr",
     "learningrate": "lr",
@@ -38,7 +35,7 @@ _ARGUMENTS = {
     "layerwise_lr_decay": "layer_decay",
     "llrd": "layer_decay",
 }
-# Options of optimizers under the names of others.
+# Options of optimizers, by their names elsewhere.
 _OPTIONS = {
     "adam_beta1": "beta1",
     "adam_beta2": "beta2",
@@ -48,7 +45,7 @@ _OPTIONS = {
     "b1": "beta1",
     "b2": "beta2",
 }
-# What is somebody else's business.
+# What is set elsewhere, or not at all.
 _ELSEWHERE = {
     "max_grad_norm": "set Trainer(gradient_clip_val=...)",
     "gradient_clip_val": "set Trainer(gradient_clip_val=...)",
@@ -68,13 +65,13 @@ _ELSEWHERE = {
 
 
 def refuse_arguments(where: str, given: Mapping[str, Any], allowed: Iterable[str], options: Iterable[str]) -> NoReturn:
-    """Raises :class:`InvalidOption` for arguments that nobody takes, with what to write in their place.
+    """Raises :class:`InvalidOption` for unknown arguments, with what to write instead.
 
     Args:
         where: What was called.
-        given: The arguments that it does not know.
-        allowed: Those that it knows.
-        options: Options of the optimizer that was asked for.
+        given: Its unknown arguments.
+        allowed: Its known arguments.
+        options: Options of the requested optimizer.
     """
     allowed = tuple(name for name in allowed if name != "target")
     options = tuple(options)
@@ -87,10 +84,10 @@ def refuse_option(owner: str, name: str, value: Any, options: Iterable[str], all
 
     Args:
         owner: Its identifier.
-        name: What was written.
+        name: The unknown name.
         value: Its value.
-        options: The names of the options that there are.
-        allowed: The sentence that describes them.
+        options: The names of the known options.
+        allowed: A sentence that describes them.
     """
     options = tuple(options)
     own = _OPTIONS.get(name, name)
@@ -99,7 +96,7 @@ def refuse_option(owner: str, name: str, value: Any, options: Iterable[str], all
     if own != name and _is_option(own, options):
         hint = f" Write {_shown(own, value)}."
     elif argument in ("lr", "weight_decay", "warmup_steps", "lr_scheduler"):
-        hint = f" It is an argument of its own: write {_shown(argument, value)} beside optim_args."
+        hint = f" It is a separate argument: write {_shown(argument, value)} next to optim_args."
     elif name in _ELSEWHERE:
         hint = f" Instead: {_ELSEWHERE[name]}."
     elif near := close_names(str(name), options, limit=3):
@@ -108,7 +105,7 @@ def refuse_option(owner: str, name: str, value: Any, options: Iterable[str], all
 
 
 def _argument(name: str, value: Any, allowed: tuple[str, ...], options: tuple[str, ...]) -> str:
-    """Returns what to write in place of an argument."""
+    """Returns what to write instead of an argument."""
     if name == "warmup_ratio":
         return f"write {_shown('warmup_steps', value)}, a fraction of the training if it is below 1"
     argument = _ARGUMENTS.get(name, name)

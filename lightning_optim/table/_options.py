@@ -1,8 +1,7 @@
 """Typed options: ``"betas=(0.9, 0.95),eps=1e-6"`` or a mapping becomes a row's frozen dataclass.
 
-Hugging Face's Trainer hands strings on unparsed or drops them in silence. Here every option of every row is declared
-with its type, range and meaning; whatever is not declared, cannot be parsed or is out of range is an error that lists
-what is allowed.
+Hugging Face's Trainer passes strings on unparsed or silently drops them. Here every option of every row is declared
+with its type, range and meaning; anything undeclared, malformed or out of range is an error that lists what is allowed.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ from lightning_optim.errors import InvalidOption, listing
 from lightning_optim.table._convert import convert, type_name
 from lightning_optim.table._misnomers import refuse_option
 
-# What others put between options.
+# Separators other than the comma.
 _SEPARATOR = re.compile(r"([;\s])\s*[A-Za-z_]\w*\s*=")
 _OPENING, _CLOSING, _QUOTES = "([{", ")]}", "'\""
 
@@ -62,22 +61,22 @@ OPEN_UNIT = Range(low=0.0, high=1.0, low_open=True, high_open=True)
 class Options:
     """Base of every row's options; the subclasses' fields are made by :func:`option`."""
 
-    #: Shown in error texts: which identifier or schedule the options belong to.
+    #: The argument that holds the options, for error texts.
     kind: ClassVar[str] = "optim_args"
     #: Names of options that only matter for parameters whose gradients are projected.
     only_projected: ClassVar[frozenset[str]] = frozenset()
-    #: Names of options that say what a state means, beyond what it holds: they cannot change while it is kept.
+    #: Names of options that a state's meaning depends on, not just its content: they cannot change while it is kept.
     bound_to_state: ClassVar[frozenset[str]] = frozenset()
 
     def check(self) -> None:
-        """Raises :class:`InvalidOption` for combinations of values that cannot work together."""
+        """Raises :class:`InvalidOption` for values that cannot work together."""
 
     def default_lr(self, default: float | None) -> float | None:
-        """Returns the learning rate when the user gives none; ``default`` is the row's."""
+        """Returns the default learning rate; ``default`` is the row's."""
         return default
 
     def settled(self) -> Self:
-        """Returns the options with those filled in that were left to others of them; the report shows these."""
+        """Returns the options with defaults that depend on other options filled in, for the report."""
         return self
 
     def select(self, *scopes: Scope) -> dict[str, Any]:
@@ -93,12 +92,12 @@ def option(default: Any, help: str, range: Range | None = None, scope: Scope = "
     """Declares an option of a row.
 
     Args:
-        default: The default, as a rule the upstream library's own.
+        default: The default, usually the upstream library's.
         help: One line for ``lightning-optim info`` and the docs.
-        range: Allowed values of a number, or of each number of a tuple.
+        range: Allowed values of a number, or of each number in a tuple.
         scope: ``"group"``: an argument of the constructor that may also differ between param groups;
-            ``"constructor"``: one value for the whole optimizer; ``"policy"``: used by us when parameters are grouped,
-            never passed on; ``"layerwise"``: how the optimizer is stepped during backward, never passed on.
+            ``"constructor"``: one value for the whole optimizer; ``"policy"``: used when parameters are grouped, not
+            passed on; ``"layerwise"``: how the optimizer is stepped during backward, not passed on.
     """
     return dataclasses.field(default=default, metadata={"help": help, "range": range, "scope": scope})
 
@@ -146,9 +145,9 @@ def parse(options: type[OptionsT], raw: Mapping[str, Any] | str | None, owner: s
 
     Args:
         options: The row's dataclass.
-        raw: A mapping, a string ``"key=value,key=value"`` as Hugging Face's Trainer takes it, or ``None``. Strings
-            inside a mapping are parsed by the option's type, too. Where the row has ``betas``, the single
-            ``beta1``, ``beta2``, ``beta3`` are understood.
+        raw: A mapping, a string ``"key=value,key=value"`` as in Hugging Face's Trainer, or ``None``. Strings inside a
+            mapping are parsed by the option's type, too. If the row has ``betas``, single ``beta1``, ``beta2`` and
+            ``beta3`` are understood.
         owner: The identifier, for error texts.
 
     Raises:
@@ -184,7 +183,7 @@ def as_mapping(raw: Mapping[str, Any] | str | None, owner: str, kind: str = Opti
 
 
 def split(text: str, owner: str) -> dict[str, str]:
-    """Splits ``"rank=64,betas=(0.9, 0.99)"`` at the commas outside of brackets and quotes."""
+    """Splits ``"rank=64,betas=(0.9, 0.99)"`` at commas outside of brackets and quotes."""
     pairs: dict[str, str] = {}
     depth, start, quote = 0, 0, ""
     pieces = []
@@ -221,7 +220,7 @@ def split(text: str, owner: str) -> dict[str, str]:
 
 
 def coerce(options: type[Options], name: str, value: Any, owner: str) -> Any:
-    """Returns ``value`` as the declared type of the option ``name``, its range checked.
+    """Returns ``value`` converted to the type of the option ``name``, with its range checked.
 
     Raises:
         InvalidOption: If the row has no such option, or the value does not fit.
@@ -266,7 +265,7 @@ def _finite(number: float) -> str:
 
 
 def _instead_of(piece: str, before: Mapping[str, str]) -> str:
-    """Returns what to write in place of a piece of options without a name."""
+    """Returns what to write instead of an option without a name."""
     if piece.isidentifier():
         return f"write '{piece}=True', or another value, as in 'name=value,name=value'"
     last = next(reversed(list(before)), None)
@@ -288,13 +287,13 @@ def _allowed(options: type[Options]) -> str:
 
 
 def _merge_single_betas(options: type[Options], given: dict[str, Any], owner: str) -> dict[str, Any]:
-    """Folds ``beta1=0.9`` into ``betas``, as Hugging Face's names for AdEMAMix have it."""
+    """Folds ``beta1=0.9`` into ``betas``, as Hugging Face does for AdEMAMix."""
     fields = {field.name: field for field in dataclasses.fields(options)}
     if "betas" not in fields:
         return given
     default: Any = fields["betas"].default
     if not isinstance(default, tuple):
-        # By dotted path: a class may want them, or take one number.
+        # By dotted path, betas may be required or a single number.
         return given
     betas = list(default)
     names = [f"beta{index + 1}" for index in range(len(betas)) if f"beta{index + 1}" in given]

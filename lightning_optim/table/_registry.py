@@ -26,15 +26,15 @@ ENTRY_POINT_GROUP = "lightning_optim.optimizers"
 
 _COUPLED = "LBFGS evaluates the model several times for one step over all parameters"
 
-# Arguments of a class given by dotted path that are not options: they have a parameter of their own.
+# Arguments of a dotted path's class that are not options: they are separate arguments.
 _NOT_OPTIONS = ("lr", "weight_decay")
 
 
 class Registry(Mapping[str, OptimizerSpec]):
     """The identifiers and their rows, as a read-only mapping.
 
-    Aliases count as identifiers, and so does the ``_layerwise`` form of each, whose row is derived when it is asked
-    for; :attr:`plain` is the mapping without those. A dotted path is no identifier: :meth:`find` makes its row.
+    Aliases are identifiers, too, and so are the ``_layerwise`` forms, whose rows are derived on demand; :attr:`plain`
+    is the mapping without those. A dotted path is not an identifier: :meth:`find` makes its row.
 
     Plugins are looked up in the entry-point group ``lightning_optim.optimizers`` on first use; each entry point is an
     :class:`OptimizerSpec` or an iterable of them.
@@ -54,7 +54,7 @@ class Registry(Mapping[str, OptimizerSpec]):
         return MappingProxyType(self._specs)
 
     def register(self, spec: OptimizerSpec) -> None:
-        """Adds a row under its name and its aliases, and its ``_layerwise`` form with it.
+        """Adds a row under its name and aliases, with its ``_layerwise`` form.
 
         Raises:
             DuplicateOptimizer: If one of these names is taken, or ends in ``_layerwise``.
@@ -76,13 +76,13 @@ class Registry(Mapping[str, OptimizerSpec]):
         """Returns the row of the identifier ``name``.
 
         Raises:
-            UnknownOptimizer: If it is none; a ``KeyError``, too.
+            UnknownOptimizer: If it is not an identifier; also a ``KeyError``.
         """
         if not isinstance(name, str):
             raise UnknownOptimizer(
                 f"an optimizer is named by a string such as 'adamw_torch', got {name!r} ({type(name).__name__})"
             )
-        # Plugins after the table's own rows: one that is broken must not stop who does not use it.
+        # Plugins after the built-in rows: a broken one must not affect those who do not use it.
         base = _base(name)
         if base not in self._specs:
             self._load_plugins()
@@ -106,7 +106,7 @@ class Registry(Mapping[str, OptimizerSpec]):
         if base != name and (base in self or "." in base):
             return layerwise_row(self.find(base))
         if isinstance(name, str) and "." in name and name not in self:
-            # A class of ours that projects has to be told what: its row does that.
+            # Our projecting classes need to know what to project: their rows see to that.
             rows = (spec for spec in self._specs.values() if spec.projects)
             return next((spec for spec in rows if spec.implementation == name), None) or self._by_path(name)
         return self[name]
@@ -128,7 +128,7 @@ class Registry(Mapping[str, OptimizerSpec]):
 
     def _unknown(self, name: str) -> str:
         if "." in name:
-            return f"{name!r} is a dotted path, which is no identifier. REGISTRY.find({name!r}) makes its row."
+            return f"{name!r} is a dotted path, not an identifier. REGISTRY.find({name!r}) makes its row."
         base = name.removesuffix(SUFFIX)
         suffix = name[len(base) :]
         others = [other for other, spec in self._specs.items() if not (suffix and spec.coupled)]
@@ -140,11 +140,11 @@ class Registry(Mapping[str, OptimizerSpec]):
         )
 
     def known_as(self, name: str) -> str:
-        """Returns the identifier that builds the class which ``name`` is the dotted path of; else ``name``."""
+        """Returns the identifier of the class with the dotted path ``name``, or ``name`` if there is none."""
         return next((row.name for row in self._specs.values() if row.target.replace(":", ".") == name), name)
 
     def _by_path(self, path: str) -> OptimizerSpec:
-        """Returns a row made for a class; its states are those of the row that builds the same class."""
+        """Returns a row for a class, with the state format of the row that builds the same class."""
         spec, known = spec_from_path(path), self.known_as(path)
         if known != path:
             spec = dataclasses.replace(spec, state_format=self._specs[known].state_format)
@@ -175,13 +175,13 @@ class Registry(Mapping[str, OptimizerSpec]):
 
 
 def _base(name: str) -> str:
-    """Returns the name without the suffix that derives a row, which is taken once."""
+    """Returns the name without the ``_layerwise`` suffix; a doubled suffix is not removed."""
     base = name.removesuffix(SUFFIX)
     return name if base.endswith(SUFFIX) else base
 
 
 def spec_from_path(path: str) -> OptimizerSpec:
-    """Makes a row for any optimizer class of any installed package, its options read from the signature.
+    """Makes a row for any optimizer class of any installed package, with options from its signature.
 
     Raises:
         MissingDependency: If the package is not installed.
@@ -190,7 +190,7 @@ def spec_from_path(path: str) -> OptimizerSpec:
     """
     module_name, _, class_name = path.rpartition(".")
     package = module_name.partition(".")[0]
-    # A module that runs as a script has no spec to find, but is imported.
+    # A module running as a script has no spec, but is imported.
     if not package or (sys.modules.get(package) is None and importlib.util.find_spec(package) is None):
         raise MissingDependency(
             f"optim={path!r}: no package {package!r} is installed. Install the package that provides it, or use a name "
@@ -205,7 +205,7 @@ def spec_from_path(path: str) -> OptimizerSpec:
         raise UnknownOptimizer(f"optim={path!r} is no subclass of torch.optim.Optimizer but {loaded!r}")
     if callable(getattr(loaded, "train", None)) and callable(getattr(loaded, "eval", None)):
         raise UnknownOptimizer(
-            f"optim={path!r} has to be switched between training and evaluation, which a dotted path cannot do; use "
+            f"optim={path!r} has to be switched between training and evaluation, which dotted paths cannot do; use "
             "optim='schedule_free_adamw', 'schedule_free_radam' or 'schedule_free_sgd'"
         )
     parameters = inspect.signature(loaded).parameters
@@ -222,7 +222,7 @@ def spec_from_path(path: str) -> OptimizerSpec:
         decays="weight_decay" in parameters,
         state=None,
         coupled=_COUPLED if issubclass(loaded, LBFGS) else "",
-        # Nothing is known about these; torch's own checks at the first step are all there is.
+        # Unknown for such classes: only torch's checks in the first step apply.
         sparse=True,
         complex=True,
         sharded=True,
@@ -269,7 +269,7 @@ def _options_from_signature(class_name: str, parameters: Mapping[str, inspect.Pa
 def _type_of(default: Any) -> Any:
     if isinstance(default, (bool, float, str)):
         return type(default)
-    # A default such as momentum=0 says only that a number is meant.
+    # A default such as momentum=0 may mean any number.
     return int | float if isinstance(default, int) else Any
 
 
@@ -277,13 +277,13 @@ REGISTRY = Registry(ROWS)
 
 
 def refuse_unknown(where: str, given: Mapping[str, Any], allowed: Collection[str], optim: object) -> None:
-    """Raises :class:`InvalidOption` if there are arguments that nobody takes, with what to write in their place.
+    """Raises :class:`InvalidOption` if there are unknown arguments, with what to write instead.
 
     Args:
         where: What was called.
-        given: The arguments that were given.
-        allowed: Those that it knows.
-        optim: The identifier that was asked for; its options are among what may be meant.
+        given: The given arguments.
+        allowed: The known ones.
+        optim: The requested identifier, whose options may be meant.
     """
     unknown = {name: value for name, value in given.items() if name not in allowed}
     if unknown:

@@ -1,4 +1,4 @@
-"""A row of the table: everything the pipeline has to know about an optimizer, as frozen data."""
+"""A row of the table: everything that the pipeline knows about an optimizer, as frozen data."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ Warmup = Literal["schedule", "optimizer", "none"]
 
 @dataclass(frozen=True)
 class Buffer:
-    """A state tensor that the optimizer keeps per parameter, of its shape unless ``elements`` says otherwise.
+    """A state tensor that the optimizer keeps per parameter, of its shape unless ``elements`` is given.
 
     Attributes:
         name: Key in the optimizer's state.
-        float32: True if it is stored in float32 where the parameter's dtype is narrower; else it has that dtype. A
-            function tells it from the options.
+        float32: True if it is stored in float32 where the parameter's dtype is narrower; else it has that dtype. May be
+            a function of the options.
         copies: How many tensors of the parameter's shape it holds.
-        when: Tells from the options whether it exists; ``None`` means always.
+        when: Whether it exists, as a function of the options; ``None`` means always.
         low_precision_only: True if it exists only for parameters of two bytes per element (bfloat16, float16).
-        elements: Tells its number of elements from the parameter's shape and the options, 0 if it does not exist;
-            ``None`` means as many as the parameter has.
+        elements: Its number of elements, as a function of the parameter's shape and the options, 0 if it does not
+            exist; ``None`` means as many as the parameter has.
         quantized: False if it stays unquantized where the row quantizes its states.
-        element_size: Tells the bytes per element from the options where they say so; ``None`` means as above.
+        element_size: Bytes per element, as a function of the options; ``None`` means as above.
     """
 
     name: str
@@ -44,11 +44,9 @@ class Buffer:
     element_size: Callable[[Any], int] | None = None
 
     def is_float32(self, options: Options, bits: int | None = None) -> bool:
-        """Whether it is stored in float32 where the parameter's dtype is narrower.
+        """Whether it is float32 where the parameter's dtype is narrower.
 
-        Args:
-            options: The options.
-            bits: The group's ``optim_bits``; 32 keeps the state in float32, unless the options say what it is in.
+        The group's ``optim_bits``, ``bits=32``, keep the state in float32 unless the options decide its dtype.
         """
         return self.float32(options) if callable(self.float32) else self.float32 or bits == 32
 
@@ -65,10 +63,10 @@ class Quantization:
 
     Attributes:
         bits: Bits per element.
-        block_size: Elements per float32 scale, or the name of the option that says so.
+        block_size: Elements per float32 scale; a number or the name of an option.
         min_size: Parameters with fewer elements stay unquantized; a number or the name of an option.
-        whole_blocks: True if a size that is no multiple of the block size stays unquantized.
-        table_bytes: Bytes of the lookup table stored beside each tensor (0 if it is shared).
+        whole_blocks: True if a parameter whose size is not a multiple of the block size stays unquantized.
+        table_bytes: Bytes of the lookup table stored with each tensor (0 if it is shared).
     """
 
     bits: int
@@ -80,12 +78,12 @@ class Quantization:
 
 @dataclass(frozen=True)
 class StateLayout:
-    """What an optimizer stores, enough to count its bytes without allocating them.
+    """What an optimizer stores, in enough detail to count its bytes without allocating them.
 
     Attributes:
         buffers: Tensors per parameter.
         scalar_bytes: Bytes per parameter tensor for counters: 0-dim tensors in float32.
-        counters: Keys of those besides ``step``. torch would load them in the parameter's dtype.
+        counters: Their keys, except ``step``. torch would load them in the parameter's dtype.
         scalars_like_parameter: Number of 0-dim tensors per parameter tensor in the parameter's dtype.
         quantization: How the buffers are quantized, if they are.
     """
@@ -98,10 +96,7 @@ class StateLayout:
 
     @property
     def always(self) -> dict[str, int | None]:
-        """What it stores whatever the options and the parameter: tensors of the parameter's shape by key, or a count.
-
-        The number says how many such tensors; ``None`` stands for a counter.
-        """
+        """What it always stores, by key: the number of tensors of the parameter's shape, or ``None`` for a counter."""
         counters = ("step", *self.counters) if self.scalar_bytes else ()
         return dict.fromkeys(counters) | {
             buffer.name: buffer.copies
@@ -116,12 +111,12 @@ class OptimizerSpec:
 
     Attributes:
         name: The identifier.
-        target: The class we build, ``"package.module:Class"``; imported only when the identifier is built.
+        target: The class to build, ``"package.module:Class"``; imported only when the identifier is built.
         summary: One line.
         source: Paper or library the algorithm comes from.
         options: The dataclass that declares the options.
-        default_lr: Learning rate when the user gives none; ``None`` if one must be given.
-        default_weight_decay: Weight decay when the user gives none.
+        default_lr: Default learning rate; ``None`` if one must be given.
+        default_weight_decay: Default weight decay.
         state: What it stores.
         wraps: The upstream class if ``target`` is an adapter of ours, else empty.
         requirements: Packages it needs beyond torch.
@@ -129,11 +124,11 @@ class OptimizerSpec:
         fixed: Constructor arguments that make this row what it is, such as ``optim_bits=8``.
         aliases: Other names of the same row.
         devices: Device types it runs on; ``None`` means every device.
-        warmup: Who warms the learning rate up: a schedule, the optimizer itself (its constructor takes
-            ``warmup_steps``), or nobody because the algorithm needs none.
+        warmup: What warms up the learning rate: a schedule, the optimizer (its constructor takes ``warmup_steps``), or
+            nothing because the algorithm needs no warm-up.
         decays: False if the class takes no ``weight_decay``.
-        averages_weights: True if the weights to evaluate and save are an average that the optimizer keeps, so that it
-            has to be switched between training and evaluation.
+        averages_weights: True if the weights to evaluate and save are an average kept by the optimizer, which must then
+            be switched between training and evaluation.
         sparse: True if it can step sparse gradients.
         complex: True if it can step complex parameters.
         sharded: True if it gives the right result on DTensor parameters (FSDP2, tensor parallelism).
@@ -141,17 +136,17 @@ class OptimizerSpec:
             has no epsilon that float16 rounds to zero.
         compiles: True if it calls torch.compile in its step, which on CPU needs a C++ compiler.
         layerwise: True if it is stepped during backward, bucket by bucket (``_layerwise`` at the end of its name).
-        lists_layerwise: True if ``lightning-optim list`` shows its ``_layerwise`` form, because Hugging Face's users
-            know it as a name of its own.
+        lists_layerwise: True if ``lightning-optim list`` shows its ``_layerwise`` form, which is also a Hugging Face
+            name.
         projects: True if it projects the gradients of chosen matrices (``optim_target_modules``) to a ``rank``.
         coupled: Why one parameter cannot be stepped without the others, or empty if it can.
         xla: Why it cannot run on XLA devices, or empty if it can.
         choices: Identifiers of which this one takes the first that can run; none of them has choices itself.
-        fallbacks: Identifiers that come nearest to this one; ``optim_fallback=True`` takes the first that can run.
+        fallbacks: The closest identifiers; ``optim_fallback=True`` takes the first that can run.
         paged_on: Device types on which its states are paged, for a row that promises it; ``None`` for others.
-        state_format: What its state holds and how, with the number of the format; checkpoints move between rows of one
-            format, and no others. Empty if nothing but its own class reads it: its dotted path.
-        kin: Identifiers of the same algorithm, for a row that was made for a dotted path.
+        state_format: Name and version of its state's format; checkpoints move only between rows of one format. Empty
+            means the class's dotted path: only the same class reads it.
+        kin: Identifiers of the same algorithm, for a row made for a dotted path.
         note: A limitation worth a line in ``info`` and the docs.
     """
 
@@ -210,14 +205,14 @@ class OptimizerSpec:
         return (self.devices is None or devices <= self.devices) and not (self.xla and "xla" in devices)
 
     def availability(self) -> Availability:
-        """Returns whether the packages are there, without importing them."""
+        """Returns whether the packages are usable, without importing them."""
         return availability.check(self.requirements)
 
     def load(self, nearest: Sequence[str] = ()) -> type[Optimizer]:
         """Imports and returns the class.
 
         Args:
-            nearest: Identifiers to offer in its place if it cannot be imported.
+            nearest: Identifiers to suggest instead if it cannot be imported.
 
         Raises:
             MissingDependency: If a package is absent, too old, known to be wrong, or cannot be imported.
@@ -228,7 +223,7 @@ class OptimizerSpec:
         except ImportError as error:
             if not self.requirements:
                 raise
-            # Found by name only until now: it may have been built without its kernels, or for another torch.
+            # So far only its name was found: it may have been built without its kernels, or for another torch.
             commands = "; ".join(requirement.install_command for requirement in self.requirements)
             reason = f"its package is installed, but importing it fails ({error}): {commands}"
             raise availability.missing(self.name, (reason,), nearest) from error

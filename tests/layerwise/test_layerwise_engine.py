@@ -551,7 +551,7 @@ class TestRefusals:
 
     def test_twice(self) -> None:
         optimizer = build("adamw_torch_layerwise")[1]
-        with pytest.raises(IncompatibleTrainer, match=r"this AdamW is layerwise already: Layerwise.of\(optimizer\)"):
+        with pytest.raises(IncompatibleTrainer, match=r"this AdamW is already layerwise: Layerwise.of\(optimizer\)"):
             Layerwise(optimizer)
 
     @pytest.mark.parametrize("size", [-1, -0.001, float("inf"), float("nan")])

@@ -508,9 +508,9 @@ def test_block_size_defaults_to_torchao_s_own() -> None:
 # Arguments of upstream constructors that no row offers, and why.
 NOT_OFFERED = {
     "params": "the groups",
-    "lr": "an argument of its own",
-    "weight_decay": "an argument of its own",
-    "warmup_steps": "an argument of its own",
+    "lr": "a separate argument",
+    "weight_decay": "a separate argument",
+    "warmup_steps": "a separate argument",
     "differentiable": "autograd through the step; Lightning steps under no_grad",
     "fused": "a row of its own: adamw_torch_fused",
     "args": "bitsandbytes: a namespace in place of keyword arguments",

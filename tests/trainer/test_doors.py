@@ -155,8 +155,8 @@ class TestNamesOfOthers:
     @pytest.mark.parametrize(
         ("name", "text", "remedy"),
         [
-            ("adamw_torch", "lr=1e-4", "an argument of its own: write lr='1e-4' beside optim_args"),
-            ("schedule_free_adamw", "warmup_steps=10", "write warmup_steps='10' beside optim_args"),
+            ("adamw_torch", "lr=1e-4", "a separate argument: write lr='1e-4' next to optim_args"),
+            ("schedule_free_adamw", "warmup_steps=10", "write warmup_steps='10' next to optim_args"),
             ("adamw_torch", "adam_beta1=0.9,adam_epsilon=1e-6", "Write beta1='0.9'"),
             ("adamw_torch", "fused=True", "use optim='adamw_torch_fused'"),
             ("adamw_8bit", "percentile_clipping=95", r"set Trainer(gradient_clip_val=...)"),

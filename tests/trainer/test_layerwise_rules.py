@@ -604,7 +604,7 @@ def test_a_weight_whose_old_value_is_needed_after_its_step_is_found(name: str) -
     model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64))
     optimizer = build_optimizer(model, name, lr=0.1, optim_args={"bucket_mb": 0})
     hidden = nn.functional.linear(model[0](torch.ones(2, 64)), model[1].weight.detach())
-    with pytest.raises(IncompatibleTrainer, match=r"stepped already.*weight.detach\(\)"):
+    with pytest.raises(IncompatibleTrainer, match=r"already been stepped.*weight.detach\(\)"):
         Layerwise.of(optimizer).backward(model[1](hidden).square().sum())
     assert all(parameter.grad is None for parameter in model.parameters())
 

@@ -1,7 +1,7 @@
 """Writes the parts of the pages that are generated from the tables, into docs/generated/.
 
 ``identifiers.md`` and ``schedules.md`` are included by the pages of the same names, ``formats.md`` by
-``checkpoints.md``.
+``checkpoints.md``, ``arguments.md`` by ``migrating.md``.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from lightning_optim import OptimizerSpec
-from lightning_optim.build import SCHEDULES
+from lightning_optim.build import CARRIED, PLACES, SCHEDULES, TRAINING_ARGUMENTS, TrainingArgument
 from lightning_optim.command import Facts, describe_options, markdown_table, view
 from lightning_optim.table import ROWS
 
@@ -38,6 +38,23 @@ def main(target: Path) -> None:
     (target / "identifiers.md").write_text("\n".join(identifiers()) + "\n", encoding="utf-8")
     (target / "schedules.md").write_text("\n".join(schedules()) + "\n", encoding="utf-8")
     (target / "formats.md").write_text("\n".join(formats()) + "\n", encoding="utf-8")
+    (target / "arguments.md").write_text("\n".join(arguments()) + "\n", encoding="utf-8")
+
+
+def arguments() -> Iterator[str]:
+    """Yields the lines of the tables of Hugging Face's arguments: the converted ones, then the others by place."""
+    for places in (CARRIED, *((place,) for place in PLACES if place not in CARRIED)):
+        rows = [row for row in TRAINING_ARGUMENTS.values() if row.place in places]
+        header = ("`TrainingArguments`", "default there", "here", "of")
+        width = 4 if places == CARRIED else 3
+        if places != CARRIED:
+            yield from ("", "Without a counterpart:" if places == ("none",) else f"Yours, in {PLACES[places[0]]}:", "")
+        yield from markdown_table(header[:width], (_argument(row)[:width] for row in rows))
+
+
+def _argument(row: TrainingArgument) -> tuple[str, ...]:
+    name = f"{_code(row.name)}, dropped" if row.former else _code(row.name)
+    return name, _code(repr(row.default)), row.here, PLACES[row.place]
 
 
 def formats() -> Iterator[str]:

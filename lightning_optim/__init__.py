@@ -13,7 +13,15 @@ from typing import TYPE_CHECKING, Any
 
 from lightning_optim._moved import keep_old_paths as _keep_old_paths
 from lightning_optim.build import WATCHERS as _WATCHERS
-from lightning_optim.build import OptimArguments, OptimConfig, build_optimizer, build_schedule
+from lightning_optim.build import (
+    Conversion,
+    OptimArguments,
+    OptimConfig,
+    Remark,
+    build_optimizer,
+    build_schedule,
+    convert_training_arguments,
+)
 from lightning_optim.errors import (
     DuplicateOptimizer,
     IncompatibleTrainer,
@@ -67,6 +75,7 @@ __all__ = [
     "REGISTRY",
     "Buffer",
     "Clipping",
+    "Conversion",
     "DuplicateOptimizer",
     "FusedDDPStrategy",
     "FusedMixedPrecision",
@@ -91,6 +100,7 @@ __all__ = [
     "Options",
     "PJRTAccelerator",
     "Quantization",
+    "Remark",
     "Replicas",
     "Requirement",
     "ScheduleFreeCallback",
@@ -103,6 +113,7 @@ __all__ = [
     "XLASyncFreeStrategy",
     "build_optimizer",
     "build_schedule",
+    "convert_training_arguments",
     "option",
     "register",
 ]

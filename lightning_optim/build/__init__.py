@@ -1,6 +1,7 @@
 """From a request to an optimizer and its schedule, without Lightning. ``_factory.py`` is the pipeline: read it first.
 
-The request and its checks (``rules/``), the schedules, the bytes of a state, what a resumed state dict may hold.
+The request and its checks (``rules/``), what Hugging Face's arguments are here, the schedules, the bytes of a state,
+what a resumed state dict may hold.
 Nothing here imports Lightning; a rule that needs the Trainer is given plain facts.
 """
 
@@ -17,8 +18,10 @@ from lightning_optim.build._arguments import (
     takes_arguments,
 )
 from lightning_optim.build._config import OptimConfig
+from lightning_optim.build._conversion import Conversion, Remark
 from lightning_optim.build._curves import MODULE_SCHEDULE, SCHEDULES, PlateauOptions, get_schedule
 from lightning_optim.build._factory import WATCHERS, ResolvedOptimizer, build_optimizer, built_by, resolve
+from lightning_optim.build._from_transformers import convert_training_arguments
 from lightning_optim.build._memory import measured_bytes, parameter_bytes, state_bytes
 from lightning_optim.build._module_schedule import FollowingSchedule, peak_rate
 from lightning_optim.build._plain import plain, storable
@@ -32,19 +35,25 @@ from lightning_optim.build._schedules import (
     make_schedule,
     resolve_warmup,
 )
+from lightning_optim.build._training_arguments import CARRIED, DIALECTS, PLACES, TRAINING_ARGUMENTS, TrainingArgument
 from lightning_optim.build.rules import TrainerFacts
 
 __all__ = [
     "ARGUMENTS",
+    "CARRIED",
+    "DIALECTS",
     "INITIAL_LR",
     "KERNEL",
     "LR",
     "MODULE_SCHEDULE",
+    "PLACES",
     "SCHEDULE",
     "SCHEDULES",
+    "TRAINING_ARGUMENTS",
     "WATCHERS",
     "Argument",
     "Companions",
+    "Conversion",
     "FollowingSchedule",
     "KnowsItsName",
     "NamedSchedule",
@@ -52,12 +61,15 @@ __all__ = [
     "OptimConfig",
     "OptimizerArguments",
     "PlateauOptions",
+    "Remark",
     "ResolvedOptimizer",
     "TrainerFacts",
+    "TrainingArgument",
     "build_optimizer",
     "build_schedule",
     "built_by",
     "comparable",
+    "convert_training_arguments",
     "get_schedule",
     "long_warmup",
     "make_multiplier",

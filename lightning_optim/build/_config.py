@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import warnings
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ from lightning_optim.build import _trust as trust
 from lightning_optim.build import rules
 from lightning_optim.build._arguments import ARGUMENTS, Arguments
 from lightning_optim.build._curves import get_schedule
+from lightning_optim.build._from_transformers import convert_training_arguments
 from lightning_optim.build._plain import plain
 from lightning_optim.build._resume import as_overrides
 from lightning_optim.build._schedules import parse_warmup
@@ -76,6 +78,22 @@ class OptimConfig(Arguments):
         self._absorb_weight_decay()
         options = parse(spec.options, self.optim_args, self.optim)
         rules.check_config(rules.Request(spec, self, options))
+
+    @classmethod
+    def from_transformers(cls, args: Any) -> OptimConfig:
+        """Returns the optimizer and schedule of Hugging Face's ``TrainingArguments``.
+
+        Its Trainer clips, accumulates and counts epochs, too: :func:`~lightning_optim.convert_training_arguments` gives
+        the counterparts of all arguments. What cannot be the same here is said in a warning.
+
+        Args:
+            args: The object, a mapping, or the path of a JSON or YAML file.
+        """
+        conversion = convert_training_arguments(args)
+        for remark in conversion.remarks:
+            if remark.place == "optimizer" and remark.kind in ("differs", "none"):
+                warnings.warn(f"{remark.given}: {remark.text}", stacklevel=2)
+        return cls(**conversion.optim)
 
     @property
     def spec(self) -> OptimizerSpec:

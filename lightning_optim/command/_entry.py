@@ -7,6 +7,7 @@ import sys
 from collections.abc import Sequence
 
 from lightning_optim import __version__
+from lightning_optim.command import _convert as convert
 from lightning_optim.command import _doctor as doctor
 from lightning_optim.command import _info as info
 from lightning_optim.command import _listing as listing
@@ -52,7 +53,16 @@ def _parser() -> argparse.ArgumentParser:
     exits = "Exits with 1 if an identifier for these devices cannot run."
     subparsers.add_parser("doctor", help=f"{shown}, and what to install", description=f"Shows {shown}. {exits}")
 
-    for module, subparser in zip((listing, info, doctor), subparsers.choices.values(), strict=True):
+    subparser = subparsers.add_parser(
+        "convert",
+        help="Hugging Face's TrainingArguments to a configuration file",
+        description="Converts Hugging Face's TrainingArguments to a configuration file for OptimCLI. Its comments say "
+        "what is not simply written.",
+    )
+    subparser.add_argument("file", metavar="FILE", help="JSON or YAML, of LLaMA-Factory or axolotl, too; only read")
+    subparser.add_argument("--output", metavar="FILE", help="write the configuration there, and print the remarks")
+
+    for module, subparser in zip((listing, info, doctor, convert), subparsers.choices.values(), strict=True):
         subparser.set_defaults(subcommand_module=module)
         subparser.add_argument("--json", action="store_true", help="print JSON for scripts instead of text")
     return parser

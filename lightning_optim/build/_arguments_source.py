@@ -18,6 +18,7 @@ from lightning_optim.build._training_arguments import DIALECTS, TRAINING_ARGUMEN
 from lightning_optim.errors import InvalidOption, listing
 from lightning_optim.table import convert
 
+_SECRETS = ("token", "key", "password", "secret")
 _PICKLES = (".bin", ".pt", ".pth", ".pkl")
 
 
@@ -80,11 +81,6 @@ class Source:
         """Whether somebody chose the argument, and for something that its default does not do."""
         return name in self.given and not TRAINING_ARGUMENTS[name].is_quiet(self.values[name])
 
-    def shown(self, name: str) -> Any:
-        """Returns the value for others to see: that of a token is nobody's business."""
-        value = self.value(name)
-        return "..." if name.endswith("_token") and value else value
-
     def name(self, name: str) -> str:
         """Returns what the source calls an argument."""
         return self.called.get(name, name)
@@ -130,7 +126,7 @@ def _from_object(args: Any) -> Source:
 
 def _from_mapping(held: Mapping[Any, Any], where: str) -> Source:
     # An empty value, `max_steps:`, asks for the default.
-    held = {str(key): value for key, value in storable(dict(held)).items() if value is not None}
+    held = {str(key): _without_secrets(str(key), value) for key, value in held.items() if value is not None}
     dialect = next((one for one in DIALECTS if one.marks & held.keys()), TRANSFORMERS)
     source = Source(dialect)
     for key, value in held.items():
@@ -149,6 +145,16 @@ def _from_mapping(held: Mapping[Any, Any], where: str) -> Source:
     return source
 
 
+def _without_secrets(key: str, value: Any) -> Any:
+    """Returns a plain value, which may be shown and written to a file."""
+    value = storable(value)
+    if isinstance(value, dict):
+        return {name: _without_secrets(str(name), item) for name, item in value.items()}
+    # to_dict() shows tokens, those that are not set, too, in this way.
+    hidden = isinstance(value, str) and key.endswith(_SECRETS) and value != f"<{key.upper()}>"
+    return "..." if hidden else value
+
+
 def _read_file(path: Path) -> Mapping[Any, Any]:
     import yaml  # type: ignore[import-untyped]  # Lightning needs it, too.
 
@@ -160,7 +166,7 @@ def _read_file(path: Path) -> Mapping[Any, Any]:
     is_json = path.suffix == ".json"
     try:
         text = path.read_text(encoding="utf-8")
-        held = json.loads(text) if is_json else yaml.safe_load(text)
+        held = storable(json.loads(text) if is_json else yaml.safe_load(text))
     except OSError as error:
         raise InvalidOption(f"cannot read {path}: {error.strerror}") from error
     except (ValueError, RecursionError, yaml.YAMLError) as error:

@@ -45,7 +45,8 @@ class Conversion:
         dialect: Whose keys the source has: ``"transformers"``, ``"axolotl"`` or ``"LLaMA-Factory"``.
         optim: Arguments of :class:`~lightning_optim.OptimConfig`, :class:`~lightning_optim.OptimMixin` and
             :class:`~lightning_optim.OptimCallback`.
-        trainer: Arguments of ``Trainer``; ``callbacks`` as a configuration file has them.
+        trainer: Arguments of ``Trainer``.
+        checkpoint: Arguments of a ``ModelCheckpoint`` to give the Trainer; empty for Lightning's own.
         seed: For ``seed_everything``.
         written: The arguments that are written, as the source calls them.
         remarks: What is not simply written.
@@ -55,6 +56,7 @@ class Conversion:
     dialect: str
     optim: dict[str, Any]
     trainer: dict[str, Any]
+    checkpoint: dict[str, Any]
     seed: int
     written: tuple[str, ...]
     remarks: tuple[Remark, ...]
@@ -63,7 +65,9 @@ class Conversion:
     @property
     def config(self) -> dict[str, Any]:
         """What a configuration file of :class:`~lightning_optim.OptimCLI` holds."""
-        return dict(storable({"seed_everything": self.seed, **self.optim, "trainer": self.trainer}))
+        callbacks = [{"class_path": "lightning.pytorch.callbacks.ModelCheckpoint", "init_args": self.checkpoint}]
+        trainer = self.trainer | ({"callbacks": callbacks} if self.checkpoint else {})
+        return dict(storable({"seed_everything": self.seed, **self.optim, "trainer": trainer}))
 
     def as_yaml(self) -> str:
         """Returns :attr:`config` as a file for ``--config``."""

@@ -22,7 +22,6 @@ from lightning_optim.table import REGISTRY, OptimizerSpec, as_mapping, coerce, c
 _BETAS = ("beta1", "beta2", "beta3")
 _SAVING = ("save_strategy", "save_steps", "save_total_limit", "save_only_model", "load_best_model_at_end")
 _BEST = ("metric_for_best_model", "greater_is_better")
-_CHECKPOINT = "lightning.pytorch.callbacks.ModelCheckpoint"
 
 
 def convert_training_arguments(args: Any) -> Conversion:
@@ -50,6 +49,7 @@ class _Translation:
         self._source = source
         self._optim: dict[str, Any] = {}
         self._trainer: dict[str, Any] = {}
+        self._checkpoint: dict[str, Any] = {}
         self._written: dict[str, None] = {}
         self._remarks: list[Remark] = []
 
@@ -64,7 +64,16 @@ class _Translation:
         written = tuple(map(source.name, self._written))
         said = {*written, *(name for remark in self._remarks for name in remark.values)}
         silent = tuple(key for key in source.called.values() if key not in said)
-        return Conversion(source.dialect.name, self._optim, self._trainer, seed, written, tuple(self._remarks), silent)
+        return Conversion(
+            dialect=source.dialect.name,
+            optim=self._optim,
+            trainer=self._trainer,
+            checkpoint=self._checkpoint,
+            seed=seed,
+            written=written,
+            remarks=tuple(self._remarks),
+            silent=silent,
+        )
 
     # What becomes of an argument.
 
@@ -76,7 +85,7 @@ class _Translation:
         self._written |= dict.fromkeys(name for name in names if name in self._source.values)
 
     def _remark(self, kind: Kind, text: str, *names: str) -> None:
-        values = {self._source.name(name): self._source.shown(name) for name in names}
+        values = {self._source.name(name): self._source.value(name) for name in names}
         self._remarks.append(Remark(kind, values, text, TRAINING_ARGUMENTS[names[0]].place))
 
     def _unused(self, text: str, *names: str) -> None:
@@ -164,12 +173,12 @@ class _Translation:
         options = source.mapping("lr_scheduler_kwargs")
         if spec.averages_weights:
             if name != "constant":
-                text = f"the schedule {name} changes the rate of a schedule-free optimizer there; here it follows none"
+                text = f"there, the schedule {name} scales a schedule-free optimizer's rate; here, it has no schedule"
                 self._remark("differs", text, "lr_scheduler_type")
-            self._unused("a schedule-free optimizer follows no schedule here", "lr_scheduler_kwargs")
+            self._unused("a schedule-free optimizer has no schedule here", "lr_scheduler_kwargs")
             warms_up = spec.warmup == "optimizer"
         elif name not in SCHEDULES:
-            text = f"there is no such schedule here: the rate stays as it is. Others: {listing(SCHEDULES)}"
+            text = f"there is no such schedule here, so none is written. There are {listing(SCHEDULES)}"
             self._remark("none", text, "lr_scheduler_type")
             self._unused("they belong to that schedule", "lr_scheduler_kwargs")
             warms_up = False
@@ -178,9 +187,7 @@ class _Translation:
             schedule, warms_up = SCHEDULES[name], SCHEDULES[name].warms_up
             if schedule.multiplier is None:
                 options["monitor"] = metric = self._metric() or "val_loss"
-                self._remark(
-                    "differs", f"log the metric {metric!r}, which it watches, in validation_step", "lr_scheduler_type"
-                )
+                self._remark("differs", f"it watches {metric!r}: log it in validation_step", "lr_scheduler_type")
             if describe(schedule.options):
                 self._wrote("lr_scheduler_kwargs")
             else:
@@ -191,7 +198,7 @@ class _Translation:
         if warmup and warms_up:
             self._write(self._optim, "warmup_steps", warmup, warmup_name)
             if not source.chose(warmup_name):
-                self._remark("differs", f"{source.dialect.name}'s default, there of 100 steps at most", warmup_name)
+                self._remark("differs", f"{source.dialect.name}'s default; there it is at most 100 steps", warmup_name)
         elif source.chose(warmup_name):
             self._unused("there is no warm-up with it here", warmup_name)
 
@@ -223,7 +230,7 @@ class _Translation:
         self._write(self._trainer, "max_epochs", math.ceil(epochs), "num_train_epochs")
         if epochs != math.ceil(epochs):
             text = (
-                "max_epochs takes whole epochs, and the schedule is as long. Write max_steps in its place: "
+                "max_epochs takes whole epochs, and the schedule lasts as long. Instead, write max_steps: "
                 f"{epochs:g} times the optimizer steps of an epoch, rounded up"
             )
             self._remark("differs", text, "num_train_epochs")
@@ -284,7 +291,7 @@ class _Translation:
             return int(steps)
         if "max_steps" in self._trainer:
             return math.ceil(int(self._trainer["max_steps"]) * steps)
-        self._remark("yours", "a part of the training; here write a number of steps", name)
+        self._remark("yours", "a fraction of the training; here, write a number of steps", name)
         return None
 
     def _checkpoints(self) -> None:
@@ -293,8 +300,8 @@ class _Translation:
         best = source.number("load_best_model_at_end", bool)
         if not source.chose(*_SAVING):
             if self._optim.get("lr_scheduler") != "reduce_lr_on_plateau":
-                self._unused("nothing is chosen by it", "metric_for_best_model")
-            self._unused("nothing is chosen by it", "greater_is_better")
+                self._unused("no checkpoint is chosen by it", "metric_for_best_model")
+            self._unused("no checkpoint is chosen by it", "greater_is_better")
             return
         self._wrote("save_strategy")
         if strategy == "no":
@@ -320,17 +327,17 @@ class _Translation:
             checkpoint |= {"monitor": metric, "mode": "max" if higher else "min"}
             self._wrote("load_best_model_at_end", "greater_is_better")
             text = (
-                f"log the metric {metric!r}, which it watches, in validation_step. The best weights are not loaded "
+                f"it watches {metric!r}: log it in validation_step. The best weights are not loaded "
                 "after training: Trainer.test(ckpt_path='best')"
             )
             self._remark("differs", text, "load_best_model_at_end" if best else "save_strategy")
         else:
             # The last ones, as there; without a metric Lightning keeps one.
             checkpoint |= {"monitor": "step", "mode": "max"} if limit else {}
-            self._unused("nothing is chosen by it", *_BEST)
+            self._unused("no checkpoint is chosen by it", *_BEST)
         if source.number("save_only_model", bool):
             self._write(checkpoint, "save_weights_only", True, "save_only_model")
-        self._trainer["callbacks"] = [{"class_path": _CHECKPOINT, "init_args": checkpoint}]
+        self._checkpoint = checkpoint
 
     def _logs(self) -> None:
         source = self._source

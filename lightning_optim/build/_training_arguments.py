@@ -15,20 +15,20 @@ Place = Literal[
     "optimizer", "trainer", "checkpoint", "run", "data", "module", "strategy", "logger", "command", "hub", "none"
 ]
 
-#: The places that the conversion writes to, and what the others are called.
+#: The places that the conversion writes to, and what all of them are called.
 CARRIED = ("optimizer", "trainer", "checkpoint", "run")
 PLACES: Mapping[str, str] = {
-    "optimizer": "the optimizer's arguments",
-    "trainer": "the Trainer",
-    "checkpoint": "the callback ModelCheckpoint",
-    "run": "the run",
-    "data": "your data",
-    "module": "your module",
-    "strategy": "the strategy",
-    "logger": "the logger",
-    "command": "the command line",
-    "hub": "the hub",
-    "none": "no counterpart",
+    "optimizer": "OptimMixin, OptimConfig",
+    "trainer": "Trainer",
+    "checkpoint": "ModelCheckpoint",
+    "run": "seed_everything",
+    "data": "In your data",
+    "module": "In your module",
+    "strategy": "By the strategy",
+    "logger": "By the logger",
+    "command": "On the command line",
+    "hub": "On the hub",
+    "none": "No counterpart",
 }
 
 
@@ -80,6 +80,16 @@ _FSDP = (
 )
 _HUB = "upload the checkpoint after training, with `huggingface_hub`"
 _TRACKIO = "give `Trainer(logger=...)` a logger of your own for trackio"
+
+_ACCELERATOR_CONFIG = {
+    "split_batches": False,
+    "dispatch_batches": None,
+    "even_batches": True,
+    "use_seedable_sampler": True,
+    "non_blocking": False,
+    "gradient_accumulation_kwargs": None,
+    "use_configured_state": False,
+}
 
 _ROWS = (
     # Optimizer and schedule.
@@ -171,7 +181,7 @@ _ROWS = (
     _Row("fsdp_transformer_layer_cls_to_wrap", None, "strategy", _FSDP, former=True),
     _Row("deepspeed", None, "strategy", "`--trainer.strategy deepspeed_stage_2`, or a DeepSpeedStrategy"),
     _Row("parallelism_config", None, "strategy", "`--trainer.strategy`, such as ModelParallelStrategy"),
-    _Row("accelerator_config", None, "strategy", "`Trainer(use_distributed_sampler=...)`, DataLoader"),
+    _Row("accelerator_config", None, "strategy", "Trainer(use_distributed_sampler=...)", quiet=(_ACCELERATOR_CONFIG,)),
     _Row("ddp_find_unused_parameters", None, "strategy", "`--trainer.strategy ddp_find_unused_parameters_true`"),
     _Row("ddp_bucket_cap_mb", None, "strategy", _DDP.format("bucket_cap_mb=...")),
     _Row("ddp_broadcast_buffers", None, "strategy", _DDP.format("broadcast_buffers=...")),

@@ -19,7 +19,7 @@ _HEADINGS = {
     "unused": "Without an effect there, so not written",
     "yours": "Yours to write elsewhere",
     "none": "No counterpart",
-    "unknown": "No arguments of the Trainer",
+    "unknown": "Not arguments of the Trainer",
 }
 
 
@@ -83,4 +83,7 @@ def _remarks(report: Facts) -> Iterator[list[str]]:
         if texts:
             yield [heading, *(line for text in texts for line in render.wrap(text, "  ", "  ", width))]
     if report["silent"]:
-        yield ["As there by default, nothing to write", *render.wrap(", ".join(report["silent"]), "  ", "", width)]
+        yield [
+            "At Hugging Face's default, nothing to write",
+            *render.wrap(", ".join(report["silent"]), "  ", "", width),
+        ]

@@ -14,6 +14,7 @@ import pytest
 import torch
 import transformers
 from torch.optim import Optimizer
+from transformers.trainer_pt_utils import AcceleratorConfig
 from transformers.training_args import OptimizerNames
 
 from lightning_optim import (
@@ -25,16 +26,8 @@ from lightning_optim import (
     convert_training_arguments,
 )
 from lightning_optim.build import DIALECTS, PLACES, TRAINING_ARGUMENTS
+from tests.hugging_face import Arguments, trainer_of
 from tests.models import TokenModel
-
-
-@dataclasses.dataclass
-class Arguments(transformers.TrainingArguments):
-    """The real ones, without a look for devices, for which they want accelerate."""
-
-    def __post_init__(self) -> None:
-        self.optim = OptimizerNames(self.optim)
-
 
 FIELDS = {field.name: field for field in dataclasses.fields(transformers.TrainingArguments)}
 
@@ -71,6 +64,12 @@ def test_defaults_are_those_of_the_installed_transformers() -> None:
         if TRAINING_ARGUMENTS[name].default != default:
             wrong[name] = (TRAINING_ARGUMENTS[name].default, default)
     assert not wrong, f"(row, transformers {transformers.__version__}): {wrong}"
+
+
+def test_what_post_init_puts_in_asks_for_nothing() -> None:
+    # With accelerate it makes such an object, and to_dict() a mapping of it.
+    made = Arguments().to_dict() | {"accelerator_config": AcceleratorConfig().to_dict()}
+    assert [name for name, value in made.items() if not TRAINING_ARGUMENTS[name].is_quiet(value)] == []
 
 
 def test_rows_say_where_and_what() -> None:
@@ -150,14 +149,6 @@ HYPERPARAMETERS = (
 )
 
 
-def theirs(model: torch.nn.Module, args: Arguments) -> Optimizer:
-    """Makes the optimizer by the Trainer's own method; a whole Trainer wants accelerate."""
-    trainer = object.__new__(transformers.Trainer)
-    trainer.args, trainer.model = args, model
-    trainer.optimizer = trainer.optimizer_cls_and_kwargs = None
-    return trainer.create_optimizer()
-
-
 def by_parameter(model: torch.nn.Module, optimizer: Optimizer) -> dict[str, dict[str, Any]]:
     groups = {id(parameter): group for group in optimizer.param_groups for parameter in group["params"]}
     return {name: groups[id(parameter)] for name, parameter in model.named_parameters()}
@@ -181,7 +172,7 @@ def test_every_optimizer_gets_what_it_gets_there(optim: str) -> None:
         return
     model, other = TokenModel(), TokenModel()
     try:
-        reference = theirs(other, copy.copy(args))
+        reference = trainer_of(other, copy.copy(args)).create_optimizer()
     except NEEDS_CUDA.get(optim, ()):
         return
     if optim in ("lomo", "adalomo"):
@@ -309,7 +300,9 @@ def test_arguments_and_their_counterparts(case: str) -> None:
     ],
 )
 def test_checkpoints(given: dict[str, Any], expected: dict[str, Any]) -> None:
-    (callback,) = convert_training_arguments(given).trainer["callbacks"]
+    conversion = convert_training_arguments(given)
+    assert conversion.checkpoint == expected
+    (callback,) = conversion.config["trainer"]["callbacks"]
     assert callback == {"class_path": "lightning.pytorch.callbacks.ModelCheckpoint", "init_args": expected}
 
 
@@ -319,7 +312,7 @@ def test_checkpoints(given: dict[str, Any], expected: dict[str, Any]) -> None:
         ({"num_train_epochs": 2.5}, "differs", "num_train_epochs", "2.5 times the optimizer steps of an epoch"),
         ({"gradient_accumulation_steps": 2}, "differs", "gradient_accumulation_steps", "num_items_in_batch"),
         ({"lr_scheduler_type": "greedy"}, "none", "lr_scheduler_type", "no such schedule here"),
-        ({"optim": "schedule_free_adamw"}, "differs", "lr_scheduler_type", "here it follows none"),
+        ({"optim": "schedule_free_adamw"}, "differs", "lr_scheduler_type", "here, it has no schedule"),
         ({"optim": "adamw_torch", "optim_args": "rank=4"}, "unused", "optim_args", "does not read rank there"),
         ({"optim": "sgd", "optim_args": "weight_decay=0.1"}, "unused", "optim_args", "weight_decay overrules"),
         ({"optim": "grokadamw", "optim_args": "gradient_clipping=2"}, "none", "optim_args", "no gradient_clipping"),
@@ -337,10 +330,10 @@ def test_what_differs_is_said(given: dict[str, Any], kind: str, name: str, text:
 
 
 def test_secrets_are_not_shown() -> None:
-    conversion = convert_training_arguments(
-        {"hub_token": "hf_secret", "push_to_hub_token": "hf_secret", "optim": "sgd"}
-    )
-    assert "hf_secret" not in repr(conversion)
+    secrets = {"hub_token": "secret!", "wandb": {"api_key": "secret!"}, "hf_hub_token": "secret!"}
+    conversion = convert_training_arguments({"optim": "sgd", **secrets})
+    assert "secret!" not in repr(conversion)
+    assert secrets.keys() <= remarks(conversion).keys()
 
 
 # --- whose arguments -------------------------------------------------------------------------------------------------
@@ -355,7 +348,7 @@ def test_an_object_is_read_by_its_attributes() -> None:
             {"learning_rate": 1e-3, "lr_scheduler_type": "cosine", "save_steps": 10, "warmup_steps": 0.1}
         ).config
     )
-    # What nobody has chosen is no remark.
+    # What nobody has chosen is no remark, whatever __post_init__ makes of it.
     assert {name for remark in conversion.remarks for name in remark.values} == {"per_device_train_batch_size"}
     assert set(conversion.written) | set(conversion.silent) | {"per_device_train_batch_size"} >= FIELDS.keys() - {
         name for name, field in FIELDS.items() if field.default is None
@@ -492,6 +485,7 @@ def test_mistakes(given: Any, text: str) -> None:
         ("broken.json", "{", "no JSON"),
         ("deep.json", '{"optim": ' + "[" * 100_000, "no JSON"),
         ("binary.yaml", "\x00", "no plain YAML"),
+        ("endless.yaml", "optim: &a [*a]\n", "no plain YAML"),
     ],
 )
 def test_a_file_is_only_read(
@@ -519,5 +513,5 @@ def test_json_of_transformers_is_read(tmp_path: Path) -> None:
     assert (conversion.optim["lr"], conversion.trainer["precision"]) == (1e-3, "16-mixed")
     # There it validates never and saves every 500 steps.
     assert conversion.trainer["limit_val_batches"] == 0
-    assert conversion.trainer["callbacks"][0]["init_args"] == {"every_n_train_steps": 500, "save_top_k": -1}
+    assert conversion.checkpoint == {"every_n_train_steps": 500, "save_top_k": -1}
     assert json.loads(json.dumps(conversion.config)) == conversion.config

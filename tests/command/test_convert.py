@@ -44,7 +44,7 @@ def test_text_is_a_file_and_names_everything(file: Path, capsys: pytest.CaptureF
         "Without an effect there",
         "Yours to write",
         "No counterpart",
-        "No arguments of",
+        "Not arguments of",
     )
     assert sorted(order, key=printed.index) == list(order)
     assert max(map(len, printed.splitlines())) <= 100

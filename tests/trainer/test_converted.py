@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
 import sys
 from pathlib import Path
 from typing import Any
@@ -11,24 +10,15 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
-import transformers
 import yaml
 from torch.nn import functional as F
 from torch.nn.utils import clip_grad_norm_
-from transformers.training_args import OptimizerNames
 
 from lightning_optim import OptimCLI, command
+from tests.hugging_face import Arguments, trainer_of
 from tests.models import LitTokens, TokenModel, loader
 
 BATCHES = 12
-
-
-@dataclasses.dataclass
-class Arguments(transformers.TrainingArguments):
-    """The real ones, without a look for devices, for which they want accelerate."""
-
-    def __post_init__(self) -> None:
-        self.optim = OptimizerNames(self.optim)
 
 
 class Watched(LitTokens):
@@ -67,9 +57,7 @@ def hugging_face(model: TokenModel, args: Arguments) -> tuple[list[float], list[
     Returns:
         The losses of the batches and the learning rates of the steps.
     """
-    trainer = object.__new__(transformers.Trainer)
-    trainer.args, trainer.model = args, model
-    trainer.optimizer = trainer.optimizer_cls_and_kwargs = trainer.lr_scheduler = None
+    trainer = trainer_of(model, args)
     batches = [batch for _ in range(int(args.num_train_epochs)) for batch in loader(BATCHES)]
     trainer.create_optimizer_and_scheduler(len(batches) // args.gradient_accumulation_steps)
     losses, rates = [], []

@@ -127,11 +127,14 @@ def _from_object(args: Any) -> Source:
 def _from_mapping(held: Mapping[Any, Any], where: str) -> Source:
     # An empty value, `max_steps:`, asks for the default.
     held = {str(key): _without_secrets(str(key), value) for key, value in held.items() if value is not None}
+    if "compute_environment" in held:
+        raise InvalidOption(f"{where} is a configuration of accelerate, which has no arguments of the Trainer")
     dialect = next((one for one in DIALECTS if one.marks & held.keys()), TRANSFORMERS)
     source = Source(dialect)
     for key, value in held.items():
         name = dialect.renamed.get(key, key)
-        if name not in TRAINING_ARGUMENTS:
+        # One that is written twice, with the same value, counts once.
+        if name not in TRAINING_ARGUMENTS or (name in source.values and source.values[name] == value):
             source.unknown[key] = value
             continue
         if name in source.values:

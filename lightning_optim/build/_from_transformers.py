@@ -371,9 +371,11 @@ class _Translation:
         rest = {}
         for key, value in self._source.unknown.items():
             near = close_names(key, TRAINING_ARGUMENTS, limit=1)
-            if key in hints:
+            if key in TRAINING_ARGUMENTS or key in self._source.dialect.renamed:
+                self._remarks.append(Remark("unused", {key: value}, "written twice"))
+            elif key in hints:
                 self._remarks.append(Remark("yours", {key: value}, hints[key]))
-            elif near and difflib.SequenceMatcher(None, key, near[0]).ratio() > 0.85:
+            elif near and difflib.SequenceMatcher(None, key, near[0]).ratio() > 0.9:
                 self._remarks.append(Remark("unknown", {key: value}, f"did you mean {near[0]}?"))
             else:
                 rest[key] = value

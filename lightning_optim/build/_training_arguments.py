@@ -275,7 +275,7 @@ TRANSFORMERS = Dialect("transformers")
 DIALECTS = (
     Dialect(
         "axolotl",
-        marks=frozenset({"base_model", "micro_batch_size", "num_epochs"}),
+        marks=frozenset({"base_model"}),
         renamed={
             "optimizer": "optim",
             "lr_scheduler": "lr_scheduler_type",
@@ -295,12 +295,15 @@ DIALECTS = (
             "cosine_min_lr_ratio": "lr_scheduler: cosine_with_min_lr with min_lr_rate in lr_scheduler_args",
             "cosine_constant_lr_ratio": "no counterpart; warmup_stable_decay comes near",
             "lr_quadratic_warmup": "no counterpart: warm-ups are linear",
-            "adam_beta3": "`betas` in optim_args, for an optimizer that has three",
-            "adam_epsilon2": "`eps` in optim_args, for an optimizer that has two",
+            "adam_eps": "eps in optim_args",
+            "adam_beta3": "betas in optim_args, for an optimizer that has three",
+            "adam_epsilon2": "eps in optim_args, for an optimizer that has two",
             "embedding_lr": "param_groups: {PATTERN: {lr: ...}}",
             "embedding_lr_scale": "param_groups: {PATTERN: {lr: ...}}",
             "lr_groups": "param_groups: {PATTERN: {lr: ...}}",
             "loraplus_lr_ratio": "param_groups: {'.*lora_B.*': {lr: ...}}",
+            "batch_size": "DataLoader(batch_size=...) of your data",
+            "early_stopping_patience": "the callback EarlyStopping",
             "evals_per_epoch": "trainer.val_check_interval, a fraction of the epoch",
             "saves_per_epoch": "ModelCheckpoint(every_n_train_steps=...)",
         },
@@ -309,6 +312,7 @@ DIALECTS = (
         "LLaMA-Factory",
         marks=frozenset({"finetuning_type"}),
         hints={
+            "micro_batch_size": "DataLoader(batch_size=...) of your data",
             "pure_bf16": "trainer.precision: bf16-true",
             "use_galore": "optim: galore_adamw, or galore_adamw_layerwise for galore_layerwise",
             "galore_target": "optim_target_modules",

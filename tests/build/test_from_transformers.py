@@ -322,6 +322,7 @@ def test_checkpoints(given: dict[str, Any], expected: dict[str, Any]) -> None:
         ({"optim": "galore_adamw"}, "differs", "optim", "1e-6 beside the uncorrected denominator"),
         ({"save_steps": 0.1}, "yours", "save_steps", "write a number of steps"),
         ({"deepspeed": "ds.json"}, "yours", "deepspeed", "deepspeed_stage_2"),
+        ({"base_model": "x", "bf16": True, "bfloat16": True}, "unused", "bfloat16", "written twice"),
         ({"optim": "adamw_torch", "learnig_rate": 1}, "unknown", "learnig_rate", "did you mean learning_rate?"),
     ],
 )
@@ -464,6 +465,7 @@ def test_hints_name_what_there_is() -> None:
         ({"optim": "sgd", "optim_args": "momentum=high"}, "momentum='high'"),
         ({"base_model": "x", "num_epochs": 1, "num_train_epochs": 2}, "'num_train_epochs' and 'num_epochs'"),
         ({"model": "x"}, "no key of TrainingArguments"),
+        ({"compute_environment": "LOCAL_MACHINE", "use_cpu": True}, "is a configuration of accelerate"),
         ({}, "It is empty"),
         (3, "no TrainingArguments, no mapping and no path"),
     ],

@@ -9,6 +9,7 @@ L.Trainer(max_epochs=3).fit(LitModel(optim="lion_8bit", lr=1e-4))
 
 from __future__ import annotations
 
+import importlib
 from typing import TYPE_CHECKING, Any
 
 from lightning_optim._moved import keep_old_paths as _keep_old_paths
@@ -67,6 +68,10 @@ from lightning_optim.trainer.strategies import (
 from lightning_optim.trainer.strategies import register as _register_strategies
 
 if TYPE_CHECKING:
+    from lightning_optim.choose import MemoryEstimate as MemoryEstimate
+    from lightning_optim.choose import Shape as Shape
+    from lightning_optim.choose import compare_memory as compare_memory
+    from lightning_optim.choose import estimate_memory as estimate_memory
     from lightning_optim.trainer._cli import OptimCLI as OptimCLI
 
 __version__ = "0.1.0"
@@ -88,6 +93,7 @@ __all__ = [
     "LayerwiseDDPStrategy",
     "LayerwiseFSDP2Strategy",
     "LayerwiseStrategy",
+    "MemoryEstimate",
     "MissingDependency",
     "NPUAccelerator",
     "NPUDDPStrategy",
@@ -104,6 +110,7 @@ __all__ = [
     "Replicas",
     "Requirement",
     "ScheduleFreeCallback",
+    "Shape",
     "SingleDeviceXLASyncFreeStrategy",
     "StateLayout",
     "UnknownOptimizer",
@@ -113,7 +120,9 @@ __all__ = [
     "XLASyncFreeStrategy",
     "build_optimizer",
     "build_schedule",
+    "compare_memory",
     "convert_training_arguments",
+    "estimate_memory",
     "option",
     "register",
 ]
@@ -124,7 +133,13 @@ _WATCHERS.append(_watch)
 _register_strategies()
 
 
+# What most runs do not need, by the room that hands it out.
+_ON_DEMAND = dict.fromkeys(("MemoryEstimate", "Shape", "compare_memory", "estimate_memory"), "lightning_optim.choose")
+
+
 def __getattr__(name: str) -> Any:
+    if name in _ON_DEMAND:
+        return getattr(importlib.import_module(_ON_DEMAND[name]), name)
     # OptimCLI needs jsonargparse, an optional package.
     if name == "OptimCLI":
         try:

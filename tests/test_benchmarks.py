@@ -71,3 +71,11 @@ def test_optimizers_benchmark_runs() -> None:
     verdicts = re.findall(r"^(PASS|MISSED|SKIPPED) +\S", printed.split("Targets:")[1], re.MULTILINE)
     assert len(verdicts) == 7
     assert not re.findall(r"\bnan\b|\binf\b", printed)
+
+
+def test_states_beside_the_papers_are_those_of_the_page() -> None:
+    script = runpy.run_path(str(BENCHMARKS / "memory_papers.py"))
+    figure = script["GALORE"][0]
+    found = [script["state"](figure.shape, figure.optim, args) for args in figure.requests]
+    cells = [figure.shape, figure.paper, *(f"{size / 1e9:.2f}" for size in found)]
+    assert f"| {' | '.join(cells)} |" in (BENCHMARKS.parent / "docs" / "memory.md").read_text(encoding="utf-8")

@@ -369,7 +369,12 @@ def test_importing_the_package_is_lean_and_silent(tmp_path: Path) -> None:
     assert not OPTIONAL & {*names, *report["loaded"]}
     # lightning.pytorch imports what is installed of jsonargparse, matplotlib and others; we add nothing to that.
     assert {name.partition(".")[0] for name in report["new"]} - sys.stdlib_module_names == {"lightning_optim"}
-    on_demand = ("lightning_optim.optimizers.adapters", "lightning_optim.trainer._cli", "lightning_optim.command")
+    on_demand = (
+        "lightning_optim.optimizers.adapters",
+        "lightning_optim.trainer._cli",
+        "lightning_optim.choose",
+        "lightning_optim.command",
+    )
     assert not [module for module in report["new"] if module.startswith(on_demand)]
 
 

@@ -20,7 +20,7 @@ from lightning_optim.build._arguments import (
 from lightning_optim.build._config import OptimConfig
 from lightning_optim.build._conversion import Conversion, Remark
 from lightning_optim.build._curves import MODULE_SCHEDULE, SCHEDULES, PlateauOptions, get_schedule
-from lightning_optim.build._factory import WATCHERS, ResolvedOptimizer, build_optimizer, built_by, resolve
+from lightning_optim.build._factory import WATCHERS, ResolvedOptimizer, build_optimizer, built_by, resolve, settle
 from lightning_optim.build._from_transformers import convert_training_arguments
 from lightning_optim.build._memory import measured_bytes, parameter_bytes, state_bytes
 from lightning_optim.build._module_schedule import FollowingSchedule, peak_rate
@@ -83,6 +83,7 @@ __all__ = [
     "resolve_warmup",
     "rules",
     "set_rate",
+    "settle",
     "state_bytes",
     "storable",
     "takes_arguments",

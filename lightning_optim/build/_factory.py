@@ -169,19 +169,8 @@ def _build(
         if not spec.runs_on(devices):
             problems.append(f"and it is not for parameters on {', '.join(sorted(devices))}")
         raise availability.missing(config.optim, problems, nearest)
-    options = parse(spec.options, config.optim_args, config.optim)
-    lr = options.default_lr(spec.default_lr) if config.lr is None else config.lr
-    assert lr is not None, "the config rules see to it"
-    weight_decay = spec.default_weight_decay if config.weight_decay is None else config.weight_decay
-
-    policy = GroupPolicy(
-        lr,
-        weight_decay,
-        config.param_groups or {},
-        config.layer_decay,
-        config.layer_pattern,
-        config.optim_target_modules,
-    )
+    options, policy = settle(config)
+    lr, weight_decay = policy.lr, policy.weight_decay
     groups = make_groups(parameters, spec, options, policy)
     rules.check_run(rules.Run(rules.Request(spec, config, options), parameters, groups, trainer))
 
@@ -212,6 +201,23 @@ def _build(
     return ResolvedOptimizer(
         config.optim, optimizer, spec, options, lr, weight_decay, size, not_projected, resuming, parameters, policy
     )
+
+
+def settle(config: OptimConfig) -> tuple[Options, GroupPolicy]:
+    """Returns the options of a request and how it divides parameters, defaults filled in."""
+    spec = config.spec
+    options = parse(spec.options, config.optim_args, config.optim)
+    lr = options.default_lr(spec.default_lr) if config.lr is None else config.lr
+    assert lr is not None, "the config rules see to it"
+    policy = GroupPolicy(
+        lr,
+        spec.default_weight_decay if config.weight_decay is None else config.weight_decay,
+        config.param_groups or {},
+        config.layer_decay,
+        config.layer_pattern,
+        config.optim_target_modules,
+    )
+    return options, policy
 
 
 @takes_arguments(OptimizerArguments)

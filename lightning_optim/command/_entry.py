@@ -11,6 +11,7 @@ from lightning_optim.command import _convert as convert
 from lightning_optim.command import _doctor as doctor
 from lightning_optim.command import _info as info
 from lightning_optim.command import _listing as listing
+from lightning_optim.command import _memory as memory
 from lightning_optim.command import _render as render
 from lightning_optim.command._machine import CommandError
 
@@ -62,7 +63,11 @@ def _parser() -> argparse.ArgumentParser:
     subparser.add_argument("file", metavar="FILE", help="JSON or YAML, of LLaMA-Factory or axolotl, too; only read")
     subparser.add_argument("--output", metavar="FILE", help="write the configuration there, and print the remarks")
 
-    for module, subparser in zip((listing, info, doctor, convert), subparsers.choices.values(), strict=True):
+    shown = "the memory of training a model with one identifier, or with each"
+    subparser = subparsers.add_parser("memory", help=shown, description=f"Estimates {shown}. Nothing is allocated.")
+    memory.add_arguments(subparser)
+
+    for module, subparser in zip((listing, info, doctor, convert, memory), subparsers.choices.values(), strict=True):
         subparser.set_defaults(subcommand_module=module)
         subparser.add_argument("--json", action="store_true", help="print JSON for scripts instead of text")
     return parser

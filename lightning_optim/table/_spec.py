@@ -143,6 +143,7 @@ class OptimizerSpec:
         xla: Why it cannot run on XLA devices, or empty if it can.
         choices: Identifiers of which this one takes the first that can run; none of them has choices itself.
         fallbacks: The closest identifiers; ``optim_fallback=True`` takes the first that can run.
+        in_place: Device types on which it steps by kernels that write in place: its step takes no memory.
         paged_on: Device types on which its states are paged, for a row that promises it; ``None`` for others.
         state_format: Name and version of its state's format; checkpoints move only between rows of one format. Empty
             means the class's dotted path: only the same class reads it.
@@ -179,6 +180,7 @@ class OptimizerSpec:
     xla: str = ""
     choices: tuple[str, ...] = ()
     fallbacks: tuple[str, ...] = ()
+    in_place: frozenset[str] = frozenset()
     paged_on: frozenset[str] | None = None
     state_format: str = ""
     kin: tuple[str, ...] = ()

@@ -479,3 +479,104 @@ def test_no_optional_package_is_imported() -> None:
     done = run_fresh("-c", code)
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-1] == "[]"
+
+
+# memory
+
+
+def test_memory_tells_one_identifier_in_detail(command: Command) -> None:
+    text = command("memory", "--llama", "60m", "--optim", "adamw_8bit_layerwise", "--batch", "2", "--length", "64")
+    assert_fits(text)
+    assert text.startswith("llama-60m, bf16-true, cuda: memory of one device, from the second step on")
+    assert re.search(r"^ +parameters +110\.7\d MiB +110\.7\d MiB$", text, re.MULTILINE)
+    assert re.search(r"^ +peak +\d+\.\d\d MiB +in (forward|backward|the step)$", text, re.MULTILINE)
+
+
+def test_memory_compares_all_filters_and_draws(command: Command, tmp_path: Path) -> None:
+    picture = tmp_path / "memory.svg"
+    shape = (
+        "--hidden",
+        "64",
+        "--layers",
+        "1",
+        "--heads",
+        "2",
+        "--intermediate",
+        "96",
+        "--vocab",
+        "100",
+        "--batch",
+        "0",
+    )
+    report = command.json("memory", *shape, "--fits", "0.3MiB", "--picture", str(picture))
+    peaks = [entry["peak"] for entry in report["estimates"]]
+    assert 10 < len(peaks) < 60
+    assert peaks == sorted(peaks)
+    assert all(entry["peak"] - entry["pageable"] <= report["fits"] for entry in report["estimates"])
+    drawn = picture.read_text()
+    assert all(f">{entry['optim']}</text>" in drawn for entry in report["estimates"])
+    error = command("memory", *shape, "--optim", "sgd", "--fits", "1KiB", status=2)
+    assert "nothing fits into 1KiB: 'sgd' needs" in error
+
+
+LIT = """
+import lightning as L
+import torch
+
+class Lit(L.LightningModule):
+    def __init__(self, width: int = 8):
+        super().__init__()
+        self.layer = torch.nn.Linear(width, width)
+
+    def training_step(self, batch, batch_idx):
+        return self.layer(batch["inputs"]).square().mean()
+
+class Loads(Lit):
+    def __init__(self, width: int = 8):
+        super().__init__()
+        self.layer.weight.data.sum().item()
+"""
+CONFIG = """
+optim: sgd
+optim_args: {momentum: 0.9}
+trainer: {precision: bf16-true, accumulate_grad_batches: 4, devices: auto}
+model: {class_path: memory_lit.Lit, init_args: {width: 32}}
+"""
+
+
+def test_memory_takes_a_module_and_a_config(command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    Path("memory_lit.py").write_text(LIT)
+    Path("run.yaml").write_text(CONFIG)
+    batch = ("--input", "inputs=4x32")
+    (typed,) = command.json(
+        *("memory", "memory_lit:Lit", "--init-args", "width=32", *batch, "--precision", "bf16-true", "--optim", "sgd"),
+        *("--optim-args", "momentum=0.9", "--accumulate", "4"),
+    )["estimates"]
+    (read,) = command.json("memory", "--config", "run.yaml", *batch)["estimates"]
+    assert typed == read
+    assert (read["parameters"], read["state"]) == (2 * (32 * 32 + 32), 2 * (32 * 32 + 32))
+    assert "memory_lit.Loads() could not be made on the meta device" in command("memory", "memory_lit.Loads", status=2)
+
+
+@pytest.mark.parametrize(
+    ("words", "text"),
+    [
+        ((), "no model given: name one, as in `lightning-optim memory --llama 7b`"),
+        (("gpt2", "--llama", "7b"), "2 models given"),
+        (("llama-8b",), "no shape 'llama-8b'"),
+        (("no_such_module:Lit",), "there is no no_such_module:Lit"),
+        (("--hidden", "64"), "a shape of your own needs --layers, --heads, --intermediate, --vocab, too"),
+        (("gpt2", "--fits", "much"), "--fits 'much' is no size: 24GiB, 24GB"),
+        (("gpt2", "--optim-args", "rank=8"), "--optim-args without --optim"),
+        (("gpt2", "--input", "8x8"), "--input is for a module"),
+        (("torch.nn.Linear", "--init-args", "8"), "--init-args '8' is no name=value"),
+        (("torch.nn.Identity", "--batch", "8"), "--batch and --length are for shapes"),
+        (("torch.nn.Identity", "--input", "8y8"), "--input '8y8' is no shape such as 8x2048:int64"),
+        (("--config", "no.yaml"), "--config no.yaml: "),
+        (("gpt2", "--optim", "adamwe"), "adamwe"),
+    ],
+)
+def test_memory_says_what_is_wrong_with_a_request(command: Command, words: tuple[str, ...], text: str) -> None:
+    assert text in unwrapped(command("memory", *words, status=2))

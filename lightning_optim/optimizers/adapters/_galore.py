@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from lightning_optim._compat.bitsandbytes import quietly
+from lightning_optim._compat.fake import without_modes
 from lightning_optim.optimizers._adamw import check_moment
 from lightning_optim.optimizers._base import OwnOptimizer, hyperparameters
 from lightning_optim.optimizers._galore import GaLoreAdamW
@@ -153,7 +154,8 @@ def _code(signed: bool, device: torch.device) -> Tensor:
     default = torch.get_default_dtype()
     torch.set_default_dtype(torch.float32)
     try:
-        with torch.device("cpu"):
+        # Kept for good, so none without values.
+        with without_modes(), torch.device("cpu"):
             table: Tensor = bnb.create_dynamic_map(signed=signed)
     finally:
         torch.set_default_dtype(default)

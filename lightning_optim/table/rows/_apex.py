@@ -46,6 +46,7 @@ ROWS = (
         ),
         state_format=ADAMW_FORMAT,
         devices=frozenset({"cuda"}),
+        in_place=frozenset({"cuda"}),
         half_weights=True,
         fallbacks=("adamw",),
     ),

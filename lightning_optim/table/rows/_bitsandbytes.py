@@ -187,6 +187,7 @@ def _row(
         # Paging changes where a state lies, not what it holds.
         state_format=f"bitsandbytes.{algorithm.class_name}-{bits}bit/1",
         devices=DEVICES,
+        in_place=DEVICES,
         half_weights=True,
         fallbacks=fallbacks,
         paged_on=_PAGED_ON if paged else None,

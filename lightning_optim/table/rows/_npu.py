@@ -50,6 +50,7 @@ ROWS = (
         state=dataclasses.replace(ADAMW_STATE, scalar_bytes=0),
         state_format=ADAMW_FORMAT,
         devices=frozenset({"npu"}),
+        in_place=frozenset({"npu"}),
         coupled="torch_npu moves parameters, gradients and states into flat buffers and steps those as a whole",
         fallbacks=("adamw",),
         note="float32 parameters only; precision='16-mixed' and 'bf16-mixed' keep them so",

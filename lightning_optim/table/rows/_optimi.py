@@ -43,6 +43,8 @@ ROWS = (
         default_weight_decay=1e-2,
         requirements=REQUIREMENTS,
         extra="optimi",
+        # By Triton.
+        in_place=frozenset({"cuda"}),
         xla="it reads the size of each parameter's update, and so waits for the device once per parameter",
         state=StateLayout(
             buffers=(

@@ -117,6 +117,7 @@ ROWS = (
         fixed=MappingProxyType({"fused": True}),
         devices=frozenset({"cpu", "cuda", "mps", "npu", "xpu"}),
         complex=False,
+        in_place=frozenset({"cpu", "cuda", "mps", "npu", "xpu"}),
         fallbacks=("adamw",),
     ),
     OptimizerSpec(

@@ -61,6 +61,8 @@ def _row(bits: int, options: type[Options], table_bytes: int, paper: str, fallba
         ),
         state_format=f"torchao.AdamW-{bits}bit/1",
         devices=frozenset({"cpu", "cuda", "xpu"}),
+        # Compiled into kernels that do.
+        in_place=frozenset({"cpu", "cuda", "xpu"}),
         sharded=True,
         half_weights=True,
         compiles=True,

@@ -43,6 +43,7 @@ ROWS = (
         state=ADAMW_STATE,
         state_format=ADAMW_FORMAT,
         devices=frozenset({"xla"}),
+        in_place=frozenset({"xla"}),
         fallbacks=("adamw",),
     ),
 )

@@ -1,0 +1,35 @@
+"""What to choose: how much memory a module takes with each optimizer, before anything is allocated.
+
+``_estimate.py`` is the front: read it first. Forward and backward of the module's own code run on tensors without
+memory (``_fake_run.py``), the layerwise engine says which gradients are alive when (``_replay.py``), and a step of the
+optimizer what it takes besides its state (``_temporaries.py``), all counted by one tracker (``_tracker.py``).
+"""
+
+from __future__ import annotations
+
+from lightning_optim.choose._estimate import (
+    Accelerator,
+    Estimator,
+    MemoryEstimate,
+    Strategy,
+    compare_memory,
+    estimate_memory,
+)
+from lightning_optim.choose._fakes import PRECISIONS
+from lightning_optim.choose._shapes import SHAPES, Shape, Transformer, find_shape
+from lightning_optim.choose._tracker import MemoryTracker
+
+__all__ = [
+    "PRECISIONS",
+    "SHAPES",
+    "Accelerator",
+    "Estimator",
+    "MemoryEstimate",
+    "MemoryTracker",
+    "Shape",
+    "Strategy",
+    "Transformer",
+    "compare_memory",
+    "estimate_memory",
+    "find_shape",
+]

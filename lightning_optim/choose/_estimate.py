@@ -1,0 +1,350 @@
+"""The memory of a training step: parameters, gradients, state, activations, temporaries, and when most is alive."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from types import MappingProxyType
+from typing import Any, Literal, TypedDict, get_args
+
+from typing_extensions import Unpack
+
+from lightning_optim.build import OptimConfig, OptimizerArguments, settle, state_bytes, takes_arguments
+from lightning_optim.choose._fake_run import FakeTraining, Loss
+from lightning_optim.choose._fakes import find_precision
+from lightning_optim.choose._model import Model, as_batch, as_module, name_of
+from lightning_optim.choose._replay import Replay, Stepping, replay
+from lightning_optim.choose._temporaries import StepTemporaries
+from lightning_optim.choose._tracker import Moment
+from lightning_optim.errors import IncompatibleTrainer, InvalidOption, InvalidParamGroups, MissingDependency, listing
+from lightning_optim.groups import NamedParameter, make_groups, named_parameters
+from lightning_optim.layerwise import Clipping
+from lightning_optim.table import REGISTRY, SUFFIX, OptimizerSpec, Options, layerwise_row, refuse_unknown
+
+Strategy = Literal["auto", "ddp", "layerwise", "layerwise_ddp"]
+Accelerator = Literal["cuda", "cpu"]
+#: What cannot be trained so, and is left out of a comparison.
+_REFUSALS = (IncompatibleTrainer, InvalidOption, InvalidParamGroups, MissingDependency)
+
+
+class Setting(TypedDict, total=False):
+    """How the step is taken; :func:`estimate_memory` explains it."""
+
+    batch: Any
+    loss: Loss | None
+    precision: str | int
+    accelerator: Accelerator
+    strategy: Strategy
+    devices: int
+    accumulate_grad_batches: int
+    gradient_clip_val: float | None
+    gradient_clip_algorithm: Literal["norm", "value"]
+    activation_checkpointing: bool
+
+
+@dataclass(frozen=True)
+class MemoryEstimate:
+    """Bytes of a training step on one device, from the second step on.
+
+    Attributes:
+        optim: The identifier that was asked for.
+        built: The identifier that is built; another one if ``optim`` stands for several.
+        model: What is trained.
+        precision: The Trainer's precision.
+        accelerator: What it is trained on.
+        strategy: ``"auto"`` for one device that steps after backward.
+        devices: Number of devices, each of which holds this much.
+        parameters: All parameters.
+        buffers: All buffers.
+        state: The optimizer's state.
+        gradients: Most bytes of gradients; stepped layer by layer, those of a bucket and what arrives.
+        communication: Buffers in which gradients are averaged.
+        activations: Most bytes of what forward keeps for backward, backward's own tensors and the batch; ``None`` if no
+            batch was given.
+        temporaries: Most bytes that stepping takes while it runs; ``None`` if nobody knows, and then it counts as none.
+        pageable: Bytes of the state that go to the host's memory where the device is full.
+        peak: Most bytes alive at once.
+        moment: When that is: in ``"forward"``, ``"backward"`` or ``"step"``; layer by layer, a step is in backward.
+        at_peak: What is alive then, by the names above.
+    """
+
+    optim: str
+    built: str
+    model: str
+    precision: str
+    accelerator: str
+    strategy: str
+    devices: int
+    parameters: int
+    buffers: int
+    state: int
+    gradients: int
+    communication: int
+    activations: int | None
+    temporaries: int | None
+    pageable: int
+    peak: int
+    moment: str
+    at_peak: Mapping[str, int]
+
+    @property
+    def resident(self) -> int:
+        """The peak without what can be paged out."""
+        return self.peak - self.pageable
+
+    def as_dict(self) -> dict[str, Any]:
+        """Returns the attributes as plain values."""
+        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        return values | {"at_peak": dict(self.at_peak)}
+
+
+class Estimator:
+    """Estimates any optimizer for one module, batch and way of stepping; what they share is run once."""
+
+    def __init__(
+        self,
+        model: Model,
+        *,
+        batch: Any = None,
+        loss: Loss | None = None,
+        precision: str | int = "32-true",
+        accelerator: Accelerator = "cuda",
+        strategy: Strategy = "auto",
+        devices: int = 1,
+        accumulate_grad_batches: int = 1,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: Literal["norm", "value"] = "norm",
+        activation_checkpointing: bool = False,
+    ) -> None:
+        _one_of("accelerator", accelerator, get_args(Accelerator))
+        _one_of("strategy", strategy, get_args(Strategy))
+        _one_of("gradient_clip_algorithm", gradient_clip_algorithm, ("norm", "value"))
+        for name, number in (("devices", devices), ("accumulate_grad_batches", accumulate_grad_batches)):
+            if not isinstance(number, int) or number < 1:
+                raise InvalidOption(f"{name}={number!r} is no whole number of at least 1")
+        if strategy == "layerwise" and devices > 1:
+            raise InvalidOption(f"strategy='layerwise' is for one device, and devices={devices}: use 'layerwise_ddp'")
+        self._strategy, self._devices, self._accumulate = strategy, devices, accumulate_grad_batches
+        self._clip, self._clip_algorithm = gradient_clip_val, gradient_clip_algorithm
+        self._name = name_of(model)
+        self._has_batch = batch is not None
+        module = as_module(model, activation_checkpointing)
+        found = find_precision(precision)
+        self._training = FakeTraining(module, as_batch(batch, module), loss, found, accelerator)
+        self._replays: dict[Stepping, Replay] = {}
+        self._temporaries: dict[str, StepTemporaries] = {}
+
+    def estimate(self, config: OptimConfig) -> MemoryEstimate:
+        """Returns the estimate of a request.
+
+        Raises:
+            IncompatibleTrainer, InvalidOption, InvalidParamGroups, MissingDependency: For what cannot be trained so.
+        """
+        accelerator = self._training.accelerator
+        built = config.replace(optim=self._chosen(config))
+        spec = built.spec
+        if not spec.runs_on({accelerator}):
+            raise IncompatibleTrainer(
+                f"optim={config.optim!r} runs on {listing(sorted(spec.devices or ()))}, not on {accelerator!r}"
+            )
+        options, policy = settle(built)
+        groups = make_groups(self._parameters, spec, options, policy)
+        strategy = self._strategy_of(spec, built.optim)
+        replayed = self._replayed(self._stepping(spec, options, strategy))
+        temporaries = self._temporaries_of(built, spec)
+        state = state_bytes(spec, options, groups)
+        if state is None:
+            state = temporaries.state()
+        taken: list[tuple[Moment, int | None]] = [(moment, 0) for moment in replayed.passes]
+        taken += [(moment, temporaries.of(parameters)) for parameters, moment in replayed.steps]
+        communication = replayed.gradients if strategy == "ddp" else 0
+        moment, extra = max(taken, key=lambda pair: pair[0].total + (pair[1] or 0))
+        at_peak = _named(moment) | {"state": state, "communication": communication, "temporaries": extra or 0}
+        known = [most for _, most in taken if most is not None]
+        return MemoryEstimate(
+            optim=config.optim,
+            built=built.optim,
+            model=self._name,
+            precision=self._training.precision.name,
+            accelerator=accelerator,
+            strategy=strategy,
+            devices=self._devices,
+            parameters=moment.live["parameters"],
+            buffers=moment.live["buffers"],
+            state=state,
+            gradients=replayed.gradients,
+            communication=communication,
+            activations=replayed.activations + moment.live["batch"] if self._has_batch else None,
+            temporaries=max(known) if len(known) == len(taken) else None,
+            pageable=state if spec.paged_on is not None and accelerator in spec.paged_on else 0,
+            peak=sum(at_peak.values()),
+            moment=moment.phase,
+            at_peak=MappingProxyType(at_peak),
+        )
+
+    def compare(self, names: Iterable[str] | None = None) -> list[MemoryEstimate]:
+        """Returns the estimates of many identifiers, those with the lowest peak first."""
+        found = []
+        for name in _all_names(self._training.accelerator) if names is None else names:
+            try:
+                found.append(self.estimate(OptimConfig(name)))
+            except _REFUSALS:
+                if names is not None:
+                    raise
+        return sorted(found, key=lambda estimate: (estimate.peak, estimate.optim))
+
+    @cached_property
+    def _parameters(self) -> list[NamedParameter]:
+        return named_parameters(self._training.module)
+
+    def _chosen(self, config: OptimConfig) -> str:
+        choices = config.spec.choices or (config.optim,)
+        accelerator = {self._training.accelerator}
+        return next((name for name in choices if REGISTRY.find(name).runs_on(accelerator)), config.optim)
+
+    def _strategy_of(self, spec: OptimizerSpec, name: str) -> str:
+        several = self._devices > 1
+        fitting = ("layerwise_ddp" if several else "layerwise") if spec.layerwise else ("ddp" if several else "auto")
+        given = self._strategy
+        if given == "auto" or (given == "layerwise" and fitting in ("auto", "layerwise")):
+            return fitting
+        if given in ("ddp", "layerwise_ddp") and given != fitting and several:
+            raise IncompatibleTrainer(f"strategy={given!r} cannot step optim={name!r}: use strategy={fitting!r}")
+        return fitting if not several else given
+
+    def _stepping(self, spec: OptimizerSpec, options: Options, strategy: str) -> Stepping:
+        if not spec.layerwise:
+            return Stepping(self._accumulate)
+        layerwise = options.select("layerwise")
+        clipping = None
+        if self._clip:
+            exact = layerwise["norm_clipping"] in (None, "exact")
+            # The other ways clip what arrives.
+            if self._clip_algorithm == "norm" and exact:
+                clipping = Clipping("norm", self._clip)
+        replicas = self._devices if strategy == "layerwise_ddp" else 1
+        return Stepping(self._accumulate, True, layerwise["bucket_mb"], clipping, replicas)
+
+    def _replayed(self, stepping: Stepping) -> Replay:
+        if stepping not in self._replays:
+            self._replays[stepping] = replay(self._training, stepping)
+        return self._replays[stepping]
+
+    def _temporaries_of(self, config: OptimConfig, spec: OptimizerSpec) -> StepTemporaries:
+        # Stepped in backward or after it, an optimizer takes the same for the same parameters.
+        own = {field.name: getattr(config, field.name) for field in dataclasses.fields(config) if field.name != "optim"}
+        key = f"{config.optim.removesuffix(SUFFIX)} {own}"
+        if key not in self._temporaries:
+            self._temporaries[key] = StepTemporaries(self._training, config, spec)
+        return self._temporaries[key]
+
+
+@takes_arguments(OptimizerArguments)
+def estimate_memory(
+    model: Model,
+    optim: str = "adamw_torch",
+    *,
+    batch: Any = None,
+    loss: Loss | None = None,
+    precision: str | int = "32-true",
+    accelerator: Accelerator = "cuda",
+    strategy: Strategy = "auto",
+    devices: int = 1,
+    accumulate_grad_batches: int = 1,
+    gradient_clip_val: float | None = None,
+    gradient_clip_algorithm: Literal["norm", "value"] = "norm",
+    activation_checkpointing: bool = False,
+    **arguments: Unpack[OptimizerArguments],
+) -> MemoryEstimate:
+    """Estimates the memory of training a module with an optimizer, without allocating any of it.
+
+    Forward and backward run once on tensors that have shapes and no memory, and so does a step. The module is left
+    alone. Not counted: what kernels take inside of themselves, what the allocator rounds up and keeps, CUDA's context.
+
+    Args:
+        model: Any module, on any device, the meta device too; a :class:`Shape`; or the name of one, ``"llama-7b"``.
+        optim: Identifier, alias or dotted path.
+        batch: What ``training_step`` gets, or ``forward`` of a module that is no LightningModule (a tuple as its
+            arguments, a mapping as keywords); tensors of the right shapes, for instance on the meta device. For a shape
+            ``(sequences, tokens)``. ``None`` leaves activations out.
+        loss: Computes the loss from the module and the batch, where neither of the two does.
+        precision: The Trainer's.
+        accelerator: ``"cuda"`` or ``"cpu"``.
+        strategy: The Trainer's; ``"auto"`` takes the one that the identifier needs for ``devices``.
+        devices: Number of devices.
+        accumulate_grad_batches: The Trainer's.
+        gradient_clip_val: The Trainer's.
+        gradient_clip_algorithm: The Trainer's.
+        activation_checkpointing: Of a shape, whether each block runs again in backward.
+        **arguments: Those of :class:`OptimArguments`, without the schedule's.
+
+    Raises:
+        IncompatibleTrainer, InvalidOption, InvalidParamGroups, MissingDependency, UnknownOptimizer: For what cannot be
+            trained so; the text says what to type instead.
+
+    Example:
+        >>> from lightning_optim import estimate_memory
+        >>> estimate = estimate_memory("llama-7b", "adamw_8bit_layerwise", precision="bf16-true")
+        >>> f"{estimate.state / 2**30:.1f} GiB of state, at most {estimate.gradients / 2**20:.0f} MiB of gradients"
+        '13.2 GiB of state, at most 250 MiB of gradients'
+    """
+    refuse_unknown("estimate_memory", arguments, (*OptimizerArguments.__annotations__,), optim)
+    estimator = Estimator(
+        model,
+        batch=batch,
+        loss=loss,
+        precision=precision,
+        accelerator=accelerator,
+        strategy=strategy,
+        devices=devices,
+        accumulate_grad_batches=accumulate_grad_batches,
+        gradient_clip_val=gradient_clip_val,
+        gradient_clip_algorithm=gradient_clip_algorithm,
+        activation_checkpointing=activation_checkpointing,
+    )
+    return estimator.estimate(OptimConfig(optim=optim, **arguments))
+
+
+def compare_memory(
+    model: Model, optims: Iterable[str] | None = None, **setting: Unpack[Setting]
+) -> list[MemoryEstimate]:
+    """Estimates many identifiers with their default options at the price of one; the lowest peak comes first.
+
+    Args:
+        model: As of :func:`estimate_memory`.
+        optims: The identifiers; ``None`` takes all that run on the accelerator, plain and ``_layerwise``, and leaves
+            out those that cannot train the module so.
+        **setting: Arguments of :func:`estimate_memory` between ``batch`` and ``activation_checkpointing``.
+
+    Raises:
+        IncompatibleTrainer, InvalidOption, InvalidParamGroups, MissingDependency, UnknownOptimizer: For what cannot be
+            trained so.
+    """
+    return Estimator(model, **setting).compare(optims)
+
+
+def _all_names(accelerator: str) -> Iterator[str]:
+    for name, spec in REGISTRY.plain.items():
+        if name != spec.name or spec.choices or not spec.runs_on({accelerator}):
+            continue
+        yield name
+        if not (spec.coupled or spec.layerwise):
+            yield layerwise_row(spec).name
+
+
+def _named(moment: Moment) -> dict[str, int]:
+    live = moment.live
+    return {
+        "parameters": live["parameters"],
+        "buffers": live["buffers"],
+        "gradients": live["gradients"],
+        "activations": live["other"] + live["batch"],
+    }
+
+
+def _one_of(name: str, value: Any, allowed: Iterable[str]) -> None:
+    allowed = tuple(allowed)
+    if value not in allowed:
+        raise InvalidOption(f"{name}={value!r} is not one of {listing(allowed)}")

@@ -1,0 +1,157 @@
+"""What a step of an optimizer takes beyond its state while it runs, by running it on tensors without memory."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from lightning_optim._compat.fake import tensors_in
+from lightning_optim.build import OptimConfig, resolve
+from lightning_optim.choose._fake_run import FakeTraining, quiet
+from lightning_optim.choose._tracker import MemoryTracker
+from lightning_optim.layerwise import Layerwise
+from lightning_optim.optimizers import OwnOptimizer
+from lightning_optim.stepping import KeepsTrainingPoint
+from lightning_optim.table import OptimizerSpec
+
+#: A group's index, a shape and a dtype: parameters that are alike to an optimizer.
+Kind = tuple[int, tuple[int, ...], torch.dtype]
+
+# Up to so many parameters are stepped as they are; of more, those that are alike are counted.
+_STEPPED = 48
+# What our own optimizers update together at most, unless a single parameter has more.
+_PART_ELEMENTS = 2**24
+_FEW = 8
+
+
+class StepTemporaries:
+    """Measures steps of one optimizer.
+
+    Args:
+        training: The module without memory.
+        config: The request.
+        spec: Its row.
+    """
+
+    def __init__(self, training: FakeTraining, config: OptimConfig, spec: OptimizerSpec) -> None:
+        self._training = training
+        self._known: dict[frozenset[tuple[Kind, int]], int | None] = {}
+        self._begun: set[Tensor] = set()
+        self._members: dict[Kind, list[Tensor]] = {}
+        self._kind_of: dict[Tensor, Kind] = {}
+        self._optimizer = None if training.accelerator in spec.in_place else self._build(config)
+        for index, group in enumerate(self._optimizer.param_groups if self._optimizer is not None else ()):
+            for parameter in group["params"]:
+                kind = index, tuple(parameter.shape), parameter.dtype
+                self._kind_of[parameter] = kind
+                self._members.setdefault(kind, []).append(parameter)
+
+    def of(self, parameters: Sequence[Tensor]) -> int | None:
+        """Returns the bytes that stepping these parameters at once takes, or ``None`` if nobody knows."""
+        if self._optimizer is None:
+            return 0
+        counts = Counter(self._kind_of[parameter] for parameter in parameters if parameter in self._kind_of)
+        key = frozenset(counts.items())
+        if key not in self._known:
+            try:
+                self._known[key] = self._counted(counts)
+            except (RuntimeError, TypeError, NotImplementedError, AssertionError, ValueError):
+                # A class of others may do what needs values.
+                self._known[key] = None
+        return self._known[key]
+
+    def state(self) -> int:
+        """Returns the bytes of the state, for a class of which nobody says them; 0 if it cannot be stepped so."""
+        assert self._optimizer is not None, "rows with kernels say what they store"
+        try:
+            self._step(list(self._kind_of))
+        except (RuntimeError, TypeError, NotImplementedError, AssertionError, ValueError):
+            return 0
+        storages = {id(s): s for t in tensors_in(list(self._optimizer.state.values())) for s in (t.untyped_storage(),)}
+        return sum(storage.nbytes() for storage in storages.values())
+
+    def _build(self, config: OptimConfig) -> Optimizer:
+        with self._training.without_memory():
+            optimizer = resolve(self._training.module, config).optimizer
+            layerwise = Layerwise.of(optimizer)
+            if layerwise is not None:
+                layerwise.detach()
+            if isinstance(optimizer, KeepsTrainingPoint):
+                optimizer.train()
+        for group in optimizer.param_groups:
+            if "foreach" in group and group["foreach"] is None and not group.get("fused"):
+                # What torch chooses by the device.
+                group["foreach"] = self._training.accelerator == "cuda"
+            if group.get("update_proj_gap"):
+                # The step that counts is one of those that look for subspaces.
+                group["update_proj_gap"] = 1
+        return optimizer
+
+    def _counted(self, counts: Mapping[Kind, int]) -> int:
+        """Returns what stepping so many of each kind takes.
+
+        Our own optimizers update part by part, so that more parameters of a kind than fit into a part take no more.
+        Others step one by one, or in lists by group, so that each parameter of a kind takes as much as the next.
+        """
+        if sum(counts.values()) <= _STEPPED:
+            return self._step(self._some(counts))
+        if isinstance(self._optimizer, OwnOptimizer):
+            everything = sum(_elements(kind) * count for kind, count in counts.items())
+            return self._step(self._some({k: min(n, _in_a_part(k, n, everything)) for k, n in counts.items()}))
+        return max(self._of_group({k: n for k, n in counts.items() if k[0] == g}) for g in {kind[0] for kind in counts})
+
+    def _of_group(self, counts: Mapping[Kind, int]) -> int:
+        once = self._step(self._some(dict.fromkeys(counts, 1)))
+        twice = self._step(self._some({kind: min(count, 2) for kind, count in counts.items()}))
+        added = sum(_bytes(kind) for kind, count in counts.items() if count > 1)
+        if twice == once or not added:
+            return twice
+        return once + sum(_bytes(kind) * (count - 1) for kind, count in counts.items()) * (twice - once) // added
+
+    def _some(self, counts: Mapping[Kind, int]) -> list[Tensor]:
+        return [parameter for kind, count in counts.items() for parameter in self._members[kind][:count]]
+
+    def _step(self, parameters: Sequence[Tensor]) -> int:
+        """Returns what stepping these parameters takes, not for the first time."""
+        assert self._optimizer is not None
+        fresh = [parameter for parameter in parameters if parameter not in self._begun]
+        tracker = MemoryTracker()
+        tracker.add(self._kind_of, "parameters")
+        tracker.add(tensors_in(list(self._optimizer.state.values())), "state")
+        try:
+            with quiet(), self._training.without_memory(), tracker:
+                if fresh:
+                    _give_gradients(fresh, tracker)
+                    self._optimizer.step()
+                    self._begun.update(fresh)
+                _give_gradients(parameters, tracker)
+                tracker.restart()
+                before = tracker.now().total
+                self._optimizer.step()
+        finally:
+            self._optimizer.zero_grad(set_to_none=True)
+        return tracker.peak.total - before
+
+
+def _give_gradients(parameters: Sequence[Tensor], tracker: MemoryTracker) -> None:
+    for parameter in parameters:
+        parameter.grad = torch.empty_like(parameter)
+        tracker.add([parameter.grad], "gradients")
+
+
+def _in_a_part(kind: Kind, count: int, everything: int) -> int:
+    """Returns how many of a kind may be updated together; few of those that hardly matter, such as norms."""
+    elements = _elements(kind)
+    return _FEW if elements * count < everything / 500 else max(1, _PART_ELEMENTS // elements)
+
+
+def _elements(kind: Kind) -> int:
+    return torch.Size(kind[1]).numel()
+
+
+def _bytes(kind: Kind) -> int:
+    return _elements(kind) * kind[2].itemsize

@@ -1,0 +1,104 @@
+"""Counts the bytes of tensors while they live; those without memory count as if they had it."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any, Literal
+
+from torch import Tensor
+
+from lightning_optim._compat.fake import DispatchMode, tensors_in
+
+Category = Literal["parameters", "buffers", "gradients", "state", "batch", "other"]
+CATEGORIES: tuple[Category, ...] = ("parameters", "buffers", "gradients", "state", "batch", "other")
+
+
+@dataclass(frozen=True)
+class Moment:
+    """The bytes alive at one moment.
+
+    Attributes:
+        phase: What ran then, as :attr:`MemoryTracker.phase` said.
+        live: Bytes by category.
+    """
+
+    phase: str
+    live: Mapping[str, int]
+
+    @property
+    def total(self) -> int:
+        """All bytes."""
+        return sum(self.live.values())
+
+
+class MemoryTracker(DispatchMode):  # type: ignore[misc]
+    """While it is entered, sees every tensor that an operation makes, until it dies.
+
+    Bytes are those of storages, each counted once whatever views there are of it. What an operation takes and gives
+    back inside of its kernel is not seen, and neither is what the allocator rounds up or keeps.
+
+    Example:
+        >>> import torch
+        >>> with MemoryTracker() as tracker:
+        ...     tensor = torch.ones(256)
+        ...     del tensor
+        >>> (tracker.live["other"], tracker.peak.total)
+        (0, 1024)
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        #: What runs, for :attr:`Moment.phase`.
+        self.phase = ""
+        self.live: dict[str, int] = dict.fromkeys(CATEGORIES, 0)
+        self._known: dict[int, tuple[str, int]] = {}
+        self.restart()
+
+    def restart(self) -> None:
+        """Forgets the peaks until now."""
+        self.peak = self.now()
+        #: The moment with most bytes of each phase, and the most bytes of each category.
+        self.peaks: dict[str, Moment] = {}
+        self.most: dict[str, int] = dict(self.live)
+
+    def now(self) -> Moment:
+        """Returns what is alive."""
+        return Moment(self.phase, MappingProxyType(dict(self.live)))
+
+    def add(self, tensors: Iterable[Tensor], category: Category = "other") -> None:
+        """Counts tensors; those that are known already move to the category."""
+        for tensor in tensors:
+            storage = tensor.untyped_storage()
+            key = id(storage)
+            if key in self._known:
+                before, size = self._known[key]
+                if category in ("other", before):
+                    continue
+                self.live[before] -= size
+            else:
+                size = storage.nbytes()
+                weakref.finalize(storage, self._drop, key).atexit = False
+            self._known[key] = category, size
+            self.live[category] += size
+            self.most[category] = max(self.most[category], self.live[category])
+        self._note()
+
+    def _note(self) -> None:
+        total = sum(self.live.values())
+        best = self.peaks.get(self.phase)
+        if best is None or total > best.total:
+            self.peaks[self.phase] = self.now()
+            if total > self.peak.total:
+                self.peak = self.peaks[self.phase]
+
+    def _drop(self, key: int) -> None:
+        category, size = self._known.pop(key)
+        self.live[category] -= size
+
+    def __torch_dispatch__(self, operation: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = operation(*args, **(kwargs or {}))
+        self.add(tensors_in(result))
+        return result

@@ -6,7 +6,7 @@ XLA_VENV := .venv-xla
 # For another Python: `make test-oldest PYTHON=python3.10 OLDEST_VENV=.venv-oldest-3.10`.
 OLDEST_VENV := .venv-oldest
 
-.PHONY: venv demo test test-npu-contract test-gpu test-xla test-oldest test-python lint docs benchmarks clean
+.PHONY: venv demo test test-npu-contract test-gpu test-xla test-oldest test-python lint docs benchmarks bench-quick clean
 
 venv: $(VENV)/.installed
 
@@ -90,6 +90,14 @@ benchmarks: venv
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[benchmarks]"
 	$(BIN)/python benchmarks/layerwise.py
 	$(BIN)/python benchmarks/optimizers.py
+
+# Optimizers side by side on a small GPT, in a few minutes; the figures and the picture of docs/bench.md. Its tensors are
+# so small that threads cost more than they bring.
+bench-quick: venv
+	rm -rf build/bench-quick
+	OMP_NUM_THREADS=1 $(BIN)/lightning-optim bench --quick --output build/bench-quick
+	mkdir -p docs/bench
+	cp build/bench-quick/report.json build/bench-quick/report.txt build/bench-quick/bench.png docs/bench
 
 clean:
 	rm -rf $(VENV) $(XLA_VENV) $(OLDEST_VENV) $(VENV)-3.* docs/_build docs/generated demo_output

@@ -142,11 +142,7 @@ def __getattr__(name: str) -> Any:
         return getattr(importlib.import_module(_ON_DEMAND[name]), name)
     # OptimCLI needs jsonargparse, an optional package.
     if name == "OptimCLI":
-        try:
-            from lightning_optim.trainer._cli import OptimCLI as optim_cli  # noqa: N813
-        except ModuleNotFoundError as error:
-            raise MissingDependency(
-                f"OptimCLI needs the package {error.name!r}: pip install 'jsonargparse[signatures]>=4.48'"
-            ) from error
+        from lightning_optim.trainer import OptimCLI as optim_cli  # noqa: N813
+
         return optim_cli
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

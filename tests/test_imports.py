@@ -45,6 +45,7 @@ OPTIONAL = {"bitsandbytes", "torchao", "schedulefree", "optimi", "torch_xla", "t
 # Where an optional package is imported at all: an adapter, at its top; or a function that cannot do without.
 MAY_IMPORT_OPTIONAL = (
     "_compat",
+    "bench._picture",
     "optimizers.adapters",
     "trainer._cli",
     "trainer.callbacks._old_checkpoints",

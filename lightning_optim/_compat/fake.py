@@ -66,6 +66,8 @@ def tensors_in(value: Any) -> list[Tensor]:
         if hasattr(leaf, "__tensor_flatten__"):
             # A subclass that consists of others (torchao's states), whose own storage is none.
             found += tensors_in([getattr(leaf, name) for name in leaf.__tensor_flatten__()[0]])
+        elif isinstance(leaf, Tensor) and leaf.layout is torch.sparse_coo:
+            found += [leaf._indices(), leaf._values()]
         elif isinstance(leaf, Tensor):
             found.append(leaf)
     return found

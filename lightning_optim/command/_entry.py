@@ -7,6 +7,7 @@ import sys
 from collections.abc import Sequence
 
 from lightning_optim import __version__
+from lightning_optim.command import _bench as bench
 from lightning_optim.command import _convert as convert
 from lightning_optim.command import _doctor as doctor
 from lightning_optim.command import _info as info
@@ -67,7 +68,15 @@ def _parser() -> argparse.ArgumentParser:
     subparser = subparsers.add_parser("memory", help=shown, description=f"Estimates {shown}. Nothing is allocated.")
     memory.add_arguments(subparser)
 
-    for module, subparser in zip((listing, info, doctor, convert, memory), subparsers.choices.values(), strict=True):
+    shown = "optimizers on your module and data, or on a small GPT"
+    how = "Each tries as many learning rates and is judged at the end of its schedule, over several seeds."
+    again = "Ctrl-C interrupts it; the same command goes on where it stopped."
+    subparser = subparsers.add_parser("bench", help=f"compares {shown}", description=f"Compares {shown}. {how} {again}")
+    bench.add_arguments(subparser)
+
+    for module, subparser in zip(
+        (listing, info, doctor, convert, memory, bench), subparsers.choices.values(), strict=True
+    ):
         subparser.set_defaults(subcommand_module=module)
         subparser.add_argument("--json", action="store_true", help="print JSON for scripts instead of text")
     return parser

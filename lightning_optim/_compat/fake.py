@@ -14,6 +14,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import (
     DataDependentOutputException,
     DynamicOutputShapeException,
+    FakeTensor,
     FakeTensorMode,
     UnsupportedOperatorException,
 )
@@ -23,6 +24,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 __all__ = [
     "NEEDS_VALUES",
     "DispatchMode",
+    "FakeTensor",
     "answer_without_values",
     "fake_tensors",
     "map_tensors",

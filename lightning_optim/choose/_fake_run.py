@@ -16,7 +16,7 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from lightning_optim._compat.fake import NEEDS_VALUES, DispatchMode, answer_without_values, fake_tensors, tensors_in
+from lightning_optim._compat.fake import NEEDS_VALUES, fake_tensors, tensors_in
 from lightning_optim.choose._cuda import LikeCuda
 from lightning_optim.choose._fakes import Precision, fake_batch, fake_module
 from lightning_optim.choose._tracker import MemoryTracker
@@ -94,13 +94,11 @@ class FakeTraining:
         return list(self.module.parameters())
 
     @contextmanager
-    def without_memory(self) -> Iterator[None]:
-        """Inside, tensors have no memory, and code that reads their values goes on."""
-        with ExitStack() as stack:
-            stack.enter_context(self._mode)
-            stack.enter_context(_Answers())
-            stack.enter_context(torch.compiler.set_stance("force_eager"))
-            yield
+    def without_memory(self) -> Iterator[MemoryTracker]:
+        """Inside, tensors have no memory, code that reads their values goes on, and the tracker counts."""
+        with quiet(), self._mode, torch.compiler.set_stance("force_eager"), MemoryTracker(True) as tracker:
+            tracker.add(self.parameters, "parameters")
+            yield tracker
 
     def timeline(self, retain_graph: bool = False) -> Timeline:
         """Runs forward and backward, each way once.
@@ -113,9 +111,9 @@ class FakeTraining:
             InvalidOption: If no loss comes out.
         """
         if retain_graph not in self._timelines:
-            with quiet(), _attached(self.module), self.without_memory():
+            with quiet(), _attached(self.module), self.without_memory() as tracker:
                 try:
-                    self._timelines[retain_graph] = _record(self, retain_graph)
+                    self._timelines[retain_graph] = _record(self, tracker, retain_graph)
                 except NEEDS_VALUES as error:
                     raise IncompatibleTrainer(
                         f"the training step of {type(self.module).__name__} does what depends on values ({error}), and "
@@ -142,9 +140,7 @@ class FakeTraining:
             yield torch.autocast("cpu", dtype=self.precision.autocast)
 
 
-def _record(training: FakeTraining, retain_graph: bool) -> Timeline:
-    tracker = MemoryTracker()
-    tracker.add(training.parameters, "parameters")
+def _record(training: FakeTraining, tracker: MemoryTracker, retain_graph: bool) -> Timeline:
     tracker.add(training.module.buffers(), "buffers")
     tracker.add(tensors_in(training.batch), "batch")
     fixed = dict(tracker.live)
@@ -159,13 +155,12 @@ def _record(training: FakeTraining, retain_graph: bool) -> Timeline:
 
     hooks = [on_gradient(p, arrived) for p in training.parameters if p.requires_grad]
     try:
-        with tracker:
-            loss = training.loss()
-            forward = tracker.most["other"]
-            tracker.restart()
-            loss.backward(retain_graph=retain_graph)  # type: ignore[no-untyped-call]
-            end = tracker.most["other"]
-            del loss
+        loss = training.loss()
+        forward = tracker.most["other"]
+        tracker.restart()
+        loss.backward(retain_graph=retain_graph)  # type: ignore[no-untyped-call]
+        end = tracker.most["other"]
+        del loss
         return Timeline(fixed, forward, tuple(arrivals), end, tracker.live["other"])
     finally:
         for hook in hooks:
@@ -176,14 +171,6 @@ def on_gradient(parameter: Any, arrived: Callable[[Tensor], None]) -> RemovableH
     """Calls a function whenever the gradient of a parameter has been accumulated."""
     handle: RemovableHandle = parameter.register_post_accumulate_grad_hook(arrived)
     return handle
-
-
-class _Answers(DispatchMode):  # type: ignore[misc]
-    """Answers code that reads values where there are none."""
-
-    def __torch_dispatch__(self, operation: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        answered, answer = answer_without_values(operation, args)
-        return answer if answered else operation(*args, **(kwargs or {}))
 
 
 def _loss_of(module: nn.Module) -> Loss:

@@ -88,19 +88,18 @@ def _layerwise(training: FakeTraining, stepping: Stepping) -> Replay:
     timeline = training.timeline()
     measures = stepping.clipping is not None and stepping.clipping.kind == "norm" and stepping.accumulate == 1
     timelines = [training.timeline(retain_graph=True), timeline] if measures else [timeline]
-    with training.without_memory():
-        return _Engine(timelines, stepping).run()
+    with training.without_memory() as tracker:
+        return _Engine(timelines, stepping, tracker).run()
 
 
 class _Engine:
     """Runs the layerwise engine on gradients that arrive as the timelines say."""
 
-    def __init__(self, timelines: Sequence[Timeline], stepping: Stepping) -> None:
+    def __init__(self, timelines: Sequence[Timeline], stepping: Stepping, tracker: MemoryTracker) -> None:
         self._timeline, self._stepping = timelines[-1], stepping
         self._order = [arrival.parameter for arrival in self._timeline.arrivals]
         self._coming = iter([arrival for timeline in timelines for arrival in timeline.arrivals])
-        self._tracker = MemoryTracker()
-        self._tracker.add(self._order, "parameters")
+        self._tracker = tracker
         self._counts = False
         # What is alive besides gradients, now.
         self._other = self._timeline.left
@@ -116,13 +115,12 @@ class _Engine:
             if replicas is not None:
                 # Processes agree on an order in their first step.
                 engine.backward(_loss_of(self._order))
-            with self._tracker:
-                for _ in range(self._stepping.accumulate - 1):
-                    _loss_of(self._order).backward()  # type: ignore[no-untyped-call]
-                self._counts = True
-                self._add("forward", self._timeline.forward)
-                engine.backward(_loss_of(self._order), clipping=self._stepping.clipping)
-                self._add("backward", self._timeline.end)
+            for _ in range(self._stepping.accumulate - 1):
+                _loss_of(self._order).backward()  # type: ignore[no-untyped-call]
+            self._counts = True
+            self._add("forward", self._timeline.forward)
+            engine.backward(_loss_of(self._order), clipping=self._stepping.clipping)
+            self._add("backward", self._timeline.end)
         finally:
             engine.detach()
             for hook in hooks:

@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 
 from lightning_optim._compat.fake import tensors_in
 from lightning_optim.build import OptimConfig, resolve
-from lightning_optim.choose._fake_run import FakeTraining, quiet
+from lightning_optim.choose._fake_run import FakeTraining
 from lightning_optim.choose._tracker import MemoryTracker
 from lightning_optim.layerwise import Layerwise
 from lightning_optim.optimizers import OwnOptimizer
@@ -25,7 +25,7 @@ Kind = tuple[int, tuple[int, ...], torch.dtype]
 _STEPPED = 48
 # What our own optimizers update together at most, unless a single parameter has more.
 _PART_ELEMENTS = 2**24
-_FEW = 8
+_FEW = 2
 
 
 class StepTemporaries:
@@ -119,11 +119,9 @@ class StepTemporaries:
         """Returns what stepping these parameters takes, not for the first time."""
         assert self._optimizer is not None
         fresh = [parameter for parameter in parameters if parameter not in self._begun]
-        tracker = MemoryTracker()
-        tracker.add(self._kind_of, "parameters")
-        tracker.add(tensors_in(list(self._optimizer.state.values())), "state")
         try:
-            with quiet(), self._training.without_memory(), tracker:
+            with self._training.without_memory() as tracker:
+                tracker.add(tensors_in(list(self._optimizer.state.values())), "state")
                 if fresh:
                     _give_gradients(fresh, tracker)
                     self._optimizer.step()

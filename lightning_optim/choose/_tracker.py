@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-from lightning_optim._compat.fake import DispatchMode, tensors_in
+from lightning_optim._compat.fake import DispatchMode, FakeTensor, answer_without_values, tensors_in
 
 Category = Literal["parameters", "buffers", "gradients", "state", "batch", "other"]
 CATEGORIES: tuple[Category, ...] = ("parameters", "buffers", "gradients", "state", "batch", "other")
@@ -40,6 +40,9 @@ class MemoryTracker(DispatchMode):  # type: ignore[misc]
     Bytes are those of storages, each counted once whatever views there are of it. What an operation takes and gives
     back inside of its kernel is not seen, and neither is what the allocator rounds up or keeps.
 
+    Args:
+        without_values: Whether to answer code that reads values, where tensors have none.
+
     Example:
         >>> import torch
         >>> with MemoryTracker() as tracker:
@@ -49,8 +52,9 @@ class MemoryTracker(DispatchMode):  # type: ignore[misc]
         (0, 1024)
     """
 
-    def __init__(self) -> None:
+    def __init__(self, without_values: bool = False) -> None:
         super().__init__()
+        self._without_values = without_values
         #: What runs, for :attr:`Moment.phase`.
         self.phase = ""
         self.live: dict[str, int] = dict.fromkeys(CATEGORIES, 0)
@@ -99,6 +103,13 @@ class MemoryTracker(DispatchMode):  # type: ignore[misc]
         self.live[category] -= size
 
     def __torch_dispatch__(self, operation: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if operation.namespace == "prim":
+            # What a tensor's device and layout are; asked more often than anything is computed.
+            return operation(*args, **(kwargs or {}))
+        if self._without_values:
+            answered, answer = answer_without_values(operation, args)
+            if answered:
+                return answer
         result = operation(*args, **(kwargs or {}))
-        self.add(tensors_in(result))
+        self.add((result,) if type(result) is FakeTensor else tensors_in(result))
         return result

@@ -19,6 +19,8 @@ def test_fake_tensors_have_shapes_and_gradients_and_no_memory() -> None:
         layer(torch.ones(3, 2**20)).sum().backward()
         assert layer.weight.grad is not None
         assert layer.weight.grad.untyped_storage().nbytes() == 2**42
+        with relied_on("fake.FakeTensor", NEEDED_BY) as kind:
+            assert type(layer.weight.grad) is kind
         # Real tensors may meet them.
         assert (torch.ones(2) + torch.zeros(2)).shape == (2,)
 

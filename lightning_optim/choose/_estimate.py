@@ -288,7 +288,7 @@ def estimate_memory(
         >>> from lightning_optim import estimate_memory
         >>> estimate = estimate_memory("llama-7b", "adamw_8bit_layerwise", precision="bf16-true")
         >>> f"{estimate.state / 2**30:.1f} GiB of state, at most {estimate.gradients / 2**20:.0f} MiB of gradients"
-        '13.2 GiB of state, at most 250 MiB of gradients'
+        '13.5 GiB of state, at most 250 MiB of gradients'
     """
     refuse_unknown("estimate_memory", arguments, (*OptimizerArguments.__annotations__,), optim)
     estimator = Estimator(

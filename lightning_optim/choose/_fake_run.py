@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
+from torch.utils.checkpoint import CheckpointError
 from torch.utils.hooks import RemovableHandle
 
 from lightning_optim._compat.fake import NEEDS_VALUES, fake_tensors, tensors_in
@@ -77,6 +78,7 @@ class FakeTraining:
         self, module: nn.Module, batch: Any, loss: Loss | None, precision: Precision, accelerator: str
     ) -> None:
         self.precision, self.accelerator = precision, accelerator
+        self._like_cuda = accelerator == "cuda"
         self._mode = fake_tensors()
         with self._mode:
             self.module = fake_module(module, precision)
@@ -111,9 +113,9 @@ class FakeTraining:
             InvalidOption: If no loss comes out.
         """
         if retain_graph not in self._timelines:
-            with quiet(), _attached(self.module), self.without_memory() as tracker:
+            with quiet(), _attached(self.module):
                 try:
-                    self._timelines[retain_graph] = _record(self, tracker, retain_graph)
+                    self._timelines[retain_graph] = self._recorded(retain_graph)
                 except NEEDS_VALUES as error:
                     raise IncompatibleTrainer(
                         f"the training step of {type(self.module).__name__} does what depends on values ({error}), and "
@@ -124,6 +126,19 @@ class FakeTraining:
                     self.module.zero_grad(set_to_none=True)
         return self._timelines[retain_graph]
 
+    def _recorded(self, retain_graph: bool) -> Timeline:
+        try:
+            with self.without_memory() as tracker:
+                return _record(self, tracker, retain_graph)
+        except CheckpointError:
+            if not self._like_cuda:
+                raise
+            # What backward runs again it runs outside of the mode, and dropout kept something else in forward.
+            self._like_cuda = False
+            self.module.zero_grad(set_to_none=True)
+            with self.without_memory() as tracker:
+                return _record(self, tracker, retain_graph)
+
     def loss(self) -> Tensor:
         """Runs forward; returns the loss."""
         with ExitStack() as stack:
@@ -132,7 +147,7 @@ class FakeTraining:
             return self._loss(self.module, self.batch)
 
     def _contexts(self) -> Iterator[AbstractContextManager[Any]]:
-        if self.accelerator == "cuda":
+        if self._like_cuda:
             yield LikeCuda()
         if self.precision.weights is not None:
             yield _default_dtype(self.precision.weights)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import doctest
+import importlib
 import resource
 from typing import Any
 
@@ -10,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from lightning_optim import (
     IncompatibleTrainer,
@@ -229,3 +232,44 @@ def test_the_tracker_of_real_runs_counts_tensors_without_memory_alike() -> None:
     with fake_tensors():
         fake = step()
     assert fake.peak.total == real.peak.total
+
+
+@pytest.mark.parametrize("module", ["_estimate", "_tracker"])
+def test_examples_in_docstrings_run(module: str) -> None:
+    found = doctest.testmod(importlib.import_module(f"lightning_optim.choose.{module}"))
+    assert found.attempted > 0
+    assert not found.failed
+
+
+class Drops(nn.Module):
+    """Attention and layers with dropout, run again in backward if asked."""
+
+    def __init__(self, again: bool = False) -> None:
+        super().__init__()
+        self.again = again
+        self.up, self.down = nn.Linear(64, 64), nn.Linear(64, 64)
+        self.dropout = nn.Dropout(0.1)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        for _ in range(3):
+            hidden = checkpoint(self._layer, hidden, use_reentrant=False) if self.again else self._layer(hidden)
+        return hidden
+
+    def _layer(self, hidden: Tensor) -> Tensor:
+        heads = self.up(hidden).unflatten(-1, (4, 16)).transpose(1, 2)
+        mixed = F.scaled_dot_product_attention(heads, heads, heads, dropout_p=0.1)
+        return hidden + self.dropout(self.down(mixed.transpose(1, 2).flatten(2)))
+
+
+def test_dropout_keeps_what_it_keeps_on_cuda_unless_forward_runs_again() -> None:
+    hidden = torch.empty(2, 128, 64)
+    cuda, cpu = (estimate_memory(Drops(), "sgd", batch=hidden, accelerator=kind) for kind in ("cuda", "cpu"))
+    # A CPU keeps the scores of attention where they are dropped.
+    scores = 3 * 2 * 4 * 128 * 128 * 4
+    assert cuda.activations is not None
+    assert cpu.activations is not None
+    assert cuda.activations < cpu.activations - scores
+    again = estimate_memory(Drops(again=True), "sgd", batch=hidden)
+    assert again.activations is not None
+    # There it is estimated as on a CPU.
+    assert again.activations < cpu.activations

@@ -155,6 +155,7 @@ def runs(directory: Path) -> Iterator[tuple[str, Any]]:
     yield "log_grad_norm", fit("adamw_torch_layerwise", {"log_grad_norm": True})
     yield "plain strategy", fit("adamw_torch_layerwise", strategy=ModelParallelStrategy)
     flags = SETTINGS["norm clipping"][0]
+    yield "norm_budget_mb", fit("adamw_torch_layerwise", {"norm_budget_mb": 1}, **flags)
     for first, second, whole_file in RESUMED:
         saved = directory / f"{first}, {whole_file}"
         if not saved.exists():

@@ -30,6 +30,7 @@ __all__ = [
     "NormWithStatistics",
     "bare_optimizer",
     "capturable_devices",
+    "compiles",
     "current_function_mode",
     "entries",
     "group_by_device_and_dtype",
@@ -192,6 +193,11 @@ def entries(gradient: Tensor) -> Tensor:
 
 
 # --- what surrounds a step -------------------------------------------------------------------------------------------
+
+
+def compiles() -> bool:
+    """Whether torch.compile looks at every frame of this thread; hooks of a compiled function's backward run then."""
+    return torch._C._dynamo.eval_frame.get_eval_frame_callback() is not None
 
 
 def is_flattened(parameter: Tensor) -> bool:

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.amp import GradScaler
 from torch.optim import Optimizer
 
-from lightning_optim.layerwise._buckets import AgreedBuckets, ArrivalBuckets
+from lightning_optim.layerwise._buckets import AgreedBuckets, ArrivalBuckets, largest_shard_bytes
 from lightning_optim.layerwise._clipping import Clipping, norms_of, total_norm
 from lightning_optim.layerwise._coupled import WATCHED_STEPS, Watch
 from lightning_optim.layerwise._hooks import GradientHooks
@@ -17,8 +17,9 @@ from lightning_optim.layerwise._replicas import AgreedOrder, Replicas, refuse_un
 from lightning_optim.stepping import uncompiled
 
 MIB = 2**20
-# Default bucket: this fraction of all gradients, so that small models save memory too, up to this size.
-_SHARE, _LARGEST = 8, 32 * MIB
+# Without bucket_mb: an eighth of all gradients, between these limits. A bucket costs the time of a hundred small
+# operations whatever its size, so a small model gets fewer, but two at least.
+_PARTS, _SMALLEST, _LARGEST = 8, MIB // 4, 32 * MIB
 
 
 class AfterBackward:
@@ -34,6 +35,7 @@ class AfterBackward:
     names: dict[Tensor, str]
     gradient_norm: Tensor | None
     wants_norm: bool
+    norm_budget_mb: float | None
     accumulated: bool
     stepped: bool
     _hooks: GradientHooks
@@ -116,7 +118,17 @@ class AfterBackward:
         """Bytes of gradients that may be alive in addition to the arriving one."""
         if self.bucket_mb is not None:
             return int(self.bucket_mb * MIB)
-        return min(self._hooks.bytes // _SHARE, _LARGEST)
+        hooked = self._hooks.bytes
+        return min(max(hooked // _PARTS, min(hooked // 2, _SMALLEST)), _LARGEST)
+
+    @property
+    def gradient_bytes(self) -> int:
+        """Bytes of all gradients in the process with the most of them."""
+        return sum(map(largest_shard_bytes, self._trainable()))
+
+    def fits_budget(self) -> bool:
+        """Whether all gradients may stay alive until their norm is known; every process says the same."""
+        return self.norm_budget_mb is not None and self.gradient_bytes <= self.norm_budget_mb * MIB
 
     def _parameters(self) -> Iterator[Tensor]:
         return (parameter for group in self.optimizer.param_groups for parameter in group["params"])

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -31,7 +32,17 @@ def nbytes(tensor: Tensor) -> int:
     # Called for every gradient: hasattr on a Parameter is slow, and a sharded one is a DTensor by type.
     if type(tensor) is not Parameter and hasattr(tensor, "to_local"):
         tensor = tensor.to_local()
-    return tensor.numel() * tensor.element_size()
+    return tensor.nbytes
+
+
+def largest_shard_bytes(tensor: Any) -> int:
+    """Returns the bytes of a tensor in the process with the largest shard: the same number in every process."""
+    sizes = list(tensor.shape)
+    if hasattr(tensor, "placements"):
+        for processes, placement in zip(tensor.device_mesh.shape, tensor.placements, strict=True):
+            if placement.is_shard():
+                sizes[placement.dim] = -(-sizes[placement.dim] // processes)
+    return int(math.prod(sizes) * tensor.element_size())
 
 
 class ArrivalBuckets:

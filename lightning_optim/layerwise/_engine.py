@@ -43,7 +43,7 @@ class Layerwise(AfterBackward):
     Args:
         optimizer: Any optimizer that steps each parameter on its own.
         bucket_mb: MiB of gradients that may be alive in addition to the arriving one; 0 steps one parameter at a time,
-            ``None`` takes an eighth of all gradients, at most 32 MiB.
+            ``None`` takes an eighth of all gradients, at least 256 KiB (or half of them) and at most 32 MiB.
         replicas: The processes to average gradients over, for copies of one model trained without
             ``DistributedDataParallel``; ``None`` for one process, and where gradients are already reduced (FSDP2).
         names: The parameters' names, for error texts.
@@ -75,6 +75,8 @@ class Layerwise(AfterBackward):
         self.gradient_norm: Tensor | None = None
         #: Whether to take the norm at every step, even if clipping does not need it.
         self.wants_norm = False
+        #: MiB of gradients that may stay alive until backward is over; if all fit, no backward measures them first.
+        self.norm_budget_mb: float | None = None
         #: Whether an overflow under loss scaling skips the whole step, as in PyTorch, not just its bucket; this takes a
         #: backward that only measures before the one that steps.
         self.skips_whole_steps = False
@@ -105,14 +107,13 @@ class Layerwise(AfterBackward):
         if getattr(optimizer, SCALES, False):
             # A fused optimizer would unscale gradients in its step, when they are gone.
             self._replace(SCALES, False)
-        self._hook_parameters()
+        self._hooks.add(self._trainable())  # also what was added or unfrozen since
 
     @staticmethod
     def of(optimizer: Optimizer) -> Layerwise | None:
         """Returns the ``Layerwise`` attached to this optimizer, or ``None`` if it steps plainly."""
         # Lightning's and Fabric's wrappers forward attributes of the optimizer.
-        attached: Layerwise | None = getattr(optimizer, ATTACHED, None)
-        return attached
+        return getattr(optimizer, ATTACHED, None)
 
     def detach(self) -> None:
         """Removes all hooks and restores the optimizer's ``step``; safe to call twice."""
@@ -207,11 +208,13 @@ class Layerwise(AfterBackward):
     def must_wait(self, clipping: Clipping | None, scaler: GradScaler | None) -> bool:
         """Whether the step must wait for the end of backward.
 
-        That is so after accumulation if the decision depends on all gradients (their total norm, or an overflow in one
-        of them). Nothing is lost: they are all alive already.
+        That is so if the decision depends on all gradients (their total norm, or an overflow in one of them) and they
+        are all alive anyway, after accumulation, or may be: they fit into :attr:`norm_budget_mb`.
         """
-        whole = scaler is not None or (clipping is not None and self._must_measure(clipping))
-        return whole and (self.accumulated or self.has_gradients())
+        by_norm = clipping is not None and self._must_measure(clipping)
+        if (by_norm or (scaler is not None and self.skips_whole_steps)) and self.fits_budget():
+            return True
+        return (by_norm or scaler is not None) and (self.accumulated or self.has_gradients())
 
     @uncompiled
     def prepare(
@@ -222,7 +225,6 @@ class Layerwise(AfterBackward):
         Raises:
             IncompatibleTrainer: If a parameter gets no gradient in a process and others average it.
         """
-        self._hook_parameters()
         if self.replicas is not None and not self._order.covers(self._trainable()):
             # Accumulated micro-batches have already shown the order, and their gradients must not be freed. A parameter
             # may still get its gradient in the last one.
@@ -243,8 +245,8 @@ class Layerwise(AfterBackward):
 
     @uncompiled
     def begin(self, clipping: Clipping | None = None, scaler: GradScaler | None = None) -> None:
-        """Makes the next backward step."""
-        self._hook_parameters()
+        """Has the next backward pass step the optimizer."""
+        self._hooks.add(self._trainable())  # also what was added or unfrozen since
         if self.replicas is None:
             refuse_separate_processes(self._parameters())
         if clipping is not None and clipping.kind in ("norm", "previous") and self._measured is None:
@@ -349,6 +351,7 @@ class Layerwise(AfterBackward):
 
     def _run(self, run: Pass, backward: Callable[[], Any]) -> None:
         """Runs a backward that does not step."""
+        self._hooks.add(self._trainable())
         self._pass = run
         with self._aborting():
             backward()
@@ -361,19 +364,14 @@ class Layerwise(AfterBackward):
         if isinstance(run.buckets, AgreedBuckets):
             refuse_unused(run.buckets.unused, "in this process", self._name)
 
-    def _hook_parameters(self) -> None:
-        """Hooks every trainable parameter, including those added or unfrozen since."""
-        self._hooks.add(self._trainable())
-
-    @uncompiled
     def _on_gradient(self, parameter: Tensor) -> None:
-        if self._pass is None:
-            self._averaged = False
-            if self.replicas is not None:
-                self._order.arrivals[parameter] = None
+        if self._pass is not None:
+            with self._lock:
+                self._pass.arrive(parameter)
             return
-        with self._lock:
-            self._pass.arrive(parameter)
+        self._averaged = False
+        if self.replicas is not None:
+            self._order.arrivals[parameter] = None
 
     def _buckets(self) -> Buckets:
         if self.replicas is None:

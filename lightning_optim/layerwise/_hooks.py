@@ -6,10 +6,13 @@ import weakref
 from collections.abc import Callable, Iterable
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
+from lightning_optim._compat.torch import compiles
 from lightning_optim.layerwise._buckets import nbytes
+from lightning_optim.stepping import uncompiled
 
 
 class GradientHooks:
@@ -20,8 +23,9 @@ class GradientHooks:
     """
 
     def __init__(self, arrived: Callable[[Tensor], None]) -> None:
-        self._call = _Weakly(arrived)
-        self._handles: dict[Tensor, RemovableHandle] = {}
+        self._call = _weakly(arrived)
+        # By id: Tensor.__hash__ is a Python function, and this is asked for every parameter of every step.
+        self._handles: dict[int, tuple[Tensor, RemovableHandle]] = {}
         #: Bytes of the gradients of all hooked parameters.
         self.bytes = 0
         # Not at the interpreter's exit, when the hooks no longer matter.
@@ -30,9 +34,9 @@ class GradientHooks:
     def add(self, parameters: Iterable[Tensor]) -> None:
         """Hooks those that are not hooked yet."""
         for parameter in parameters:
-            if parameter not in self._handles:
+            if id(parameter) not in self._handles:
                 register: Any = parameter.register_post_accumulate_grad_hook
-                self._handles[parameter] = register(self._call)
+                self._handles[id(parameter)] = parameter, register(self._call)
                 self.bytes += nbytes(parameter)
 
     def remove(self) -> None:
@@ -40,19 +44,21 @@ class GradientHooks:
         _remove(self._handles)
 
 
-class _Weakly:
-    """Calls a method while its object lives."""
+def _weakly(method: Any) -> Callable[[Tensor], None]:
+    """Returns a function that calls a method of an object as long as that lives, as written under torch.compile too."""
+    reference, function, as_written = weakref.ref(method.__self__), method.__func__, uncompiled(method.__func__)
 
-    def __init__(self, method: Callable[[Tensor], None]) -> None:
-        self._method = weakref.WeakMethod(method)
+    def call(parameter: Tensor) -> None:
+        owner = reference()
+        if owner is not None:
+            # What keeps the compiler away costs more than all else that most gradients cause.
+            (as_written if compiles() else function)(owner, parameter)
 
-    def __call__(self, parameter: Tensor) -> None:
-        method = self._method()
-        if method is not None:
-            method(parameter)
+    skipped: Callable[[Tensor], None] = torch.compiler.disable(call, recursive=False)  # type: ignore[no-untyped-call]
+    return skipped
 
 
-def _remove(handles: dict[Tensor, RemovableHandle]) -> None:
-    for handle in handles.values():
+def _remove(handles: dict[int, tuple[Tensor, RemovableHandle]]) -> None:
+    for _, handle in handles.values():
         handle.remove()
     handles.clear()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from functools import partial
 from typing import Any
@@ -19,6 +19,9 @@ from lightning_optim.stepping import preparations
 ATTACHED = "_layerwise"
 # Attributes of the outer optimizer that its parts do not share: what is restricted, and what runs once per step.
 _NOT_SHARED = ("param_groups", "step", ATTACHED, *HOOK_ATTRIBUTES)
+# What is a part's own in its groups.
+_OF_PARTS = ("params",)
+_ABSENT = object()
 
 
 class SplitStep:
@@ -38,10 +41,16 @@ class SplitStep:
     def __init__(self, optimizer: Optimizer, watch: Watch | None = None) -> None:
         self._optimizer = optimizer
         self._watch = watch
+        # By id: Tensor.__hash__ is a Python function, and this is asked for every parameter of every step.
         self._group_of = {
-            parameter: index for index, group in enumerate(optimizer.param_groups) for parameter in group["params"]
+            id(parameter): index for index, group in enumerate(optimizer.param_groups) for parameter in group["params"]
         }
+        self._class_step = unhooked(type(optimizer).step)
         self._shared = {name: value for name, value in vars(optimizer).items() if name not in _NOT_SHARED}
+        # A counter changed in place must not advance once per part.
+        self._counters = [
+            name for name, value in self._shared.items() if isinstance(value, Tensor) and _is_number(value)
+        ]
         self._preparations = preparations(optimizer)
         self._tensors = [
             [key for key, value in group.items() if isinstance(value, Tensor)] for group in optimizer.param_groups
@@ -57,7 +66,7 @@ class SplitStep:
     @property
     def parameters(self) -> Iterable[Tensor]:
         """All parameters in the order of the groups."""
-        return self._group_of.keys()
+        return (parameter for group in self._optimizer.param_groups for parameter in group["params"])
 
     def parts(self, bucket: Sequence[Tensor]) -> list[Sequence[Tensor]]:
         """Returns a bucket whole, or in two parts that can be compared."""
@@ -67,7 +76,7 @@ class SplitStep:
         parts: tuple[list[Tensor], list[Tensor]] = ([], [])
         members: dict[int, int] = {}
         for parameter in bucket:
-            group = self._group_of[parameter]
+            group = self._group_of[id(parameter)]
             number = members[group] = members.get(group, -1) + 1
             parts[number % 2 if watch.wants(group) else 0].append(parameter)
         return [part for part in parts if part]
@@ -76,7 +85,7 @@ class SplitStep:
         """Returns a new optimizer for one part."""
         members: dict[int, list[Tensor]] = {}
         for parameter in parameters:
-            members.setdefault(self._group_of[parameter], []).append(parameter)
+            members.setdefault(self._group_of[id(parameter)], []).append(parameter)
         self._reached.update(members)
         return self._make(members)
 
@@ -108,7 +117,7 @@ class SplitStep:
     def _merged(self, before: Mapping[str, Any], parts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         """Returns a group or the attributes after all parts."""
         values: dict[str, Any] = {}
-        for key in dict.fromkeys(key for own in parts for key in own if key != "params"):
+        for key in dict.fromkeys(key for own in parts for key in own):
             made = [own[key] for own in parts if key in own]
             values[key] = (
                 merged(self._optimizer, repr(key), before.get(key), made, self._watch is not None)
@@ -121,7 +130,7 @@ class SplitStep:
         """Yields the groups (and :data:`ATTRIBUTES`) that a part's step changed."""
         for index, group in zip(indices, inner.param_groups, strict=True):
             before = self._optimizer.param_groups[index]
-            if any(differ(value, before.get(key)) for key, value in group.items() if key != "params"):
+            if any(differ(value, before.get(key)) for key, value in _replaced(group, before, _OF_PARTS).items()):
                 yield index
         before = vars(self._optimizer)
         if any(differ(value, before.get(key)) for key, value in self._attributes[-1].items() if _is_number(value)):
@@ -130,9 +139,7 @@ class SplitStep:
     def _make(self, members: Mapping[int, list[Tensor]]) -> Optimizer:
         """Returns an inner optimizer with these parameters, by group index."""
         inner = bare_optimizer(type(self._optimizer), self._shared)
-        # A counter changed in place must not advance once per part.
-        numbers = {name: value for name, value in self._shared.items() if isinstance(value, Tensor)}
-        vars(inner).update({name: value.clone() for name, value in numbers.items() if _is_number(value)})
+        vars(inner).update({name: self._shared[name].clone() for name in self._counters})
         inner.param_groups = []
         indices = sorted(members)
         for index in indices:
@@ -148,13 +155,14 @@ class SplitStep:
         """The ``step`` of an inner optimizer; one that a GradScaler skips advances nothing."""
         for prepare in self._preparations:
             prepare(inner)
-        members = {index: group["params"] for index, group in zip(indices, inner.param_groups, strict=True)}
         if self._watch is not None:
-            self._watch.before(members)
-        result = unhooked(type(inner).step)(inner, *args, **kwargs)
+            self._watch.before({i: group["params"] for i, group in zip(indices, inner.param_groups, strict=True)})
+        result = self._class_step(inner, *args, **kwargs)
         for index, group in zip(indices, inner.param_groups, strict=True):
-            self._advanced.setdefault(index, []).append(group)
-        self._attributes.append({name: value for name, value in vars(inner).items() if name not in _NOT_SHARED})
+            self._advanced.setdefault(index, []).append(
+                _replaced(group, self._optimizer.param_groups[index], _OF_PARTS)
+            )
+        self._attributes.append(_replaced(vars(inner), self._shared, _NOT_SHARED))
         if self._watch is not None:
             with self._watch.undoing():
                 for index in indices:
@@ -162,6 +170,11 @@ class SplitStep:
                 self._merged(vars(self._optimizer), self._attributes)
             self._watch.after(self._wrote(inner, indices))
         return result
+
+
+def _replaced(after: Mapping[str, Any], before: Mapping[str, Any], own: Collection[str]) -> dict[str, Any]:
+    """Returns what is another object now, without what is a part's own; most steps replace nothing."""
+    return {key: value for key, value in after.items() if value is not before.get(key, _ABSENT) and key not in own}
 
 
 def _is_number(value: Any) -> bool:

@@ -21,7 +21,7 @@ class LayerwiseOptions(Options):
     bucket_mb: float | None = option(
         None,
         "MiB of gradients alive at once in addition to the arriving one, 0 for one parameter at a time; "
-        "None takes an eighth of all, at most 32",
+        "None takes an eighth of all, at least 0.25 (or half of all) and at most 32",
         NON_NEGATIVE,
         scope="layerwise",
     )
@@ -42,6 +42,13 @@ class LayerwiseOptions(Options):
         None,
         "what to do about hooks that read gradients after they were stepped and freed, watched in the first two "
         "steps; None is 'warn'",
+        scope="layerwise",
+    )
+    norm_budget_mb: float | None = option(
+        None,
+        "MiB of gradients that may stay alive so that exact clipping by norm and overflow='skip_step' need no backward "
+        "of their own; None is 0",
+        NON_NEGATIVE,
         scope="layerwise",
     )
 

@@ -244,6 +244,21 @@ def test_compiled_graphs_can_be_kept_from_donating_buffers() -> None:
             assert set_buffer_donation(True) is False
 
 
+def test_hooks_know_whether_they_are_compiled() -> None:
+    seen: list[bool] = []
+    parameter = nn.Parameter(torch.ones(2))
+
+    def backward() -> None:
+        parameter.sum().backward()
+
+    with relied_on("torch.compiles", "layerwise steps under torch.compile") as compiles:
+        hook = torch.compiler.disable(lambda _: seen.append(compiles()), recursive=False)
+        parameter.register_post_accumulate_grad_hook(hook)
+        backward()
+        torch.compile(backward, backend="eager")()
+        assert seen == [False, True]
+
+
 def test_function_modes_are_found_and_left() -> None:
     seen: list[str] = []
 

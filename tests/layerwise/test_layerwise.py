@@ -172,11 +172,18 @@ class TestLiveGradients:
         model = build("adamw_torch_layerwise", Watched, **({} if bucket_mb is None else {"bucket_mb": bucket_mb}))
         run(model, **flags)
         total, largest = sum(sizes(model)), max(sizes(model))
-        bucket = total // 16 if bucket_mb is None else int(bucket_mb * 2**20)
+        bucket = total // 2 if bucket_mb is None else int(bucket_mb * 2**20)
         assert len(model.during) == STEPS * len(sizes(model)) * (2 if "gradient_clip_val" in flags else 1)
         assert largest <= max(model.during) <= bucket + largest
         if bucket_mb == 0:
             assert sorted(model.during[: len(sizes(model))]) == sorted(sizes(model))
+
+    @pytest.mark.parametrize(
+        ("all_mb", "bucket_mb"), [(0.25, 0.125), (0.5, 0.25), (1, 0.25), (16, 2), (256, 32), (4096, 32)]
+    )
+    def test_the_default_bucket(self, all_mb: float, bucket_mb: float) -> None:
+        parameters = [nn.Parameter(torch.empty(int(all_mb * 2**20) // 8, device="meta")) for _ in range(2)]
+        assert Layerwise(torch.optim.SGD(parameters)).bucket_bytes == bucket_mb * 2**20
 
     def test_without_layerwise_all_are_alive(self) -> None:
         model = build("adamw_torch", Watched)
@@ -272,6 +279,26 @@ class TestClipping:
         uninterrupted = train()
         resumed = train(ckpt_path=tmp_path / f"step={BATCHES}.ckpt")
         assert_equal(uninterrupted, resumed, "resumed")
+
+    @pytest.mark.parametrize("plugins", [(), (fp16_mixed,)], ids=["32-true", "16-mixed"])
+    @pytest.mark.parametrize(("budget", "backwards"), [(None, 2), (1 * KIB, 2), (1.0, 1)])
+    def test_gradients_that_fit_a_budget_need_no_backward_that_measures(
+        self, budget: float | None, backwards: int, plugins: tuple[Any, ...]
+    ) -> None:
+        """Equal to the bit; a budget that is too small is not used, and a warning says which one would do."""
+        options = {} if budget is None else {"norm_budget_mb": budget}
+        flags: dict[str, Any] = {"gradient_clip_val": 0.3, "plugins": plugins}
+        expected = build("adamw_torch_layerwise")
+        expected_outcome = outcome(expected, run(expected, **flags))
+        model = build("adamw_torch_layerwise", Watched, **options)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            trained = run(model, **flags)
+        assert_equal(expected_outcome, outcome(model, trained), "without a budget")
+        assert len(model.during) == STEPS * len(sizes(model)) * backwards
+        texts = [str(warning.message) for warning in caught if "norm_budget_mb" in str(warning.message)]
+        assert len(texts) == (budget is not None and backwards == 2)
+        assert all(f"take {sum(sizes(model)) / 2**20:.3g} MiB" in text for text in texts)
 
     def test_the_kinds_are_different_trainings(self) -> None:
         """Otherwise an option that is ignored would pass."""
@@ -382,11 +409,13 @@ class TestOverflow:
         assert_near(*results) if "gradient_clip_val" in flags else assert_equal(*results, name)
 
     @pytest.mark.parametrize("clipping", [None, "value", "previous", "per_parameter"])
-    @pytest.mark.parametrize("by_strategy", [False, True])
-    def test_of_one_bucket_skips_the_whole_step_if_asked(self, clipping: str | None, by_strategy: bool) -> None:
+    @pytest.mark.parametrize(("by_strategy", "budget"), [(False, None), (True, None), (False, 1.0)])
+    def test_of_one_bucket_skips_the_whole_step_if_asked(
+        self, clipping: str | None, by_strategy: bool, budget: float | None
+    ) -> None:
         """Equal to the plain run, where that has such a clipping; a skipped step leaves everything to the bit."""
         flags: dict[str, Any] = {"gradient_clip_val": 0.05} if clipping else {}
-        options: dict[str, Any] = {"overflow": "skip_step"}
+        options: dict[str, Any] = {"overflow": "skip_step", "norm_budget_mb": budget}
         if clipping == "value":
             flags["gradient_clip_algorithm"] = "value"
         elif clipping:

@@ -120,6 +120,17 @@ CASES = (
         optim={"optim": "sgd_layerwise", "optim_args": "norm_clipping=per_parameter"},
     ),
     Case(
+        stepping._norm_budget_needs_a_measurement,
+        ("norm_budget_mb=8 would be ignored", "Trainer(gradient_clip_val=...)", "leave norm_budget_mb out"),
+        optim={"optim": "sgd_layerwise", "optim_args": {"norm_budget_mb": 8}},
+    ),
+    Case(
+        stepping._norm_budget_needs_a_measurement,
+        ("norm_budget_mb=8 would be ignored",),
+        trainer=lambda: {"gradient_clip_val": 1.0},
+        optim={"optim": "sgd_layerwise", "optim_args": {"norm_budget_mb": 8, "norm_clipping": "previous"}},
+    ),
+    Case(
         stepping._overflow_needs_a_scaler,
         ("overflow='skip_bucket' without a GradScaler", "Trainer(precision='16-mixed')"),
         optim={"optim": "sgd_layerwise", "optim_args": {"overflow": "skip_bucket"}},

@@ -43,7 +43,7 @@ def test_one_node_is_what_the_trainer_knows() -> None:
 def test_a_command_line_finds_the_arguments(strategy: type[Strategy]) -> None:
     parser = LightningArgumentParser()
     parser.add_class_arguments(strategy, "strategy")
-    options = {"bucket_mb", "norm_clipping", "log_grad_norm", "overflow", "gradient_readers"}
+    options = {"bucket_mb", "norm_clipping", "log_grad_norm", "overflow", "gradient_readers", "norm_budget_mb"}
     own = options if strategy is LayerwiseStrategy else set()
     found = vars(parser.get_defaults().strategy)
     assert set(found) == {"device", "accelerator", "checkpoint_io", "precision_plugin"} | own

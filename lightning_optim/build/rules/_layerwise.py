@@ -18,6 +18,7 @@ class Stepping:
         automatic: Whether Lightning's automatic optimization is on.
         clips_norm: Whether ``gradient_clip_val`` is set and clips by norm.
         norm_clipping: How to clip by norm, if given.
+        norm_budget_mb: How many MiB of gradients may wait for their norm, if given.
         own_clipping: Whether the module overrides ``configure_gradient_clipping``.
         retains_graph: Whether ``LightningModule.backward`` can be called with ``retain_graph=True``.
         overflow: What an overflow under loss scaling skips, if given.
@@ -30,6 +31,7 @@ class Stepping:
     automatic: bool = True
     clips_norm: bool = False
     norm_clipping: str | None = None
+    norm_budget_mb: float | None = None
     own_clipping: bool = False
     retains_graph: bool = True
     overflow: str | None = None
@@ -125,6 +127,17 @@ def _norm_clipping_needs_clipping(stepping: Stepping) -> str | None:
     )
 
 
+def _norm_budget_needs_a_measurement(stepping: Stepping) -> str | None:
+    exact = stepping.clips_norm and stepping.norm_clipping in (None, "exact")
+    if stepping.norm_budget_mb is None or exact or stepping.overflow == "skip_step":
+        return None
+    return (
+        f"norm_budget_mb={stepping.norm_budget_mb:g} would be ignored: only exact clipping by norm, "
+        "Trainer(gradient_clip_val=...), and overflow='skip_step' need to know all gradients before they are stepped. "
+        "Set one of them, or leave norm_budget_mb out."
+    )
+
+
 def _overflow_needs_a_scaler(stepping: Stepping) -> str | None:
     if stepping.overflow is None:
         return None
@@ -156,6 +169,7 @@ LAYERWISE_RULES: tuple[Callable[[Stepping], str | None], ...] = (
     _manual_needs_one_process,
     _measuring_needs_the_graph,
     _norm_clipping_needs_clipping,
+    _norm_budget_needs_a_measurement,
     _overflow_needs_a_scaler,
     _sparse_gradients_are_not_averaged,
 )

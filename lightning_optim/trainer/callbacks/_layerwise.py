@@ -95,6 +95,7 @@ class LayerwiseCallback(Attached):
         layerwise.names.update({p: parameter_name for parameter_name, p in trainer.lightning_module.named_parameters()})
         layerwise.bucket_mb = merged.bucket_mb
         layerwise.wants_norm = bool(merged.log_grad_norm)
+        layerwise.norm_budget_mb = merged.norm_budget_mb
         layerwise.skips_whole_steps = merged.overflow == "skip_step"
         if callback._norms:
             layerwise.gradient_norm = callback._norms.pop(0)
@@ -107,6 +108,13 @@ class LayerwiseCallback(Attached):
         retains_graph = any(clipping and clipping.kind in ("norm", "previous") for clipping in clippings)
         if retains_graph or any(layerwise.replicas or layerwise.skips_whole_steps for layerwise in self._options):
             self._donates = set_buffer_donation(False)
+        for layerwise, options in self._options.items():
+            if options.norm_budget_mb is not None and not layerwise.fits_budget():
+                rank_zero_warn(
+                    f"norm_budget_mb={options.norm_budget_mb:g} is not used: all gradients take "
+                    f"{layerwise.gradient_bytes / 2**20:.3g} MiB, so a backward that only measures comes before every "
+                    "step. Raise it, or leave norm_budget_mb out."
+                )
         precision = trainer.precision_plugin
         self._readers = self._watch(trainer)
         own_clipping = precision.clip_gradients
@@ -323,6 +331,7 @@ def _facts(trainer: Trainer, options: LayerwiseOptions, name: str, strategy: str
         automatic=module.automatic_optimization,
         clips_norm=clipping is not None and clipping.kind != "value",
         norm_clipping=options.norm_clipping,
+        norm_budget_mb=options.norm_budget_mb,
         own_clipping=packages.is_overridden("configure_gradient_clipping", module),
         retains_graph=_takes_retain_graph(module),
         overflow=options.overflow,

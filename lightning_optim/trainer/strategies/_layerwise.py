@@ -64,6 +64,7 @@ class StepsInBackwardAlone(StepsInBackward, OneDevice):
         precision_plugin: Precision | None = None,
         overflow: str | None = None,
         gradient_readers: str | None = None,
+        norm_budget_mb: float | None = None,
     ) -> None:
         super().__init__(device, accelerator, checkpoint_io, precision_plugin)
         self.take_options(locals())
@@ -76,8 +77,8 @@ class LayerwiseStrategy(StepsInBackwardAlone, SingleDeviceStrategy):
     :class:`~lightning_optim.LayerwiseDDPStrategy` is for several devices.
 
     Args:
-        bucket_mb: MiB of live gradients besides the one being computed, 0 for one parameter at a time; ``None`` takes
-            an eighth of all gradients, at most 32 MiB.
+        bucket_mb: MiB of live gradients besides the one being computed, 0 for one parameter at a time; ``None``
+            takes an eighth of all gradients, at least 256 KiB (or half of them) and at most 32 MiB.
         norm_clipping: How ``gradient_clip_val`` clips by norm: ``"exact"`` (the default) runs a backward that only
             measures before the one that steps, ``"previous"`` uses the norm of the previous step, ``"per_parameter"``
             clips each parameter's gradient by itself.
@@ -86,6 +87,8 @@ class LayerwiseStrategy(StepsInBackwardAlone, SingleDeviceStrategy):
             step if a gradient overflowed, ``"skip_bucket"`` (the default, with a warning) steps the other buckets.
         gradient_readers: ``"warn"`` (the default) warns of hooks that look at gradients already stepped and freed,
             checked in the first two steps; ``"ignore"`` does not.
+        norm_budget_mb: MiB of gradients that may stay alive so that ``norm_clipping="exact"`` and
+            ``overflow="skip_step"`` need no backward that only measures; ``None`` means 0.
         device: Where to train; ``None`` means where the Trainer's ``accelerator`` and ``devices`` say.
         accelerator: As in ``SingleDeviceStrategy``; the Trainer sets it.
         checkpoint_io: As in ``SingleDeviceStrategy``.

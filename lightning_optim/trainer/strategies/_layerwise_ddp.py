@@ -44,6 +44,7 @@ class StepsCopiesInBackward(StepsInBackward, _Base):
         precision_plugin: Precision | None = None,
         overflow: str | None = None,
         gradient_readers: str | None = None,
+        norm_budget_mb: float | None = None,
         **others: Any,
     ) -> None:
         # Not passed on: otherwise a command line would offer the arguments of DistributedDataParallel.
@@ -124,6 +125,7 @@ class LayerwiseDDPStrategy(StepsCopiesInBackward, DDPStrategy):
         log_grad_norm: As in ``LayerwiseStrategy``.
         overflow: As in ``LayerwiseStrategy``.
         gradient_readers: As in ``LayerwiseStrategy``.
+        norm_budget_mb: As in ``LayerwiseStrategy``.
         broadcast_buffers: Whether all processes take rank 0's buffers (BatchNorm's statistics) before every forward.
         process_group_backend: As in ``DDPStrategy``.
         timeout: As in ``DDPStrategy``.

@@ -34,6 +34,7 @@ class StepsShardsInBackward(StepsInBackward, _Base):
         timeout: timedelta = default_pg_timeout,
         overflow: str | None = None,
         gradient_readers: str | None = None,
+        norm_budget_mb: float | None = None,
     ) -> None:
         super().__init__(
             data_parallel_size, tensor_parallel_size, save_distributed_checkpoint, process_group_backend, timeout
@@ -73,6 +74,7 @@ class LayerwiseFSDP2Strategy(StepsShardsInBackward, ModelParallelStrategy):
         log_grad_norm: As in ``LayerwiseStrategy``.
         overflow: As in ``LayerwiseStrategy``.
         gradient_readers: As in ``LayerwiseStrategy``.
+        norm_budget_mb: As in ``LayerwiseStrategy``.
         data_parallel_size: Processes to shard over; ``"auto"`` means all that tensor parallelism leaves, unlike in
             ``ModelParallelStrategy``, where it means the number of nodes.
         tensor_parallel_size: Processes in each tensor-parallel group.

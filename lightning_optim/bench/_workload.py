@@ -58,7 +58,9 @@ def demo(quick: bool) -> Workload:
     width = 128
     model = {"layers": layers, "width": width, "heads": 4}
     data = {"context": context, "batch_size": batch_size}
-    trainer = {"gradient_clip_val": 1.0}
+    trainer: dict[str, Any] = {"gradient_clip_val": 1.0}
+    if quick:
+        trainer["limit_val_batches"] = 20
 
     def make() -> Parts:
         return Parts(GPT(**model), PythonTopics(**data), dict(trainer))

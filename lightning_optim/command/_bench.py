@@ -36,7 +36,7 @@ _MIB = 2**20
 _REPORT, _TEXT, _PICTURE = "report.json", "report.txt", "bench.png"
 # Of the shell, for a process that Ctrl-C ended.
 _INTERRUPTED = 128 + signal.SIGINT
-_RATES, _SEEDS, _QUICK_STEPS = 5, 3, 100
+_RATES, _SEEDS, _QUICK_STEPS = 5, 3, 75
 _WRONG = (
     IncompatibleTrainer,
     InvalidOption,

@@ -320,7 +320,7 @@ def test_the_page_shows_what_the_command_wrote() -> None:
     asked = demo(quick=True)
     assert written["request"]["facts"]["model"] == asked.facts["model"]
     shown = [written[name] for name in ("workload", "steps", "rates", "seeds")]
-    assert shown == [asked.name, 100, 5, 3]
+    assert shown == [asked.name, 75, 5, 3]
 
 
 # What is compared

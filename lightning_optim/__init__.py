@@ -74,7 +74,7 @@ if TYPE_CHECKING:
     from lightning_optim.choose import estimate_memory as estimate_memory
     from lightning_optim.trainer._cli import OptimCLI as OptimCLI
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "REGISTRY",

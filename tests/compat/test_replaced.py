@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -73,23 +74,23 @@ class Thaws(BaseFinetuning):
 @pytest.mark.parametrize(
     ("name", "owner", "flags"),
     [
-        ("add_param_group", "", {"callbacks": [Thaws()]}),
+        ("add_param_group", "", {"callbacks": Thaws}),
         ("clip_gradients", "precision_plugin", {}),
-        ("clip_gradients", "precision_plugin", {"plugins": [fp16_mixed()]}),
+        ("clip_gradients", "precision_plugin", {"plugins": fp16_mixed}),
         ("configure_optimizers", "lightning_module", {}),
         ("load_state_dict", "", {}),
         ("profile", "profiler", {}),
         ("step", "", {}),
-        ("step", "", {"plugins": [fp16_mixed()]}),
+        ("step", "", {"plugins": fp16_mixed}),
     ],
-    ids=str,
 )
 def test_lightning_calls_what_took_the_place_of_a_method(
-    name: str, owner: str, flags: dict[str, Any], tmp_path: Path
+    name: str, owner: str, flags: dict[str, Callable[[], Any]], tmp_path: Path
 ) -> None:
     def fit(epochs: int, ckpt_path: Path | None = None) -> Counts:
-        module, callbacks = Counts(name), [Replaces(owner), *flags.get("callbacks", [])]
-        run = trainer(gradient_clip_val=1.0, max_epochs=epochs, **{**flags, "callbacks": callbacks})
+        module, made = Counts(name), {flag: [make()] for flag, make in flags.items()}
+        made["callbacks"] = [Replaces(owner), *made.get("callbacks", [])]
+        run = trainer(gradient_clip_val=1.0, max_epochs=epochs, **made)
         run.fit(module, loader(1), ckpt_path=ckpt_path)
         if ckpt_path is None:
             run.save_checkpoint(tmp_path / "a.ckpt", weights_only=False)

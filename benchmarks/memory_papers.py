@@ -1,4 +1,4 @@
-"""Prints bytes of optimizer state beside those that papers give, as docs/memory.md shows them."""
+"""Prints bytes of optimizer state next to those that papers give, as docs/memory.md shows them."""
 
 from __future__ import annotations
 

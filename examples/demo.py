@@ -146,7 +146,7 @@ s/step       median; clipping by norm costs a layerwise optimizer a second backw
 
 
 def plot(results: list[Result], path: Path) -> None:
-    """Draws the losses by step beside the bytes of states and gradients."""
+    """Draws the losses by step next to the bytes of states and gradients."""
     figure = Figure(figsize=(11, 4.5), layout="constrained")
     losses, memory = figure.subplots(1, 2, width_ratios=(2, 1))
     for number, result in enumerate(results):

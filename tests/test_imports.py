@@ -33,7 +33,7 @@ ROOT = Path(lightning_optim.__file__).parent
 _SHOWN = (ROOT.parent / "CONTRIBUTING.md").read_text(encoding="utf-8").partition("```text\nlightning_optim/\n")[2]
 ROOMS = tuple(re.findall(r"^ {2}(\w+)(?:/|\.py) ", _SHOWN.partition("```")[0], re.MULTILINE))
 RANK = {room: rank for rank, room in enumerate(ROOMS)}
-#: Names of the package's own, beside the rooms.
+#: Names of the package's own, besides the rooms.
 OUTSIDE = {"", "__main__", "_moved", "pytorch_lightning"}
 #: May look into another room past its front door: a row into the file of the algorithm that it describes.
 LOOKS_INSIDE = {("table.rows", "optimizers")}

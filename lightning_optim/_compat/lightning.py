@@ -212,5 +212,5 @@ class ReducesXLA(XLAPrecision):
 
 
 def subcommand_parser(cli: LightningCLI, subcommand: str | None) -> LightningArgumentParser:
-    """Returns the parser of a subcommand, or the whole: it knows the defaults, which ``--optim`` may stand beside."""
+    """Returns the parser of a subcommand, or the whole one: it knows the defaults of what rivals ``--optim``."""
     return cli._parser(subcommand)

@@ -118,7 +118,7 @@ def _curve(curves: list[list[Any]]) -> list[Facts]:
 
 
 def _ranking(claim: Claim, rows: list[Facts], comparison: Comparison) -> Facts:
-    """Puts the claimed places beside the measured ones."""
+    """Puts the claimed places next to the measured ones."""
     sign = -1 if claim.measure == "loss" and comparison.judgement.maximize else 1
     # By the rows' names, of which the identifiers may be aliases.
     places = {REGISTRY.find(name).name: place for name, place in claim.places.items()}

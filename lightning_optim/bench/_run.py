@@ -72,7 +72,7 @@ class Comparison:
 
     @property
     def request(self) -> dict[str, Any]:
-        """What decides a trial's outcome beside optimizer, learning rate and seed, as plain values."""
+        """What decides a trial's outcome besides optimizer, learning rate and seed, as plain values."""
         own = self.workload.own
         return {
             "workload": self.workload.name,

@@ -203,7 +203,7 @@ class _Translation:
             self._unused("there is no warm-up with it here", warmup_name)
 
     def _warmup(self) -> tuple[int | float, str]:
-        """Returns the warm-up and which argument says so."""
+        """Returns the warm-up and the argument that sets it."""
         source = self._source
         steps, ratio = source.number("warmup_steps", float), source.number("warmup_ratio", float)
         if ratio and not (steps and source.chose("warmup_steps")):

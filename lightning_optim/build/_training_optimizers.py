@@ -88,8 +88,8 @@ _ROWS: Mapping[tuple[str, ...], HandedOn] = {
     ("galore_adamw",): replace(
         _GALORE,
         fixed={"match_galore_torch": True},
-        note="match_galore_torch: true takes the epsilon of there, 1e-6 beside the uncorrected denominator; leave it "
-        f"out for torch's, 1e-8 beside the corrected one. {_SUBSPACES}",
+        note="match_galore_torch: true takes the epsilon used there, 1e-6 added to the uncorrected denominator; leave "
+        f"it out for torch's, 1e-8 added to the corrected one. {_SUBSPACES}",
     ),
     ("galore_adamw_8bit",): replace(
         _GALORE,

@@ -52,7 +52,7 @@ class Timeline:
         forward: Most bytes in forward.
         arrivals: The gradients in their order.
         end: Most bytes after the last of them.
-        left: Bytes that are alive after backward.
+        left: Live bytes after backward.
     """
 
     fixed: Mapping[str, int]

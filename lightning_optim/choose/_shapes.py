@@ -57,7 +57,7 @@ class Shape:
                 f"{' even' if self.kind == 'llama' else ''} width: change one of them"
             )
         if self.heads % (self.kv_heads or self.heads):
-            raise InvalidOption(f"heads={self.heads} is no multiple of kv_heads={self.kv_heads}")
+            raise InvalidOption(f"heads={self.heads} is not a multiple of kv_heads={self.kv_heads}")
 
 
 _GALORE = "configs/ of https://github.com/jiaweizzhao/GaLore"
@@ -165,7 +165,7 @@ class Transformer(nn.Module):
 
 
 class _Block(nn.Module):
-    """Attention and MLP, each beside the residual stream."""
+    """Attention and MLP, each added to the residual stream."""
 
     def __init__(self, shape: Shape) -> None:
         super().__init__()

@@ -135,7 +135,7 @@ def _left(measurements: Measurements) -> str:
 
 
 def _written(report: Facts, arguments: argparse.Namespace) -> Facts:
-    """Writes the report beside the measurements, and adds where."""
+    """Writes the report next to the measurements, and adds where."""
     output = arguments.output
     report["files"] = {"trials": str(output / TRIALS), "report": str(output / _REPORT)}
     if not arguments.no_picture:

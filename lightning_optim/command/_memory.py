@@ -183,7 +183,7 @@ def _shown(size: int | None) -> str:
 def _size(text: str) -> int:
     match = re.fullmatch(r"\s*([\d.]+)\s*([kmgt]?i?)b?\s*", text.lower())
     if match is None or match[1].count(".") > 1 or match[2] == "i":
-        raise BadRequest(f"--fits {text!r} is no size: 24GiB, 24GB and 512MiB are")
+        raise BadRequest(f"--fits {text!r} is not a size: give one such as 24GiB, 24GB or 512MiB")
     return int(float(match[1]) * _UNITS[match[2]])
 
 

@@ -188,7 +188,7 @@ def _quantization(spec: OptimizerSpec) -> Iterator[str]:
         return
     block, smallest = (_number(value, spec) for value in (quantization.block_size, quantization.min_size))
     yield f"Quantized in blocks of {block} elements, which share a float32 scale."
-    whole = ", or whose size is no multiple of the block" if quantization.whole_blocks else ""
+    whole = ", or whose size is not a multiple of the block" if quantization.whole_blocks else ""
     yield f"Not quantized: parameters with fewer elements than {smallest}{whole}; embeddings, see above."
 
 

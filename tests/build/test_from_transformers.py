@@ -319,7 +319,7 @@ def test_checkpoints(given: dict[str, Any], expected: dict[str, Any]) -> None:
         ({"optim": "stable_adamw", "optim_args": "kahan_sum=False"}, "differs", "optim_args", "true there"),
         ({"optim": "sgd", "adam_beta1": 0.5}, "unused", "adam_beta1", "does not reach sgd"),
         ({"optim": "galore_adamw", "weight_decay": 0.5}, "unused", "weight_decay", "does not reach galore_adamw"),
-        ({"optim": "galore_adamw"}, "differs", "optim", "1e-6 beside the uncorrected denominator"),
+        ({"optim": "galore_adamw"}, "differs", "optim", "1e-6 added to the uncorrected denominator"),
         ({"save_steps": 0.1}, "yours", "save_steps", "write a number of steps"),
         ({"deepspeed": "ds.json"}, "yours", "deepspeed", "deepspeed_stage_2"),
         ({"base_model": "x", "bf16": True, "bfloat16": True}, "unused", "bfloat16", "written twice"),

@@ -568,7 +568,7 @@ def test_memory_takes_a_module_and_a_config(command: Command, tmp_path: Path, mo
         (("llama-8b",), "no shape 'llama-8b'"),
         (("no_such_module:Lit",), "there is no no_such_module:Lit"),
         (("--hidden", "64"), "a shape of your own needs --layers, --heads, --intermediate, --vocab, too"),
-        (("gpt2", "--fits", "much"), "--fits 'much' is no size: 24GiB, 24GB"),
+        (("gpt2", "--fits", "much"), "--fits 'much' is not a size: give one such as 24GiB, 24GB"),
         (("gpt2", "--optim-args", "rank=8"), "--optim-args without --optim"),
         (("gpt2", "--input", "8x8"), "--input is for a module"),
         (("torch.nn.Linear", "--init-args", "8"), "--init-args '8' is no name=value"),

@@ -46,7 +46,7 @@ class TestApolloTorch:
     """The package's deterministic ``proj="svd"``.
 
     Different on purpose:
-    - the epsilon: ours is torch's, beside the corrected denominator;
+    - the epsilon: ours is torch's, added to the corrected denominator;
     - the decay: ours is torch's, before the update; the package multiplies weights and update by ``1 - lr * decay``;
     - the limiter: ours compares updates as the paper defines them; the package compares them before the bias
       correction, whose growth it then limits, too;

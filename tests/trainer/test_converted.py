@@ -1,4 +1,4 @@
-"""A converted file trains as Hugging Face's Trainer: OptimCLI beside the Trainer's own optimizer, schedule and loop."""
+"""A converted file trains as Hugging Face's Trainer does: OptimCLI, and the Trainer's own optimizer and schedule."""
 
 from __future__ import annotations
 

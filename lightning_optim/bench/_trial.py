@@ -170,7 +170,8 @@ def _once(show: Callable[..., None]) -> Callable[..., None]:
 @contextmanager
 def quiet() -> Iterator[None]:
     """Silences what Lightning and we say at every start of a fit; a warning that is new is shown once."""
-    loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric", "lightning_utilities")]
+    names = ("lightning.pytorch", "lightning.fabric", "lightning_utilities", "pytorch_lightning")
+    loggers = [logging.getLogger(name) for name in names]
     levels = [logger.level for logger in loggers]
     for logger in loggers:
         logger.setLevel(logging.WARNING)

@@ -126,6 +126,10 @@ class StepTemporaries:
                     _give_gradients(fresh, tracker)
                     self._optimizer.step()
                     self._begun.update(fresh)
+                if isinstance(self._optimizer, OwnOptimizer):
+                    # They update together what took as many steps, as all do in a training.
+                    for parameter in parameters:
+                        self._optimizer.state[parameter]["step"] = 1
                 _give_gradients(parameters, tracker)
                 tracker.restart()
                 before = tracker.now().total

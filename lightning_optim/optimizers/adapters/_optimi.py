@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any, ClassVar
 
 import optimi
 import torch
 from optimi.utils import HAS_TRITON
+from torch import Tensor
 
 from lightning_optim.stepping import StepsUncompiled
 
@@ -45,5 +47,9 @@ def _kernels(group: dict[str, Any]) -> dict[str, Any]:
     """Returns a group's choice of kernels; if the user made none, upstream's choice for its parameters' devices."""
     kernels = {key: group[key] for key in ("foreach", "triton")}
     if kernels == {"foreach": None, "triton": None}:
-        kernels["triton"] = bool(HAS_TRITON and all(p.device.type in ("cuda", "xpu") for p in group["params"]))
+        kernels["triton"] = _on_gpu(group["params"])
     return kernels
+
+
+def _on_gpu(parameters: Iterable[Tensor]) -> bool:
+    return bool(HAS_TRITON) and all(parameter.device.type in ("cuda", "xpu") for parameter in parameters)

@@ -50,6 +50,7 @@ from lightning_optim.trainer._optim_callback import OptimCallback
 from lightning_optim.trainer.accelerators import NPUAccelerator, PJRTAccelerator
 from lightning_optim.trainer.accelerators import register as _register_accelerators
 from lightning_optim.trainer.callbacks._grokking import GrokkingSignal
+from lightning_optim.trainer.callbacks._monitor import OptimizerMonitor
 from lightning_optim.trainer.callbacks._schedule_free import ScheduleFreeCallback
 from lightning_optim.trainer.callbacks._unattended import watch as _watch
 from lightning_optim.trainer.strategies import (
@@ -102,6 +103,7 @@ __all__ = [
     "OptimCallback",
     "OptimConfig",
     "OptimMixin",
+    "OptimizerMonitor",
     "OptimizerSpec",
     "Options",
     "PJRTAccelerator",

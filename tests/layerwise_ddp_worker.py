@@ -18,7 +18,7 @@ from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lightning_optim import LayerwiseDDPStrategy
+from lightning_optim import LayerwiseDDPStrategy, OptimizerMonitor
 from tests.cases import BY_NAME, KINDS, case_of
 from tests.models import LENGTH, TOKENS, WIDTH, ForeignTokens, LitTokens, fp16_mixed, loader, trainer
 
@@ -113,6 +113,48 @@ class Sent:
             return collective(*args, **kwargs)
 
         return counted
+
+
+class Truth(Callback):
+    """Notes after every batch what a monitor logged, and what it should be, from whole tensors."""
+
+    def __init__(self) -> None:
+        self.logged: list[dict[str, float]] = []
+        self.true: list[dict[str, float]] = []
+
+    def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
+        self.before = [whole(parameter).clone() for parameter in pl_module.parameters()]
+        self.true.append({})
+
+    def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Any) -> None:
+        gradients = [whole(p.grad) for p in pl_module.parameters() if p.grad is not None]
+        if gradients:
+            self.true[-1]["optim/grad_norm"] = norm(gradients)
+
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
+        after = [whole(parameter) for parameter in pl_module.parameters()]
+        moved = norm([one - other for one, other in zip(after, self.before, strict=True)])
+        states = trainer.optimizers[0].state.values()
+        self.true[-1]["optim/update_ratio"] = moved / norm(self.before)
+        self.true[-1]["optim/momentum_norm"] = norm([whole(state["exp_avg"]) for state in states])
+        found = {key: value.item() for key, value in trainer.callback_metrics.items() if key.startswith("optim/")}
+        self.logged.append(found)
+
+
+def whole(tensor: Any) -> Tensor:
+    full: Tensor = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+    return full.detach()
+
+
+def norm(tensors: list[Tensor]) -> float:
+    return torch.cat([tensor.double().flatten() for tensor in tensors]).norm().item()
+
+
+def monitored(run: Callable[..., Any], *args: Any, **flags: Any) -> dict[str, Any]:
+    """Fits with a monitor that logs every step; returns what it logged, and the truth."""
+    truth = Truth()
+    run(*args, callbacks=(OptimizerMonitor(every_n_steps=1), truth), **flags)
+    return {"logged": truth.logged, "true": truth.true}
 
 
 def fit(
@@ -369,6 +411,8 @@ def runs(directory: Path, names: Container[str]) -> Iterator[tuple[str, Any]]:
         )
     strategy = LayerwiseDDPStrategy(bucket_mb=0.001)
     yield "own optimizer", {"ddp": fit(module=OwnOptimizer), "layerwise": fit(module=OwnOptimizer, strategy=strategy)}
+    clipped = SETTINGS["norm clipping"]
+    yield "monitor", {"ddp": monitored(fit, **clipped), "layerwise": monitored(layerwise, **clipped)}
     yield "unfrozen later", {"layerwise": layerwise(callbacks=(Unfreeze(),), gradient_clip_val=0.3)}
 
     late = {"module": Unused, "accumulate_grad_batches": 2}

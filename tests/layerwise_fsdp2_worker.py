@@ -22,7 +22,7 @@ from torch.distributed.tensor import DTensor
 
 from lightning_optim import LayerwiseFSDP2Strategy
 from tests.cases import case_of
-from tests.layerwise_ddp_worker import Sent
+from tests.layerwise_ddp_worker import Sent, monitored
 from tests.models import TOKENS, LitTokens, loader, trainer
 
 RANK = int(os.environ.get("LOCAL_RANK", 0))
@@ -106,6 +106,7 @@ def fit(
     checkpoint: Path | None = None,
     whole_file: bool = False,
     strategy: type[ModelParallelStrategy] | None = None,
+    callbacks: tuple[Callback, ...] = (),
     **flags: Any,
 ) -> dict[str, Any]:
     """Trains eight steps, from a checkpoint if there is one; returns what was noted, or the error."""
@@ -120,9 +121,9 @@ def fit(
         optim_args={**case.options, **(options or {})},
     )
     watch = Watch()
-    callbacks: list[Callback] = [watch]
+    callbacks = watch, *callbacks
     if save is not None:
-        callbacks.append(ModelCheckpoint(save, filename="{step}", every_n_train_steps=4, save_top_k=-1))
+        callbacks = *callbacks, ModelCheckpoint(save, filename="{step}", every_n_train_steps=4, save_top_k=-1)
     strategy = strategy or (LayerwiseFSDP2Strategy if layerwise else ModelParallelStrategy)
     # Lightning's default would make the two processes a tensor-parallel group; ours shards.
     sizes = {} if strategy is LayerwiseFSDP2Strategy else {"data_parallel_size": 2, "tensor_parallel_size": 1}
@@ -130,7 +131,7 @@ def fit(
         max_steps=8,
         strategy=strategy(**sizes, save_distributed_checkpoint=not whole_file),
         devices=2,
-        callbacks=callbacks,
+        callbacks=list(callbacks),
         enable_checkpointing=save is not None,
         **flags,
     )
@@ -153,6 +154,8 @@ def runs(directory: Path) -> Iterator[tuple[str, Any]]:
     for bucket_mb in BUCKETS:
         yield f"bucket_mb={bucket_mb}", both("adamw_torch", {"bucket_mb": bucket_mb})
     yield "log_grad_norm", fit("adamw_torch_layerwise", {"log_grad_norm": True})
+    names, clipped = ("adamw_torch", "adamw_torch_layerwise"), SETTINGS["norm clipping"][0]
+    yield "monitor", {name: monitored(fit, name, **clipped) for name in names}
     yield "plain strategy", fit("adamw_torch_layerwise", strategy=ModelParallelStrategy)
     flags = SETTINGS["norm clipping"][0]
     yield "norm_budget_mb", fit("adamw_torch_layerwise", {"norm_budget_mb": 1}, **flags)

@@ -42,6 +42,7 @@ __all__ = [
     "is_start_method_popen",
     "loaded_checkpoint",
     "logged_results",
+    "logged_step",
     "note_hyperparameters",
     "restricted_classmethod",
     "running_trainer",
@@ -103,6 +104,11 @@ def running_trainer() -> Trainer | None:
 def is_accumulating(trainer: Trainer) -> bool:
     """Whether no optimizer step follows the batch that runs; otherwise accumulated gradients are stepped too early."""
     return trainer.fit_loop._should_accumulate()
+
+
+def logged_step(trainer: Trainer) -> int:
+    """Returns the step number under which ``self.log`` logs the batch that runs; else the curves would not line up."""
+    return trainer.fit_loop.epoch_loop._batches_that_stepped
 
 
 def logged_results(loop: Any) -> Any:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._functorch import config as functorch_config
+from torch.amp.grad_scaler import GradScaler, OptState
 from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 from torch.nn.modules.conv import _ConvNd
 from torch.optim import Optimizer
@@ -35,6 +36,7 @@ __all__ = [
     "entries",
     "group_by_device_and_dtype",
     "has_fused_kernel",
+    "has_unscaled",
     "is_flattened",
     "load_hooks",
     "mark_as_stepped",
@@ -111,6 +113,12 @@ def unhooked(step: Callable[..., Any]) -> Callable[..., Any]:
     """Returns a class's ``step`` without the wrapper in which torch runs hooks; otherwise they run once per part."""
     found: Callable[..., Any] = inspect.unwrap(step, stop=lambda f: getattr(f, "__code__", None) is not _HOOKED)
     return found
+
+
+def has_unscaled(scaler: GradScaler, optimizer: Optimizer) -> bool:
+    """Whether a scaler has unscaled an optimizer's gradients for this step; else their norm is logged scaled."""
+    state = scaler._per_optimizer_states.get(id(optimizer))
+    return state is not None and state["stage"] is not OptState.READY
 
 
 def mark_as_stepped(optimizer: Optimizer) -> None:

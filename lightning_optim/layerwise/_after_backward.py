@@ -12,7 +12,7 @@ from lightning_optim.layerwise._buckets import AgreedBuckets, ArrivalBuckets, la
 from lightning_optim.layerwise._clipping import Clipping, norms_of, total_norm
 from lightning_optim.layerwise._coupled import WATCHED_STEPS, Watch
 from lightning_optim.layerwise._hooks import GradientHooks
-from lightning_optim.layerwise._passes import Step
+from lightning_optim.layerwise._passes import Observer, Step
 from lightning_optim.layerwise._replicas import AgreedOrder, Replicas, refuse_unused
 from lightning_optim.stepping import uncompiled
 
@@ -38,6 +38,7 @@ class AfterBackward:
     norm_budget_mb: float | None
     accumulated: bool
     stepped: bool
+    observers: list[Observer]
     _hooks: GradientHooks
     _averaged: bool
     _watched: dict[int, int]
@@ -84,7 +85,8 @@ class AfterBackward:
         if alive or not self.stepped:
             if alive:
                 self.average_alive()
-            step = Step(ArrivalBuckets(self.bucket_bytes), self._name, self.optimizer, watch=self._watch())
+            buckets = ArrivalBuckets(self.bucket_bytes)
+            step = Step(buckets, self._name, self.optimizer, watch=self._watch(), observers=self.observers)
             step.finish(alive)
             step.commit()
         self.stepped = self.accumulated = self._averaged = False

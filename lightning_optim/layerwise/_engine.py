@@ -20,7 +20,7 @@ from lightning_optim.layerwise._buckets import AgreedBuckets, ArrivalBuckets, Bu
 from lightning_optim.layerwise._clipping import Clipping
 from lightning_optim.layerwise._coupled import refuse_coupled
 from lightning_optim.layerwise._hooks import GradientHooks
-from lightning_optim.layerwise._passes import Measurement, Observation, Pass, Step
+from lightning_optim.layerwise._passes import Measurement, Observation, Observer, Pass, Step
 from lightning_optim.layerwise._replicas import AgreedOrder, Replicas, refuse_separate_processes, refuse_unused
 from lightning_optim.layerwise._split_step import ATTACHED
 from lightning_optim.stepping import KeepsTrainingPoint, uncompiled
@@ -85,6 +85,8 @@ class Layerwise(AfterBackward):
         self.accumulated = False
         #: What scales the losses, for :meth:`stepping`; set by training frameworks that scale them.
         self.scaler: GradScaler | None = None
+        #: Who sees every bucket before and after its step.
+        self.observers: list[Observer] = []
         #: True while ``optimizer.step`` runs its closure: the current backward is the one to step in.
         self.in_closure = False
         #: True if a backward has stepped since the last ``optimizer.step``, which then has nothing to do.
@@ -263,6 +265,7 @@ class Layerwise(AfterBackward):
             self._measured,
             self.wants_norm,
             self._watch(),
+            self.observers,
         )
         self._passes.append(self._pass)
 

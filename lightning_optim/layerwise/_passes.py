@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -14,6 +15,16 @@ from lightning_optim.layerwise._buckets import Bucket, Buckets
 from lightning_optim.layerwise._clipping import Clipping, norms_of, total_norm
 from lightning_optim.layerwise._coupled import Watch
 from lightning_optim.layerwise._split_step import SplitStep
+
+
+class Observer(Protocol):
+    """Sees the buckets of every step, which an optimizer's own step hooks see too late."""
+
+    def see_gradients(self, parameters: Sequence[Tensor], scaler: GradScaler | None = None) -> None:
+        """Sees gradients before they are clipped; they are still scaled if a scaler is given."""
+
+    def see_step(self, parameters: Sequence[Tensor]) -> None:
+        """Sees parameters right after their step, their gradients still there."""
 
 
 class Pass:
@@ -90,6 +101,7 @@ class Step(Pass):
     ``total`` is the norm that ``clipping`` scales by; a non-finite one with a scaler skips the whole step. Otherwise
     the scaler skips the buckets that overflow. ``wants_norm`` takes the norm even if ``clipping`` does not need it.
     ``watch`` undoes the step if the optimizer couples its parameters; ``None`` does not check.
+    ``observers`` see every bucket before and after its step.
     """
 
     def __init__(
@@ -102,8 +114,10 @@ class Step(Pass):
         total: Tensor | None = None,
         wants_norm: bool = False,
         watch: Watch | None = None,
+        observers: Sequence[Observer] = (),
     ) -> None:
         super().__init__(buckets, name)
+        self._observers = observers
         self._split = SplitStep(optimizer, watch)
         self._clipping = clipping
         self._scaler = scaler
@@ -118,10 +132,14 @@ class Step(Pass):
     def take(self, bucket: Bucket) -> None:
         inners = [self._split.inner(part) for part in self._split.parts(bucket)]
         if self._skips:
+            for observer in self._observers:
+                observer.see_gradients(bucket, self._scaler)
             return
         if self._scaler is not None:
             for inner in inners:
                 self._scaler.unscale_(inner)
+        for observer in self._observers:
+            observer.see_gradients(bucket)
         norms = norms_of(bucket) if self._takes_norms else []
         self._norms.update(zip(bucket, norms, strict=self._takes_norms))
         if self._clipping is not None:
@@ -133,6 +151,8 @@ class Step(Pass):
                 inner.step()
         # For kernels that bypass autograd: backward must not silently use a stepped value.
         torch.autograd.graph.increment_version(bucket)
+        for observer in self._observers:
+            observer.see_step(bucket)
 
     def commit(self) -> None:
         """See :meth:`SplitStep.commit`."""

@@ -18,6 +18,7 @@ from lightning_optim.optimizers._galore import GaLoreAdamW
 from lightning_optim.optimizers._galore_adafactor import GaLoreAdafactor
 from lightning_optim.optimizers._grokadamw import GrokAdamW
 from lightning_optim.optimizers._lomo import LOMO
+from lightning_optim.optimizers._low_rank import LowRankOptimizer
 
 if TYPE_CHECKING:
     from lightning_optim.optimizers.adapters._galore import GaLoreAdamW8bit
@@ -32,6 +33,7 @@ __all__ = [
     "GaLoreAdamW",
     "GaLoreAdamW8bit",
     "GrokAdamW",
+    "LowRankOptimizer",
     "OwnOptimizer",
 ]
 

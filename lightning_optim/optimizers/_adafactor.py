@@ -61,6 +61,11 @@ class Adafactor(OwnOptimizer):
         lr = default_lr(relative_step) if lr is None else lr
         super().__init__(params, hyperparameters(locals()))
 
+    def used_rate(self, group: dict[str, Any]) -> float:
+        # Without scale_parameter's factor, which each parameter has of its own.
+        steps = (self.state[parameter].get("step", 0) for parameter in group["params"] if parameter in self.state)
+        return float(self._rate(None, max([1, *steps]), group))
+
     def _check_group(self, group: dict[str, Any]) -> None:
         super()._check_group(group)
         if group["warmup_init"] and not group["relative_step"]:

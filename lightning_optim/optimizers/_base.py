@@ -70,6 +70,10 @@ class OwnOptimizer(StepsUncompiled):
         """Returns which of these parameters of one group, all with gradients, to step."""
         return parameters
 
+    def used_rate(self, group: dict[str, Any]) -> float:
+        """Returns the learning rate of a group's last step."""
+        return float(group["lr"])
+
     def _check_group(self, group: dict[str, Any]) -> None:
         """Refuses a group with values out of range or parameters that cannot be stepped."""
         for name in ("lr", "eps", "weight_decay", "betas"):

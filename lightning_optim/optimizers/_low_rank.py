@@ -23,6 +23,7 @@ from lightning_optim.optimizers._projection import (
     find_bases,
     low_rank_shape,
     matrix_shape,
+    project,
 )
 from lightning_optim.optimizers._stacks import batches, stack, stacked
 
@@ -64,6 +65,29 @@ class LowRankOptimizer(OwnOptimizer):
         "projection": get_args(ProjectionMethod),
         "state_dtype": get_args(StateDtype),
     }
+
+    def subspace(self, parameter: Tensor) -> object:
+        """Returns what a parameter's gradient is projected by, another object after each search; ``None`` if nothing.
+
+        It is a basis, or the seed of a random one.
+        """
+        state = self.state.get(parameter, {})
+        return next((state[name] for name in ("left", "right", "seed") if name in state), None)
+
+    @torch.no_grad()
+    def captured(self, parameter: Tensor, group: dict[str, Any]) -> Tensor | None:
+        """Returns the squared norm of what is left of a parameter's gradient in its subspace, 0-dim.
+
+        ``None`` if it is not projected, or by a random matrix, which keeps the norm on average whatever the gradient.
+        """
+        state, stack_dims = self.state.get(parameter, {}), group["stack_dims"]
+        if parameter.grad is None or not ("left" in state or "right" in state):
+            return None
+        left, right = (
+            as_matrices(to_compute_dtype([state[name]]), stack_dims) if name in state else None
+            for name in ("left", "right")
+        )
+        return project(as_matrices(gradients([parameter]), stack_dims), left, right).square().sum()
 
     def _check_group(self, group: dict[str, Any]) -> None:
         super()._check_group(group)

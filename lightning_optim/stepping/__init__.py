@@ -11,7 +11,7 @@ from lightning_optim.stepping._averaging import KeepsTrainingPoint
 from lightning_optim.stepping._finite import say_if_not_finite
 from lightning_optim.stepping._fused import HALF, FusedStep, fused_class, is_packed
 from lightning_optim.stepping._kernels import keep_kernel, laid_out_as
-from lightning_optim.stepping._preparing import preparations
+from lightning_optim.stepping._preparing import preparations, prepare_step
 from lightning_optim.stepping._sharding import is_sharded
 from lightning_optim.stepping._state_marks import FORMAT, IDENTIFIER, MARKS, MEMBERS, check_state, refuse_foreign
 from lightning_optim.stepping._uncompiled import StepsUncompiled, uncompiled
@@ -34,6 +34,7 @@ __all__ = [
     "laid_out_as",
     "only_valid_groups",
     "preparations",
+    "prepare_step",
     "refuse_foreign",
     "say_if_not_finite",
     "uncompiled",

@@ -149,6 +149,19 @@ def test_a_step_is_found_without_its_hooks(stepped: AdamW) -> None:
         assert unhooked(unhooked(AdamW.step)) is unhooked(AdamW.step)
 
 
+def test_a_scaler_tells_what_it_has_unscaled() -> None:
+    with relied_on("torch.has_unscaled", "OptimizerMonitor with precision='16-mixed'") as has_unscaled:
+        weight = nn.Parameter(torch.ones(2))
+        optimizer, scaler = SGD([weight]), torch.amp.GradScaler("cpu")
+        scaler.scale(weight.sum()).backward()
+        assert not has_unscaled(scaler, optimizer)
+        scaler.unscale_(optimizer)
+        assert has_unscaled(scaler, optimizer)
+        scaler.step(optimizer)
+        scaler.update()
+        assert not has_unscaled(scaler, optimizer)
+
+
 @pytest.mark.parametrize("what", ["torch.mark_as_stepped", "torch.mark_as_wrapped"])
 def test_a_schedule_believes_that_its_optimizer_steps(what: str) -> None:
     def step(optimizer: Any = None) -> None:

@@ -75,6 +75,12 @@ def test_accumulation_is_known_after_each_backward() -> None:
         assert answers == [True, True, False, False]
 
 
+def test_the_step_number_of_what_is_logged_is_known() -> None:
+    with relied_on("lightning.logged_step", "OptimizerMonitor") as logged_step:
+        answers = asked("on_train_batch_end", lambda trainer, _: logged_step(trainer), accumulate_grad_batches=2)
+        assert answers == [0, 0, 1, 1]
+
+
 def test_what_loops_logged_and_read_is_known() -> None:
     needed_by = "reduce_lr_on_plateau and the hint of grokadamw"
     with relied_on("lightning.logged_results", needed_by) as logged_results:

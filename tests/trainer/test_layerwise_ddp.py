@@ -240,3 +240,14 @@ def test_plain_then_layerwise_then_two_processes_then_plain_equals_plain(name: s
     whole = torch.load(legs / "plain" / "step=20.ckpt", weights_only=True)
     for key in ("state_dict", "optimizer_states", "lr_schedulers", "global_step"):
         assert equal(whole[key], resumed[key]), key
+
+
+def test_a_monitor_logs_the_truth_on_every_process(ranks: list[dict[str, Any]]) -> None:
+    for rank in ranks:
+        plain, layerwise = rank["monitor"]["ddp"], rank["monitor"]["layerwise"]
+        assert len(plain["true"]) == 10
+        for step, true in enumerate(plain["true"]):
+            assert true.keys() == {"optim/grad_norm", "optim/update_ratio", "optim/momentum_norm"}
+            for name, value in true.items():
+                assert plain["logged"][step][name] == pytest.approx(value, rel=1e-5), name
+                assert layerwise["logged"][step][name] == pytest.approx(value, rel=1e-5), name

@@ -98,3 +98,14 @@ def test_refused_under_the_plain_strategy(ranks: list[dict[str, Any]]) -> None:
         assert refusal["error"] == "IncompatibleTrainer"
         assert "optim='adamw_torch_layerwise'" in refusal["text"]
         assert "'layerwise_fsdp2'" in refusal["text"]
+
+
+def test_a_monitor_logs_the_truth_on_every_process(ranks: list[dict[str, Any]]) -> None:
+    for rank in ranks:
+        plain, layerwise = rank["monitor"]["adamw_torch"], rank["monitor"]["adamw_torch_layerwise"]
+        assert len(plain["true"]) == 8
+        for step, true in enumerate(plain["true"]):
+            assert true.keys() == {"optim/grad_norm", "optim/update_ratio", "optim/momentum_norm"}
+            for name, value in true.items():
+                assert plain["logged"][step][name] == pytest.approx(value, rel=1e-5), name
+                assert layerwise["logged"][step][name] == pytest.approx(value, rel=1e-5), name

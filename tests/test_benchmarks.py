@@ -34,6 +34,13 @@ def test_layerwise_benchmark_runs() -> None:
         assert part in printed
 
 
+def test_monitor_benchmark_runs() -> None:
+    printed = run("monitor.py", "--quick")
+    rows = re.findall(r"^(?:deep and narrow|gpt) .* (\d+\.\d+) +(\d\.\d+) +\(", printed, re.MULTILINE)
+    assert len(rows) == 8
+    assert all(float(milliseconds) > 0 and float(ratio) > 0 for milliseconds, ratio in rows)
+
+
 def test_optimizers_benchmark_runs() -> None:
     size = ("--side", "64", "--count", "4", "--fast", "--threads", "1")
     printed = run("optimizers.py", *size, "--convergence", "--steps", "2", "--seeds", "1", "--no-imports")

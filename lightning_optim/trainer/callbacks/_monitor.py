@@ -205,7 +205,9 @@ class OptimizerMonitor(Callback):
         for logger in trainer.loggers:
             logger.log_metrics(logged, step=step)
         device = trainer.strategy.root_device
-        trainer.callback_metrics.update((name, torch.tensor(value, device=device)) for name, value in logged.items())
+        trainer.callback_metrics.update(
+            zip(logged, torch.tensor([*logged.values()], device=device).unbind(), strict=True)
+        )
         for name, value in shown.items():
             pl_module.log(name, value, prog_bar=True, logger=False)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import weakref
 from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -24,7 +25,7 @@ from lightning_optim.trainer.callbacks._monitor_units import Per, Units, local, 
 
 # A tensor with more elements may be represented by a part of them.
 _SMALL = 2**16
-# So many orders in which gradients arrive have their indices kept on the device.
+# So many orders in which gradients arrive are kept.
 _ORDERS = 8
 
 
@@ -89,7 +90,7 @@ class Steps:
         self._norms: dict[int, Tensor] = {}
         self._prepared: set[int] = set()
         self._copies: dict[int, tuple[Tensor, int]] = {}
-        self._indices: dict[tuple[int, ...], tuple[Tensor, Tensor | None]] = {}
+        self._orders: dict[tuple[int, ...], _Order] = {}
         self._subspaces: dict[int, Callable[[], object]] = {}
         if isinstance(optimizer, LowRankOptimizer):
             for parameter in list(optimizer.state):
@@ -113,7 +114,7 @@ class Steps:
 
     def clear(self) -> None:
         """Forgets what was noted."""
-        for noted in (self.gradients, self.skipped, self.reached, self.reached_last, self.sums, self.known, self.rates):
+        for noted in (self.gradients, self.skipped, self.reached, self.sums, self.known, self.rates):
             noted.clear()
         self.refreshes.clear()
         self.unknown_momenta.clear()
@@ -150,10 +151,10 @@ class Steps:
             self.stepped = True
             unit = self.units.unit
             parameters = list(self._parameters.values())
-            self.gradients.append(self._by_unit(parameters, list(self._norms.values())))
+            self.gradients.append(self._by_unit(tuple(self._norms), list(self._norms.values())))
             skipped: set[int] | Tensor = {unit[key] for key in self._norms.keys() - self._prepared}
             self.skipped.append(overflow if overflow is not None and not skipped else skipped)
-            self.reached_last = {unit[key] for key in self._norms}
+            self.reached_last = self._orders[tuple(self._norms)].units
             self.reached |= self.reached_last
             self._note_subspaces(parameters)
             if self.measures:
@@ -167,12 +168,18 @@ class Steps:
     @torch.no_grad()
     def see_gradients(self, parameters: Sequence[Tensor], scaler: GradScaler | None = None) -> None:
         """Takes the norms of gradients that were not seen in this step; the scaler is given if they are scaled."""
-        fresh = {id(p): p for p in parameters if p.grad is not None and id(p) not in self._norms}
+        fresh: dict[int, Tensor] = {}
+        gradients: list[Tensor] = []
+        # Lean, as all that happens in every step.
+        for parameter in parameters:
+            gradient, key = parameter.grad, id(parameter)
+            if gradient is not None and key not in self._norms:
+                fresh[key] = parameter
+                gradients.append(gradient if type(gradient) is Tensor and not gradient.is_sparse else local(gradient))
         if not fresh:
             return
         if not fresh.keys() <= self.units.unit.keys():
             self.units.update(self.optimizer)
-        gradients = [local(parameter.grad) for parameter in fresh.values() if parameter.grad is not None]
         found, factor = norms(gradients), None
         if scaler is not None:
             scale: Tensor = scaler.scale(torch.ones((), device=found[0].device))
@@ -193,16 +200,18 @@ class Steps:
             copies, strides = zip(*(self._copies.pop(id(parameter)) for parameter in moved), strict=True)
             # What a part stands for.
             scales = [p.numel() / (-(-p.numel() // stride)) for p, stride in zip(moved, strides, strict=True)]
-            self._add("weights", moved, norms(list(copies)), scales)
+            keys = tuple(map(id, moved))
+            self._add("weights", keys, norms(list(copies)), scales)
             now = [_part(local(parameter), stride) for parameter, stride in zip(moved, strides, strict=True)]
             kernels.foreach_sub_(list(copies), now)
-            self._add("updates", moved, norms(list(copies)), scales)
+            self._add("updates", keys, norms(list(copies)), scales)
         if self.measures and "projection" in self._metrics and isinstance(self.optimizer, LowRankOptimizer):
-            for parameter in parameters:
-                captured = self.optimizer.captured(parameter, self.units.group[id(parameter)])
-                if captured is not None and parameter.grad is not None:
-                    self._add("captured", [parameter], [captured.sqrt()])
-                    self._add("projected", [parameter], norms([parameter.grad]))
+            pairs = [(p, self.optimizer.captured(p, self.units.group[id(p)])) for p in parameters]
+            kept = {id(p): square.sqrt() for p, square in pairs if square is not None}
+            if kept:
+                gradients = [p.grad for p in parameters if id(p) in kept and p.grad is not None]
+                self._add("captured", tuple(kept), list(kept.values()))
+                self._add("projected", tuple(kept), norms(gradients))
 
     # Inside.
 
@@ -211,6 +220,9 @@ class Steps:
         """Runs right before a step of the optimizer, or of the part of one that the layerwise engine takes."""
         if Layerwise.of(optimizer) is not None:
             return  # its parts come one by one
+        if optimizer is self.optimizer and self._begun and not self.measures:
+            self._prepared.update(self._norms)
+            return
         parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
         self.see_gradients(parameters)  # of a step that Lightning knows nothing of
         self._prepared.update(map(id, parameters))
@@ -236,12 +248,15 @@ class Steps:
 
     def _measure(self, parameters: Sequence[Tensor]) -> None:
         if "momentum_norm" in self._metrics:
+            found: dict[int, Tensor] = {}
             for parameter in parameters:
                 moment = momentum(self.optimizer.state.get(parameter, {}))
                 if moment is not None:
-                    self._add("momenta", [parameter], norms([moment]))
+                    found[id(parameter)] = norms([moment])[0]  # one by one: it may have been dequantized
                 else:
                     self.unknown_momenta.add(self.units.unit[id(parameter)])
+            if found:
+                self._add("momenta", tuple(found), list(found.values()))
         if self.histograms is not None:
             for parameter in parameters:
                 name, share = self.units.name(id(parameter)), self.units.share[id(parameter)]
@@ -259,32 +274,53 @@ class Steps:
             self.refreshes[unit] = self.refreshes.get(unit, 0) + 1
 
     def _add(
-        self, what: str, parameters: Sequence[Tensor], found: Sequence[Tensor], scales: Sequence[float] | None = None
+        self, what: str, keys: tuple[int, ...], found: list[Tensor], scales: Sequence[float] | None = None
     ) -> None:
-        added, before = self._by_unit(parameters, found, scales), self.sums.get(what)
+        """Adds norms of parameters, by their ``id``, to a sum of squares."""
+        added, before = self._by_unit(keys, found, scales), self.sums.get(what)
         self.sums[what] = added if before is None else added + pad(before, (0, len(added) - len(before)))
-        self.known.setdefault(what, set()).update(self.units.unit[id(parameter)] for parameter in parameters)
+        self.known.setdefault(what, set()).update(self._orders[keys].units)
 
-    def _by_unit(
-        self, parameters: Sequence[Tensor], found: Sequence[Tensor], scales: Sequence[float] | None = None
-    ) -> Tensor:
+    def _by_unit(self, keys: tuple[int, ...], found: list[Tensor], scales: Sequence[float] | None = None) -> Tensor:
         """Returns sums of squared norms, one for each unit."""
-        key, device = tuple(map(id, parameters)), found[0].device
-        if key not in self._indices:
-            if len(self._indices) >= _ORDERS:
-                self._indices.clear()
-            shares = [self.units.share[one] for one in key]
-            self._indices[key] = (
-                torch.tensor([self.units.unit[one] for one in key], device=device),
-                None if set(shares) == {1.0} else torch.tensor(shares, device=device),
-            )
-        index, share = self._indices[key]
-        squares = torch.stack([norm.to(device, torch.float32) for norm in found]).square_()
-        if share is not None:
-            squares *= share
+        if keys not in self._orders:
+            if len(self._orders) >= _ORDERS:
+                self._orders.clear()
+            self._orders[keys] = _Order.of(keys, self.units, found)
+        order = self._orders[keys]
+        if order.mixed:
+            found = [norm.to(found[0].device, torch.float32) for norm in found]
+        squares = torch.stack(found).float().square_()
+        if order.share is not None:
+            squares *= order.share
         if scales is not None:
-            squares *= torch.tensor(scales, device=device)
-        return squares.new_zeros(len(self.units.names)).index_add_(0, index, squares)
+            squares *= torch.tensor(scales, device=squares.device)
+        return squares.new_zeros(len(self.units.names)).index_add_(0, order.index, squares)
+
+
+@dataclass(frozen=True)
+class _Order:
+    """An order of parameters, with what is needed to add their squares up: made once, for it goes to the device.
+
+    Attributes:
+        index: The units.
+        share: What this process adds of each; ``None``: all.
+        units: The units, each once.
+        mixed: Whether the norms are on several devices or of several dtypes.
+    """
+
+    index: Tensor
+    share: Tensor | None
+    units: set[int]
+    mixed: bool
+
+    @classmethod
+    def of(cls, keys: tuple[int, ...], units: Units, norms: list[Tensor]) -> _Order:
+        numbers, shares = [units.unit[key] for key in keys], [units.share[key] for key in keys]
+        device = norms[0].device
+        share = None if set(shares) == {1.0} else torch.tensor(shares, device=device)
+        mixed = len({(norm.device, norm.dtype) for norm in norms}) > 1
+        return cls(torch.tensor(numbers, device=device), share, set(numbers), mixed)
 
 
 def _part(tensor: Tensor, stride: int) -> Tensor:

@@ -43,17 +43,17 @@ class Units:
 
     def update(self, optimizer: Optimizer) -> None:
         """Takes the parameters of an optimizer that are not known yet."""
+        self.sharded = any(is_sharded(parameter) for group in optimizer.param_groups for parameter in group["params"])
         for group, name in zip(optimizer.param_groups, group_names(optimizer), strict=True):
             for parameter in group["params"]:
                 self.group[id(parameter)] = group
+                self.share[id(parameter)] = _share(parameter) if self.sharded else 1.0
                 if id(parameter) in self.unit:
                     continue
                 unit = name if self._per == "group" else self._layer(parameter)
                 if unit not in self.names:
                     self.names.append(unit)
                 self.unit[id(parameter)] = self.names.index(unit)
-                self.share[id(parameter)] = _share(parameter)
-                self.sharded = self.sharded or is_sharded(parameter)
 
     def name(self, key: int) -> str:
         """Returns the name of the unit of a parameter, by its ``id``."""
@@ -132,8 +132,6 @@ def _tensors(value: Any) -> Iterator[Tensor]:
 
 def _share(parameter: Tensor) -> float:
     """Returns the weight of a process's squares in the sum over all processes, of which several may hold the same."""
-    if not (dist.is_available() and dist.is_initialized()):
-        return 1.0
     if not is_sharded(parameter):
         return 1.0 / dist.get_world_size()
     sharded: Any = parameter
@@ -144,13 +142,7 @@ def _share(parameter: Tensor) -> float:
 
 def norms(tensors: list[Tensor]) -> list[Tensor]:
     """Returns the 2-norms of tensors, 0-dim; of two-byte numbers in float32, lest they are rounded or overflow."""
-    found: list[Tensor] = [torch.empty(0)] * len(tensors)
-    kinds: dict[torch.dtype, list[int]] = {}
-    for index, tensor in enumerate(tensors):
-        kinds.setdefault(tensor.dtype, []).append(index)
-    for dtype, indices in kinds.items():
-        wide = torch.float32 if dtype.itemsize < 4 else None
-        made = kernels.foreach_norm([tensors[index] for index in indices], 2, wide)
-        for index, norm in zip(indices, made, strict=True):
-            found[index] = norm
-    return found
+    dtypes = {tensor.dtype for tensor in tensors}
+    if len(dtypes) > 1:
+        return [norm for tensor in tensors for norm in norms([tensor])]
+    return list(kernels.foreach_norm(tensors, 2, torch.float32 if dtypes.pop().itemsize < 4 else None))

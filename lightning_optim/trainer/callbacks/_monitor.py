@@ -49,7 +49,7 @@ class OptimizerMonitor(Callback):
 
     Args:
         every_n_steps: Optimizer steps between two logs; ``None`` takes the Trainer's ``log_every_n_steps``, so that the
-            values stand beside those that ``self.log`` writes, under the same step numbers.
+            values stand next to those that ``self.log`` writes, under the same step numbers.
         per: ``"group"``, or ``"layer"``: the module that owns a parameter.
         metrics: Which to log.
         prog_bar: Which to show in the progress bar, for all of each optimizer.
@@ -73,7 +73,7 @@ class OptimizerMonitor(Callback):
         copy_mb: float = 256,
     ) -> None:
         if every_n_steps is not None and every_n_steps < 1:
-            raise InvalidOption(f"every_n_steps={every_n_steps!r} is no number of steps: give 1 or more, or None")
+            raise InvalidOption(f"every_n_steps={every_n_steps!r} is not a number of steps: give 1 or more, or None")
         if per not in get_args(Per):
             raise InvalidOption(f"per={per!r} is unknown; use one of {listing(get_args(Per))}")
         if not copy_mb > 0:
@@ -112,7 +112,7 @@ class OptimizerMonitor(Callback):
             others = listing(type(logger).__name__ for logger in trainer.loggers) or "none"
             raise IncompatibleTrainer(
                 f"log_histograms=True needs a TensorBoardLogger, and the Trainer's loggers are: {others}. Use "
-                "Trainer(logger=TensorBoardLogger('logs')), also beside others: logger=[CSVLogger('logs'), "
+                "Trainer(logger=TensorBoardLogger('logs')), also together with others: logger=[CSVLogger('logs'), "
                 "TensorBoardLogger('logs')]; or leave log_histograms out."
             )
         if not trainer.loggers and not self.prog_bar:

@@ -22,6 +22,7 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning_optim.bench._watching import MemoryWatch, Recorder
 from lightning_optim.bench._workload import Workload
 from lightning_optim.build import OptimConfig
+from lightning_optim.choose import lightning_says
 from lightning_optim.errors import InvalidOption
 from lightning_optim.trainer import OptimCallback, OptimMixin
 
@@ -170,17 +171,8 @@ def _once(show: Callable[..., None]) -> Callable[..., None]:
 @contextmanager
 def quiet() -> Iterator[None]:
     """Silences what Lightning and we say at every start of a fit; a warning that is new is shown once."""
-    names = ("lightning.pytorch", "lightning.fabric", "lightning_utilities", "pytorch_lightning")
-    loggers = [logging.getLogger(name) for name in names]
-    levels = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.WARNING)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", PossibleUserWarning)
-            warnings.filterwarnings("ignore", message=".*isinstance.treespec, LeafSpec.*")
-            warnings.showwarning = _once(warnings.showwarning)
-            yield
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
+    with lightning_says(logging.WARNING), warnings.catch_warnings():
+        warnings.simplefilter("ignore", PossibleUserWarning)
+        warnings.filterwarnings("ignore", message=".*isinstance.treespec, LeafSpec.*")
+        warnings.showwarning = _once(warnings.showwarning)
+        yield

@@ -15,6 +15,7 @@ from lightning_optim.choose._estimate import (
     compare_memory,
     estimate_memory,
 )
+from lightning_optim.choose._fake_run import lightning_says
 from lightning_optim.choose._fakes import PRECISIONS
 from lightning_optim.choose._shapes import SHAPES, Shape, Transformer, find_shape
 from lightning_optim.choose._tracker import MemoryTracker
@@ -32,4 +33,5 @@ __all__ = [
     "compare_memory",
     "estimate_memory",
     "find_shape",
+    "lightning_says",
 ]

@@ -251,15 +251,22 @@ def _attached(module: nn.Module) -> Iterator[None]:
 @contextmanager
 def quiet() -> Iterator[None]:
     """Without what Lightning says of a Trainer that nobody asked for, and modules of values that mean nothing."""
-    # Lightning's messages go where the package that was imported last says: pytorch_lightning has its own logger.
-    loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric", "pytorch_lightning")]
+    with lightning_says(logging.ERROR), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+@contextmanager
+def lightning_says(at_least: int) -> Iterator[None]:
+    """Silences what Lightning, and we through its loggers, log below a level."""
+    # Its messages go where the package that was imported last says: pytorch_lightning has its own logger.
+    names = ("lightning.pytorch", "lightning.fabric", "lightning_utilities", "pytorch_lightning")
+    loggers = [logging.getLogger(name) for name in names]
     levels = [logger.level for logger in loggers]
     for logger in loggers:
-        logger.setLevel(logging.ERROR)
+        logger.setLevel(at_least)
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
+        yield
     finally:
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)

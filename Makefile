@@ -91,13 +91,15 @@ benchmarks: venv
 	$(BIN)/python benchmarks/layerwise.py
 	$(BIN)/python benchmarks/optimizers.py
 
-# Optimizers side by side on a small GPT, in a few minutes; the figures and the picture of docs/bench.md. Its tensors are
-# so small that threads cost more than they bring.
+# Optimizers side by side on a small GPT, in a few minutes; the figures and the picture of docs/bench.md, unless another
+# folder is given. Its tensors are so small that threads cost more than they bring. Fails if a training diverged.
+FIGURES := docs/bench
 bench-quick: venv
 	rm -rf build/bench-quick
 	OMP_NUM_THREADS=1 $(BIN)/lightning-optim bench --quick --output build/bench-quick
-	mkdir -p docs/bench
-	cp build/bench-quick/report.json build/bench-quick/report.txt build/bench-quick/bench.png docs/bench
+	mkdir -p $(FIGURES)
+	cp build/bench-quick/report.json build/bench-quick/report.txt build/bench-quick/bench.png $(FIGURES)
+	LIGHTNING_OPTIM_BENCH_FIGURES=$(FIGURES) $(BIN)/python -m pytest tests/bench/test_bench.py -k figures
 
 clean:
 	rm -rf $(VENV) $(XLA_VENV) $(OLDEST_VENV) $(VENV)-3.* docs/_build docs/generated demo_output

@@ -41,6 +41,10 @@ def test_monitor_benchmark_runs() -> None:
     assert all(float(milliseconds) > 0 and float(ratio) > 0 for milliseconds, ratio in rows)
 
 
+def test_muon_benchmark_finds_no_bits_that_change_where_stacks_are_used() -> None:
+    assert re.findall(r"of (\d+) of \d+ shapes aligned", run("muon.py")) == ["0", "0", "0"]
+
+
 def test_optimizers_benchmark_runs() -> None:
     size = ("--side", "64", "--count", "4", "--fast", "--threads", "1")
     printed = run("optimizers.py", *size, "--convergence", "--steps", "2", "--seeds", "1", "--no-imports")

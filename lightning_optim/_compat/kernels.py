@@ -14,6 +14,7 @@ foreach_addcdiv_ = torch._foreach_addcdiv_
 foreach_addcmul_ = torch._foreach_addcmul_
 foreach_copy_ = torch._foreach_copy_
 foreach_div_ = torch._foreach_div_
+foreach_lerp = torch._foreach_lerp
 foreach_lerp_ = torch._foreach_lerp_
 foreach_mul_ = torch._foreach_mul_
 foreach_neg = torch._foreach_neg
@@ -29,6 +30,7 @@ __all__ = [
     "foreach_addcmul_",
     "foreach_copy_",
     "foreach_div_",
+    "foreach_lerp",
     "foreach_lerp_",
     "foreach_mul_",
     "foreach_neg",

@@ -19,6 +19,7 @@ from lightning_optim.optimizers._galore_adafactor import GaLoreAdafactor
 from lightning_optim.optimizers._grokadamw import GrokAdamW
 from lightning_optim.optimizers._lomo import LOMO
 from lightning_optim.optimizers._low_rank import LowRankOptimizer
+from lightning_optim.optimizers._muon import Muon
 
 if TYPE_CHECKING:
     from lightning_optim.optimizers.adapters._galore import GaLoreAdamW8bit
@@ -34,6 +35,7 @@ __all__ = [
     "GaLoreAdamW8bit",
     "GrokAdamW",
     "LowRankOptimizer",
+    "Muon",
     "OwnOptimizer",
 ]
 

@@ -318,6 +318,7 @@ def test_operations_over_lists_equal_those_of_each_tensor() -> None:
         tensors = list(zip(a, b, c, strict=True))
         for name, extra, expected in (
             ("add", [b], lambda x, y, z: x + 0.5 * y),
+            ("lerp", [b, 0.25], lambda x, y, z: torch.lerp(x, y, 0.25)),
             ("neg", [], lambda x, y, z: -x),
             ("sqrt", [], lambda x, y, z: x.sqrt()),
             ("norm", [], lambda x, y, z: torch.linalg.vector_norm(x)),

@@ -149,6 +149,43 @@ def grokadamw(weight: Tensor, gradients: Gradients, group: Group) -> Tensor:
     return weight
 
 
+def newton_schulz(matrix: Tensor, group: Group) -> Tensor:
+    """https://kellerjordan.github.io/posts/muon/"""
+    a, b, c = group.ns_coefficients
+    found = matrix / max(matrix.norm().item(), group.eps)
+    for _ in range(group.ns_steps):
+        gram = found @ found.T
+        found = a * found + b * gram @ found + c * gram @ gram @ found
+    return found
+
+
+def muon(weight: Tensor, gradients: Gradients, group: Group) -> Tensor:
+    """The same page; the other scale is that of https://arxiv.org/abs/2502.16982, section 2.2."""
+    momentum, (m, n) = torch.zeros_like(weight), weight.shape
+    scale = math.sqrt(max(1, m / n)) if group.lr_scale == "original" else 0.2 * math.sqrt(max(m, n))
+    for gradient in gradients:
+        momentum = group.momentum * momentum + (1 - group.momentum) * gradient
+        average = group.momentum * momentum + (1 - group.momentum) * gradient if group.nesterov else momentum
+        update = newton_schulz(average, group)
+        decayed = weight * (update * weight >= 0) if group.cautious else weight
+        weight = weight - group.lr * group.weight_decay * decayed - group.lr * scale * update
+    return weight
+
+
+def normuon(weight: Tensor, gradients: Gradients, group: Group) -> Tensor:
+    """https://arxiv.org/abs/2510.05491, algorithm 1, scaled to the norm before as its authors' code is."""
+    momentum, second, (m, n) = torch.zeros_like(weight), torch.zeros(()), weight.shape
+    for gradient in gradients:
+        momentum = group.momentum * momentum + (1 - group.momentum) * gradient
+        average = group.momentum * momentum + (1 - group.momentum) * gradient
+        update = newton_schulz(average, group)
+        second = group.beta2 * second + (1 - group.beta2) * update.square().mean(1, keepdim=True)
+        normed = update / second.sqrt()
+        update = normed * update.norm() / normed.norm()
+        weight = weight - group.lr * (group.weight_decay * weight + math.sqrt(max(1, m / n)) * update)
+    return weight
+
+
 def adamw_anyprecision(weight: Tensor, gradients: Gradients, group: Group) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """torchdistx's algorithm, which rounds in place to each tensor's dtype; returns what is kept, too."""
     (beta1, beta2), weight = group.betas, weight.clone()

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -10,17 +12,22 @@ import pytest
 import torch
 
 from lightning_optim import REGISTRY
+from lightning_optim.optimizers import Muon
 from tests.optimizers import references
 from tests.optimizers.test_own_optimizers import EXPECTED
 
 ANY = ((7,), (12, 20), (20, 12), (3, 6, 5))
 MATRICES = ((12, 20), (20, 12), (9, 9))
+#: Matrices that Muon stacks, and others.
+STACKED = (*MATRICES, (16, 24), (24, 16))
 STEPS = 12
 SUBSPACE = {"rank": 4, "update_proj_gap": 5, "scale": 0.5}
 SVD = {**SUBSPACE, "projection": "svd"}
 MOMENTS = {"betas": (0.8, 0.95), "eps": 1e-3}
 MINI = {"rank": 1, "update_proj_gap": 5, "scale": 128.0, "scale_type": "tensor", "norm_growth_limit": None}
 GROK = {**MOMENTS, "alpha_init": 0.9, "lamb": 1.5, "gamma": 0.2, "grokking_signal_decay_rate": 0.3}
+
+MUON = {"momentum": 0.8, "ns_steps": 4, "ns_coefficients": (3.0, -3.2, 1.2)}
 
 CASES: tuple[tuple[str, tuple[tuple[int, ...], ...], dict[str, Any]], ...] = (
     ("lomo", ANY, {}),
@@ -38,7 +45,12 @@ CASES: tuple[tuple[str, tuple[tuple[int, ...], ...], dict[str, Any]], ...] = (
     ("apollo_adamw", MATRICES, {**MINI, **MOMENTS, "norm_growth_limit": 1.01}),
     ("grokadamw", ANY, GROK),
     ("grokadamw", ANY, {**GROK, "train_loss": 0.5, "eval_loss": 2.0}),
+    ("muon", STACKED, {}),
+    ("muon", STACKED, {**MUON, "nesterov": False, "lr_scale": "match_rms_adamw", "cautious": True}),
+    ("normuon", STACKED, {**MUON, "beta2": 0.7}),
 )
+#: Classes that no row has as its target: those of a composite's hidden matrices.
+CLASSES: dict[str, Callable[..., Any]] = {"muon": Muon, "normuon": partial(Muon, normalize="neuron")}
 #: A test of its own, bit for bit, for every combination of dtypes: test_anyprecision.py.
 ELSEWHERE = {"adamw_anyprecision"}
 #: No reference of its own: galore_adamw's moments in fewer bits, which test_galore.py compares with those.
@@ -54,7 +66,8 @@ def test_equals_the_reference(
     starts = [torch.randn(shape, dtype=dtype) for shape in shapes * 2]
     gradients = [[torch.randn_like(start) * (1 + step % 3) for step in range(STEPS)] for start in starts]
     params = [start.clone().requires_grad_() for start in starts]
-    optimizer = REGISTRY[name].load()([{"params": params, "lr": 1e-2, "weight_decay": 0.1, **options}])
+    load = CLASSES.get(name) or REGISTRY[name].load()
+    optimizer = load([{"params": params, "lr": 1e-2, "weight_decay": 0.1, **options}])
     for step in range(STEPS):
         for parameter, own in zip(params, gradients, strict=True):
             parameter.grad = own[step]
@@ -68,7 +81,7 @@ def test_equals_the_reference(
 
 
 def test_every_algorithm_that_we_own_has_a_reference() -> None:
-    assert {name for name, *_ in CASES} | ELSEWHERE | QUANTIZED == EXPECTED
+    assert {name for name, *_ in CASES} | ELSEWHERE | QUANTIZED == EXPECTED | CLASSES.keys()
     assert all(hasattr(references, name) for name in EXPECTED - QUANTIZED)
 
 

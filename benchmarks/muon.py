@@ -1,0 +1,72 @@
+"""What stacks of matrices gain in Muon's iteration, and when a stack changes the bits of a matrix. On CPU.
+
+python benchmarks/muon.py
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import random
+import statistics
+import time
+
+import torch
+from torch import Tensor
+
+from lightning_optim.optimizers._newton_schulz import orthogonalize, stack_size
+
+COUNT, ROUNDS = 16, 15
+SHAPES = ((8, 8), (16, 16), (16, 64), (32, 32))
+CPU = torch.device("cpu")
+DTYPES = (torch.float32, torch.bfloat16, torch.float64)
+ITERATION = {"steps": 5, "coefficients": (3.4445, -4.775, 2.0315), "eps": 1e-7}
+
+
+def main() -> None:
+    """Prints rows of the table in docs/muon.md, and how many shapes' bits change."""
+    torch.set_num_threads(1)
+    for shape in SHAPES:
+        matrices = list(torch.randn(COUNT, *shape))
+        size = stack_size(shape, torch.float32, CPU)
+        ratio = statistics.median(seconds(matrices, 1) / seconds(matrices, size) for _ in range(ROUNDS))
+        print(f"| {shape[0]}x{shape[1]}, {size} in a stack | {ratio:.1f} |")
+    generator = random.Random(0)
+    shapes = [(generator.randint(1, 90), generator.randint(1, 90)) for _ in range(60)]
+    shapes += [(16 * generator.randint(1, 8), 16 * generator.randint(1, 8)) for _ in range(30)]
+    for dtype in DTYPES:
+        groups: dict[bool, list[bool]] = {False: [], True: []}
+        for shape in shapes:
+            groups[is_aligned(shape, dtype)].append(depends_on_the_stack(shape, dtype))
+        texts = [f"{sum(found)} of {len(found)} shapes {'' if key else 'not '}aligned" for key, found in groups.items()]
+        print(f"{dtype}: the stack changes bits of {', of '.join(texts)}")
+    print(f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} thread; torch {torch.__version__}")
+
+
+def seconds(matrices: list[Tensor], size: int) -> float:
+    """Returns what it takes to orthogonalize matrices in stacks of this size."""
+    begun = time.perf_counter()
+    for start in range(0, len(matrices), size):
+        orthogonalize(matrices[start : start + size], size=size, dtype=torch.float32, **ITERATION)
+    return time.perf_counter() - begun
+
+
+def is_aligned(shape: tuple[int, int], dtype: torch.dtype) -> bool:
+    """Whether matrices of this shape are stacked if they are small."""
+    short, long = sorted(shape)
+    return all(size * dtype.itemsize % 64 == 0 for size in (short * long, short * short))
+
+
+def depends_on_the_stack(shape: tuple[int, int], dtype: torch.dtype) -> bool:
+    """Whether a matrix gets other bits in another place of a stack, in another size of it, or beside others."""
+    generator = torch.Generator().manual_seed(0)
+    matrices = list(torch.randn(8, *shape, generator=generator))
+    found = [
+        orthogonalize(matrices[start : start + count], size=size, dtype=dtype, **ITERATION)[7 - start]
+        for start, count, size in ((0, 8, 8), (7, 1, 8), (4, 4, 4), (6, 2, 2), (5, 3, 7))
+    ]
+    return not all(torch.equal(found[0], each) for each in found)
+
+
+if __name__ == "__main__":
+    main()

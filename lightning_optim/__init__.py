@@ -70,9 +70,11 @@ from lightning_optim.trainer.strategies import register as _register_strategies
 
 if TYPE_CHECKING:
     from lightning_optim.choose import MemoryEstimate as MemoryEstimate
+    from lightning_optim.choose import Recommendation as Recommendation
     from lightning_optim.choose import Shape as Shape
     from lightning_optim.choose import compare_memory as compare_memory
     from lightning_optim.choose import estimate_memory as estimate_memory
+    from lightning_optim.choose import recommend as recommend
     from lightning_optim.trainer._cli import OptimCLI as OptimCLI
 
 __version__ = "0.2.0"
@@ -108,6 +110,7 @@ __all__ = [
     "Options",
     "PJRTAccelerator",
     "Quantization",
+    "Recommendation",
     "Remark",
     "Replicas",
     "Requirement",
@@ -126,6 +129,7 @@ __all__ = [
     "convert_training_arguments",
     "estimate_memory",
     "option",
+    "recommend",
     "register",
 ]
 
@@ -136,7 +140,10 @@ _register_strategies()
 
 
 # What most runs do not need, by the room that hands it out.
-_ON_DEMAND = dict.fromkeys(("MemoryEstimate", "Shape", "compare_memory", "estimate_memory"), "lightning_optim.choose")
+_ON_DEMAND = dict.fromkeys(
+    ("MemoryEstimate", "Recommendation", "Shape", "compare_memory", "estimate_memory", "recommend"),
+    "lightning_optim.choose",
+)
 
 
 def __getattr__(name: str) -> Any:

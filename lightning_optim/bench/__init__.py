@@ -10,13 +10,13 @@ from __future__ import annotations
 from pathlib import Path
 
 from lightning_optim.bench._candidates import Candidate, chosen
-from lightning_optim.bench._claims import CLAIMS, RANKED, Claim
 from lightning_optim.bench._gpt import GPT, PythonTopics
 from lightning_optim.bench._picture import draw, new_figure
 from lightning_optim.bench._report import summarize
 from lightning_optim.bench._run import TRIALS, Comparison, Measurements
 from lightning_optim.bench._trial import Judgement
 from lightning_optim.bench._workload import Parts, Workload, demo
+from lightning_optim.choose import CLAIMS, RANKED, Claim
 
 __all__ = [
     "CLAIMS",

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from lightning_optim.bench._claims import RANKED
 from lightning_optim.bench._workload import Workload
 from lightning_optim.build import OptimConfig
+from lightning_optim.choose import RANKED
 from lightning_optim.errors import InvalidOption, MissingDependency, listing
 from lightning_optim.table import REGISTRY, OptimizerSpec, as_mapping, parse
 

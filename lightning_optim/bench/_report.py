@@ -7,9 +7,9 @@ from collections.abc import Iterator
 from typing import Any
 
 from lightning_optim.bench._candidates import Candidate
-from lightning_optim.bench._claims import CLAIMS, Claim
 from lightning_optim.bench._run import CHOOSING_SEED, Comparison, Measurements
 from lightning_optim.bench._statistics import CONFIDENCE, paired, rank_correlation
+from lightning_optim.choose import CLAIMS, Claim
 from lightning_optim.table import REGISTRY
 
 Facts = dict[str, Any]

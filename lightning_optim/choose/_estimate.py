@@ -26,7 +26,7 @@ from lightning_optim.table import REGISTRY, SUFFIX, OptimizerSpec, Options, laye
 Strategy = Literal["auto", "ddp", "layerwise", "layerwise_ddp"]
 Accelerator = Literal["cuda", "cpu"]
 #: What cannot be trained so, and is left out of a comparison.
-_REFUSALS = (IncompatibleTrainer, InvalidOption, InvalidParamGroups, MissingDependency)
+REFUSALS = (IncompatibleTrainer, InvalidOption, InvalidParamGroups, MissingDependency)
 
 
 class Setting(TypedDict, total=False):
@@ -190,10 +190,14 @@ class Estimator:
         for name in _all_names(self._training.accelerator) if names is None else names:
             try:
                 found.append(self.estimate(OptimConfig(name)))
-            except _REFUSALS:
+            except REFUSALS:
                 if names is not None:
                     raise
         return sorted(found, key=lambda estimate: (estimate.peak, estimate.optim))
+
+    def count_parameters(self) -> int:
+        """Returns how many elements the parameters have."""
+        return sum(parameter.numel() for _, parameter in self._training.module.named_parameters())
 
     @cached_property
     def _parameters(self) -> list[NamedParameter]:

@@ -13,6 +13,7 @@ from lightning_optim.command import _doctor as doctor
 from lightning_optim.command import _info as info
 from lightning_optim.command import _listing as listing
 from lightning_optim.command import _memory as memory
+from lightning_optim.command import _recommend as recommend
 from lightning_optim.command import _render as render
 from lightning_optim.command._machine import CommandError
 
@@ -68,6 +69,10 @@ def _parser() -> argparse.ArgumentParser:
     subparser = subparsers.add_parser("memory", help=shown, description=f"Estimates {shown}. Nothing is allocated.")
     memory.add_arguments(subparser)
 
+    shown = "identifiers that fit: the estimate, the published claims, the lines to paste"
+    subparser = subparsers.add_parser("recommend", help=f"ranks {shown}", description=f"Ranks {shown}.")
+    recommend.add_arguments(subparser)
+
     shown = "optimizers on your module and data, or on a small GPT"
     how = "Each tries as many learning rates and is judged at the end of its schedule, over several seeds."
     again = "Ctrl-C interrupts it; the same command goes on where it stopped."
@@ -75,7 +80,7 @@ def _parser() -> argparse.ArgumentParser:
     bench.add_arguments(subparser)
 
     for module, subparser in zip(
-        (listing, info, doctor, convert, memory, bench), subparsers.choices.values(), strict=True
+        (listing, info, doctor, convert, memory, recommend, bench), subparsers.choices.values(), strict=True
     ):
         subparser.set_defaults(subcommand_module=module)
         subparser.add_argument("--json", action="store_true", help="print JSON for scripts instead of text")

@@ -75,9 +75,9 @@ def collect(arguments: argparse.Namespace) -> Facts:
     """
     try:
         request = read_config(arguments.config) if arguments.config else {}
-        limit = _size(arguments.fits) if arguments.fits else None
+        limit = size_of("--fits", arguments.fits) if arguments.fits else None
         optim = _requested(arguments, request)
-        model, setting = _setting(arguments, request)
+        model, setting = setting_of(arguments, request)
         estimator = Estimator(model, **setting)
         found = [estimator.estimate(OptimConfig(**optim))] if optim else estimator.compare()
     except (BadRequest, ValueError, ImportError) as error:
@@ -86,7 +86,7 @@ def collect(arguments: argparse.Namespace) -> Facts:
     if not fitting:
         least = min(found, key=lambda estimate: estimate.resident)
         raise CommandError(
-            f"nothing fits into {arguments.fits}: {least.optim!r} needs {_shown(least.resident)}. Take fewer "
+            f"nothing fits into {arguments.fits}: {least.optim!r} needs {shown(least.resident)}. Take fewer "
             "sequences, --activation-checkpointing, a smaller --precision or more --devices"
         )
     if arguments.picture:
@@ -104,7 +104,12 @@ def _requested(arguments: argparse.Namespace, request: Mapping[str, Any]) -> dic
     return merged
 
 
-def _setting(arguments: argparse.Namespace, request: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
+def setting_of(arguments: argparse.Namespace, request: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """Returns the model and the setting that were typed or written.
+
+    Raises:
+        BadRequest: If they make no sense.
+    """
     model, is_shape = model_of(arguments, request)
     trainer = request.get("trainer", {})
     given = {
@@ -138,10 +143,10 @@ def as_text(report: Facts) -> str:
         return render.sections([what], _detail(first, report["fits"]), notes)
     rows = [["identifier", *(part for part in _PARTS if part in _shown_parts(estimates)), "peak", "when"]]
     for estimate in estimates:
-        cells = [_shown(estimate[part]) for part in _PARTS if part in _shown_parts(estimates)]
+        cells = [shown(estimate[part]) for part in _PARTS if part in _shown_parts(estimates)]
         paged = " *" if estimate["pageable"] else ""
-        rows.append([estimate["optim"], *cells, _shown(estimate["peak"]) + paged, estimate["moment"]])
-    parameters, buffers = _shown(first["parameters"]), _shown(first["buffers"])
+        rows.append([estimate["optim"], *cells, shown(estimate["peak"]) + paged, estimate["moment"]])
+    parameters, buffers = shown(first["parameters"]), shown(first["buffers"])
     head = [what, f"parameters {parameters}, buffers {buffers}; the other columns are the most of each"]
     if any(estimate["pageable"] for estimate in estimates):
         notes = [*render.wrap("* The state moves to the host's memory where the device is full."), *notes]
@@ -158,20 +163,21 @@ def _detail(estimate: Facts, limit: int | None) -> list[str]:
     rows = [[estimate["optim"], "at most", "at the peak"]]
     for part in _PARTS:
         if estimate[part] or estimate["at_peak"][part] or part in ("parameters", "state", "gradients"):
-            rows.append([f"  {part}", _shown(estimate[part]), _shown(estimate["at_peak"][part])])
-    rows.append(["  peak", _shown(estimate["peak"]), f"in {_WHEN[estimate['moment']]}"])
+            rows.append([f"  {part}", shown(estimate[part]), shown(estimate["at_peak"][part])])
+    rows.append(["  peak", shown(estimate["peak"]), f"in {_WHEN[estimate['moment']]}"])
     lines = render.table(rows)
     if estimate["pageable"]:
         lines += render.wrap(
-            f"{_shown(estimate['pageable'])} of state move to the host's memory where the device is full."
+            f"{shown(estimate['pageable'])} of state move to the host's memory where the device is full."
         )
-    return lines if limit is None else [*lines, f"It fits into {_shown(limit)}."]
+    return lines if limit is None else [*lines, f"It fits into {shown(limit)}."]
 
 
 _WHEN = {"forward": "forward", "backward": "backward", "step": "the step"}
 
 
-def _shown(size: int | None) -> str:
+def shown(size: int | None) -> str:
+    """Returns a number of bytes as a person reads it."""
     if size is None:
         return "?"
     for unit, bytes_ in (("GiB", _GIB), ("MiB", 2**20), ("KiB", 2**10)):
@@ -180,10 +186,15 @@ def _shown(size: int | None) -> str:
     return f"{size} B"
 
 
-def _size(text: str) -> int:
+def size_of(flag: str, text: str) -> int:
+    """Returns the bytes that a size such as 24GiB means.
+
+    Raises:
+        BadRequest: If it is none.
+    """
     match = re.fullmatch(r"\s*([\d.]+)\s*([kmgt]?i?)b?\s*", text.lower())
     if match is None or match[1].count(".") > 1 or match[2] == "i":
-        raise BadRequest(f"--fits {text!r} is not a size: give one such as 24GiB, 24GB or 512MiB")
+        raise BadRequest(f"{flag} {text!r} is not a size: give one such as 24GiB, 24GB or 512MiB")
     return int(float(match[1]) * _UNITS[match[2]])
 
 

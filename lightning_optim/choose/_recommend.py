@@ -137,19 +137,13 @@ def rank(
 
 def _order(one: Recommendation, prefer: Preference) -> tuple[Any, ...]:
     """Returns the sort key: what is preferred first, then how much speaks for it, then the estimate."""
-    said = (-one.points, -len(one.evidence), one.inherited)
+    about_task = sum(bool(claim.tasks) for claim in one.evidence)
+    said = (-one.points, one.inherited, -about_task, -len(one.evidence))
     if prefer == "memory":
         return (one.estimate.resident, *said, one.optim)
     if prefer == "speed":
         return (_place("speed", one.optim), *said, one.estimate.resident, one.optim)
-    return (
-        -one.points,
-        one.inherited,
-        -len(one.evidence),
-        _place("convergence", one.optim),
-        one.estimate.resident,
-        one.optim,
-    )
+    return (*said, _place("convergence", one.optim), one.estimate.resident, one.optim)
 
 
 def _place(ranking: str, name: str) -> int:

@@ -57,9 +57,9 @@ def room(size: str, word: str) -> int | None:
         ("7B", "plenty", {"prefer": "speed"}, {"adamw_torch_fused", "adamw_apex_fused"}),
         ("7B", "hardly any", {}, {"galore_adamw_8bit_layerwise", "lomo"}),
         ("1B", "enough", {"task": "finetune"}, {"galore_adamw", "adamw_8bit"}),
-        # Fused, it is the same AdamW: all three are the row's.
-        ("small", "enough", {"task": "vision"}, {"adamw_torch", "adamw_torch_fused", "lion_32bit"}),
-        ("small", "enough", {"task": "sparse"}, {"adagrad"}),
+        ("small", "enough", {"task": "vision"}, {"adamw_torch", "lion_32bit"}),
+        *((size, "enough", {"task": "sparse"}, {"adagrad"}) for size in SHAPES),
+        *((size, "plenty", {"task": "sparse"}, {"adagrad"}) for size in SHAPES),
         ("small", "none given", {}, {"adamw_torch"}),
     ],
 )

@@ -411,6 +411,8 @@ def runs(directory: Path, names: Container[str]) -> Iterator[tuple[str, Any]]:
         )
     strategy = LayerwiseDDPStrategy(bucket_mb=0.001)
     yield "own optimizer", {"ddp": fit(module=OwnOptimizer), "layerwise": fit(module=OwnOptimizer, strategy=strategy)}
+    several = {"param_groups": {"model[.](embedding|head)[.].*": {"optim": "adamw_8bit", "lr": 0.01}}}
+    yield "several optimizers", both("sgd", module_args=several, **SETTINGS[ACCUMULATED_NORM])
     clipped = SETTINGS["norm clipping"]
     yield "monitor", {"ddp": monitored(fit, **clipped), "layerwise": monitored(layerwise, **clipped)}
     yield "unfrozen later", {"layerwise": layerwise(callbacks=(Unfreeze(),), gradient_clip_val=0.3)}

@@ -46,6 +46,7 @@ __all__ = [
     "set_last_rates",
     "set_step_count",
     "sgd_is_wrong_on_half",
+    "state_dict_hooks",
     "step_pre_hooks",
     "unhooked",
     "without_current_function_mode",
@@ -94,6 +95,12 @@ def load_hooks(optimizer: Optimizer) -> tuple[Sequence[Callable[..., Any]], Sequ
     """Returns the hooks before and after ``load_state_dict``, which bitsandbytes' own does not run."""
     found: Any = optimizer
     before, after = found._optimizer_load_state_dict_pre_hooks, found._optimizer_load_state_dict_post_hooks
+    return tuple(before.values()), tuple(after.values())
+
+
+def state_dict_hooks(optimizer: Optimizer) -> tuple[Sequence[Callable[..., Any]], Sequence[Callable[..., Any]]]:
+    """Returns the hooks before and after ``state_dict``, for who makes a state dict without torch's."""
+    before, after = optimizer._optimizer_state_dict_pre_hooks, optimizer._optimizer_state_dict_post_hooks
     return tuple(before.values()), tuple(after.values())
 
 

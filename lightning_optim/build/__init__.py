@@ -24,6 +24,7 @@ from lightning_optim.build._factory import WATCHERS, ResolvedOptimizer, build_op
 from lightning_optim.build._from_transformers import convert_training_arguments
 from lightning_optim.build._memory import measured_bytes, parameter_bytes, state_bytes
 from lightning_optim.build._module_schedule import FollowingSchedule, peak_rate
+from lightning_optim.build._part_schedules import curves_of, main_curve, schedule_of, schedule_text
 from lightning_optim.build._plain import plain, storable
 from lightning_optim.build._resume import INITIAL_LR, KERNEL, LR, SCHEDULE, comparable
 from lightning_optim.build._schedule_state import KnowsItsName, other_schedule, set_rate, written_by
@@ -31,8 +32,6 @@ from lightning_optim.build._schedules import (
     NamedSchedule,
     build_schedule,
     long_warmup,
-    make_multiplier,
-    make_schedule,
     resolve_warmup,
 )
 from lightning_optim.build._training_arguments import CARRIED, DIALECTS, PLACES, TRAINING_ARGUMENTS, TrainingArgument
@@ -70,10 +69,10 @@ __all__ = [
     "built_by",
     "comparable",
     "convert_training_arguments",
+    "curves_of",
     "get_schedule",
     "long_warmup",
-    "make_multiplier",
-    "make_schedule",
+    "main_curve",
     "measured_bytes",
     "other_schedule",
     "parameter_bytes",
@@ -82,6 +81,8 @@ __all__ = [
     "resolve",
     "resolve_warmup",
     "rules",
+    "schedule_of",
+    "schedule_text",
     "set_rate",
     "settle",
     "state_bytes",

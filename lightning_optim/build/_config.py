@@ -14,10 +14,11 @@ from lightning_optim.build import rules
 from lightning_optim.build._arguments import ARGUMENTS, Arguments
 from lightning_optim.build._curves import get_schedule
 from lightning_optim.build._from_transformers import convert_training_arguments
+from lightning_optim.build._parts import OPTIM, named_parts, others_arguments, part_arguments
 from lightning_optim.build._plain import plain
-from lightning_optim.build._resume import as_overrides
+from lightning_optim.build._resume import as_overrides, overridable
 from lightning_optim.build._schedules import parse_warmup
-from lightning_optim.errors import InvalidOption, MissingDependency
+from lightning_optim.errors import IncompatibleTrainer, InvalidOption, MissingDependency
 from lightning_optim.groups import check_target_modules
 from lightning_optim.table import (
     NON_NEGATIVE,
@@ -48,8 +49,12 @@ class OptimConfig(Arguments):
             to type instead.
     """
 
-    # Whether the row was not looked up because only a file names it; not a field, hence not an argument.
+    # Whether the rows were not looked up because only a file names one; not a field, hence not an argument.
     _withheld: ClassVar[bool] = False
+    #: The requests of the patterns in ``param_groups`` that name an optimizer, by pattern.
+    parts: ClassVar[Mapping[str, OptimConfig]] = {}
+    #: The request for the parameters that an optimizer for hidden matrices leaves to another.
+    others: ClassVar[OptimConfig | None] = None
 
     def __post_init__(self) -> None:
         for name in ARGUMENTS:
@@ -68,7 +73,8 @@ class OptimConfig(Arguments):
         if self.lr_scheduler is not None:
             schedule = get_schedule(self.lr_scheduler)
             parse(schedule.options, self.lr_scheduler_args, schedule.name)
-        if isinstance(self.optim, str) and trust.only_a_file_says(self.optim) and self._would_import():
+        named = (self.optim, *(values[OPTIM] for values in named_parts(self.param_groups).values()))
+        if any(isinstance(n, str) and trust.only_a_file_says(n) and _would_import(n) for n in named):
             object.__setattr__(self, "_withheld", True)
             return
         try:
@@ -76,8 +82,11 @@ class OptimConfig(Arguments):
         except MissingDependency:
             return
         self._absorb_weight_decay()
+        object.__setattr__(self, "parts", self._make_parts(spec.layerwise))
+        if spec.takes == "hidden matrices":
+            object.__setattr__(self, "others", self._part("optim_args", others_arguments(self, spec)))
         options = parse(spec.options, self.optim_args, self.optim)
-        rules.check_config(rules.Request(spec, self, options))
+        rules.check_config(rules.Request(spec, self, options, self.parts))
 
     @classmethod
     def from_transformers(cls, args: Any) -> OptimConfig:
@@ -102,8 +111,10 @@ class OptimConfig(Arguments):
         Raises:
             UntrustedOptimizer: If only a checkpoint names it, and its module has still not been imported.
         """
-        if self._withheld and self._would_import():
-            raise trust.refusal(self.optim)
+        named = (self.optim, *(values[OPTIM] for values in named_parts(self.param_groups).values()))
+        for name in named if self._withheld else ():
+            if _would_import(name):
+                raise trust.refusal(name)
         return REGISTRY.find(self.optim)
 
     @property
@@ -136,11 +147,22 @@ class OptimConfig(Arguments):
         with trust.reading(held=self.optim):
             return dataclasses.replace(self, **changes)
 
-    def _would_import(self) -> bool:
-        """Whether the class is named only by a dotted path and has not been imported."""
-        path = self.optim.removesuffix(SUFFIX)
-        in_table = path in REGISTRY or any(row.implementation == path for row in REGISTRY.plain.values())
-        return "." in path and not in_table and not trust.is_imported(path)
+    def _make_parts(self, stepped_in_backward: bool) -> dict[str, OptimConfig]:
+        parts = {}
+        for pattern, values in named_parts(self.param_groups).items():
+            arguments = part_arguments(pattern, values, stepped_in_backward)
+            parts[pattern] = self._part(f"param_groups[{pattern!r}]", arguments)
+        return parts
+
+    def _part(self, where: str, arguments: Mapping[str, Any]) -> OptimConfig:
+        """Returns the request for a part, which shares what is for the whole."""
+        shared = {name: getattr(self, name) for name in ("layer_decay", "layer_pattern", "optim_fallback")}
+        known = overridable(REGISTRY.find(arguments["optim"]))
+        overrides = [name for name in self.overrides if name in known]
+        try:
+            return OptimConfig(**arguments, **shared, override_on_resume=overrides or None)
+        except (InvalidOption, IncompatibleTrainer) as error:
+            raise type(error)(f"{where}: {error}") from None
 
     def _absorb_weight_decay(self) -> None:
         """Moves ``weight_decay`` out of ``optim_args``, where Hugging Face accepts it for some optimizers."""
@@ -154,3 +176,10 @@ class OptimConfig(Arguments):
             )
         object.__setattr__(self, "weight_decay", given)
         object.__setattr__(self, "optim_args", args)
+
+
+def _would_import(name: str) -> bool:
+    """Whether a class is named only by a dotted path and has not been imported."""
+    path = name.removesuffix(SUFFIX)
+    in_table = path in REGISTRY or any(row.implementation == path for row in REGISTRY.plain.values())
+    return "." in path and not in_table and not trust.is_imported(path)

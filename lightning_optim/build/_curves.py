@@ -318,3 +318,9 @@ def get_schedule(name: str) -> ScheduleSpec:
             "override configure_optimizers and build the optimizer with self.build_optimizer(self)."
         )
     return SCHEDULES[name]
+
+
+def follows_the_step(name: str) -> bool:
+    """Whether a schedule is a function of the number of the step; else of a metric, or a module's own."""
+    schedule = get_schedule(name)
+    return schedule is not MODULE_SCHEDULE and schedule.multiplier is not None

@@ -1,6 +1,7 @@
 """The pipeline, top to bottom: identifier -> row -> package -> options -> groups -> rules -> optimizer -> layerwise.
 
 An identifier that stands for others (``adamw``), or one with a fallback, goes through it several times until one runs.
+Patterns that name an optimizer make parts: each goes through it with its own parameters, and then they become one.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
+from typing import Any
 
 from torch import Tensor
 from torch.optim import Optimizer
@@ -21,6 +23,7 @@ from lightning_optim._compat.torch import SCALES
 from lightning_optim.build import rules
 from lightning_optim.build._arguments import OptimizerArguments, takes_arguments
 from lightning_optim.build._config import OptimConfig
+from lightning_optim.build._division import Part, divide
 from lightning_optim.build._memory import state_bytes
 from lightning_optim.build._resume import Resuming, mark
 from lightning_optim.build._schedules import resolve_warmup
@@ -32,11 +35,12 @@ from lightning_optim.groups import (
     device_types,
     left_out,
     make_groups,
+    make_unique,
     named_parameters,
 )
 from lightning_optim.layerwise import Layerwise
 from lightning_optim.optimizers import OwnOptimizer
-from lightning_optim.stepping import keep_kernel, say_if_not_finite
+from lightning_optim.stepping import FORMAT, IDENTIFIER, PART, Composite, keep_kernel, say_if_not_finite
 from lightning_optim.table import REGISTRY, SUFFIX, OptimizerSpec, Options, availability, parse, refuse_unknown
 
 # Errors that are the user's on every device, if the requested identifier raises them.
@@ -76,7 +80,10 @@ class ResolvedOptimizer:
         resuming: What it does when a state dict is loaded, and the requested hyperparameters.
         parameters: The parameters that were divided into groups.
         policy: How they were divided.
+        request: What was asked for, and for which parameters.
         passed_over: Identifiers that were tried before, with the reason why each cannot run here.
+        parts: The optimizers that it consists of, the main one first; empty for a single one. The attributes above are
+            then the main one's, but for ``optimizer`` and ``state_bytes``, which are the whole's.
     """
 
     name: str
@@ -90,12 +97,38 @@ class ResolvedOptimizer:
     resuming: Resuming
     parameters: list[NamedParameter]
     policy: GroupPolicy
+    request: Part
     passed_over: Mapping[str, str] = field(default_factory=dict)
+    parts: tuple[ResolvedOptimizer, ...] = ()
+
+    @property
+    def each(self) -> tuple[ResolvedOptimizer, ...]:
+        """The parts, or itself."""
+        return self.parts or (self,)
 
     def rates(self, lr: float) -> list[float]:
-        """Returns the learning rate of each group, had ``lr`` been asked for."""
+        """Returns the learning rate of each group, had ``lr`` been asked for; parts keep what they asked for."""
+        main, *others = self.each
+        rates = [part.lr if part.request.follows is None else lr * part.request.follows for part in others]
+        return [*main._rates(lr), *(rate for part, own in zip(others, rates, strict=True) for rate in part._rates(own))]
+
+    def _rates(self, lr: float) -> list[float]:
         groups = make_groups(self.parameters, self.spec, self.options, dataclasses.replace(self.policy, lr=lr))
         return [group["lr"] for group in groups]
+
+    def regroup(self, target: Target, lr: float) -> list[dict[str, Any]]:
+        """Divides the parameters of ``target`` as its own were, at another learning rate and without layer decay.
+
+        Each group says whose it is, and parts keep the proportion of their rate to the main optimizer's.
+        """
+        found = []
+        for part, built in zip(divide(named_parameters(target), self.request.config), self.each, strict=True):
+            rate = lr if built is self.each[0] or not self.lr else built.lr * lr / self.lr
+            policy = dataclasses.replace(built.policy, lr=rate, layer_decay=None, layer_pattern=None)
+            first = built.optimizer.param_groups[0]
+            whose = {key: first[key] for key in (IDENTIFIER, FORMAT, PART) if key in first}
+            found += [{**group, **whose} for group in make_groups(part.parameters, built.spec, built.options, policy)]
+        return found
 
     def substitution(self, asked: str) -> str:
         """Returns a sentence about which identifier fell back to this one and why; empty if none did."""
@@ -109,16 +142,17 @@ def resolve(
     target: Target,
     config: OptimConfig,
     *,
-    warmup_steps: int = 0,
+    total_steps: int | None = None,
     trainer: rules.TrainerFacts | None = None,
     only: Set[Tensor] | None = None,
 ) -> ResolvedOptimizer:
-    """Builds the optimizer that ``config`` asks for, the first of its candidates that can run.
+    """Builds the optimizer that ``config`` asks for, of its parts or its candidates the first that can run.
 
     Args:
         target: A module, its parameters or (name, parameter) pairs.
         config: The request.
-        warmup_steps: Warm-up in steps; only optimizers that warm up themselves use it.
+        total_steps: Steps of the training, for a warm-up that is a fraction of it; only optimizers that warm up
+            themselves use it.
         trainer: Facts about the Trainer, if there is one.
         only: The only parameters of ``target`` to optimize; ``None`` means all.
 
@@ -129,21 +163,54 @@ def resolve(
     parameters = [p for p in named_parameters(target) if only is None or p.parameter in only]
     if not parameters:
         raise InvalidParamGroups("no parameter to optimize: the module's own optimizer has none that can be trained")
+    parts = divide(parameters, config)
+    resolved = [_resolve_part(part, parameters, total_steps, trainer) for part in parts]
+    whole = resolved[0] if len(parts) == 1 else _as_one(resolved, config)
+    if whole.spec.layerwise:
+        names = {parameter.parameter: parameter.name for parameter in parameters}
+        Layerwise(whole.optimizer, whole.options.select("layerwise")["bucket_mb"], names=names)
+    return whole
+
+
+def _resolve_part(
+    part: Part, everything: list[NamedParameter], total_steps: int | None, trainer: rules.TrainerFacts | None
+) -> ResolvedOptimizer:
+    config, parameters = part.config, part.parameters
+    warmup_steps = resolve_warmup(config.warmup_steps, total_steps) if config.spec.warmup == "optimizer" else 0
     refusals: dict[str, Exception] = {}
     for name in _candidates(config, parameters):
         try:
-            resolved = _build(parameters, config.replace(optim=name), warmup_steps, trainer)
+            resolved = _build(part, config.replace(optim=name), everything, warmup_steps, trainer)
         except (MissingDependency, IncompatibleTrainer, *_MISTAKES) as error:
             if name == config.optim and isinstance(error, _MISTAKES):
                 raise
             refusals[name] = error
         else:
-            return dataclasses.replace(resolved, passed_over={name: str(error) for name, error in refusals.items()})
+            passed_over = {name: str(error) for name, error in refusals.items()}
+            return dataclasses.replace(resolved, request=part, passed_over=passed_over)
     first, *others = refusals.values()
     if all(isinstance(error, _MISTAKES) for error in refusals.values()) or not others:
         raise first
     lines = dict.fromkeys(line for error in refusals.values() for line in str(error).splitlines())
     raise type(first)("\n".join((f"no optimizer for optim={config.optim!r} can run here:", *lines))) from first
+
+
+def _as_one(parts: list[ResolvedOptimizer], config: OptimConfig) -> ResolvedOptimizer:
+    """Returns several optimizers as one; its groups are theirs, those of a part named after it."""
+    for part in parts[1:]:
+        for group in part.optimizer.param_groups:
+            group["name"] = f"{part.request.name}/{group['name']}"
+    whole = Composite({part.request.name: part.optimizer for part in parts})
+    make_unique(whole.param_groups)
+    sizes = [part.state_bytes for part in parts]
+    return dataclasses.replace(
+        parts[0],
+        optimizer=whole,
+        state_bytes=None if None in sizes else sum(size for size in sizes if size is not None),
+        request=dataclasses.replace(parts[0].request, config=config),
+        parameters=[parameter for part in parts for parameter in part.parameters],
+        parts=tuple(parts),
+    )
 
 
 def _candidates(config: OptimConfig, parameters: Sequence[NamedParameter]) -> tuple[str, ...]:
@@ -159,9 +226,13 @@ def _runnable(names: Sequence[str], devices: set[str]) -> list[str]:
 
 
 def _build(
-    parameters: list[NamedParameter], config: OptimConfig, warmup_steps: int, trainer: rules.TrainerFacts | None
+    part: Part,
+    config: OptimConfig,
+    everything: list[NamedParameter],
+    warmup_steps: int,
+    trainer: rules.TrainerFacts | None,
 ) -> ResolvedOptimizer:
-    spec = config.spec
+    spec, parameters = config.spec, part.parameters
     devices = device_types(parameters)
     nearest = () if config.optim_fallback else _runnable(spec.fallbacks, devices)
     problems = list(spec.availability().reasons)
@@ -170,6 +241,7 @@ def _build(
             problems.append(f"and it is not for parameters on {', '.join(sorted(devices))}")
         raise availability.missing(config.optim, problems, nearest)
     options, policy = settle(config)
+    policy = dataclasses.replace(policy, among=everything)
     lr, weight_decay = policy.lr, policy.weight_decay
     groups = make_groups(parameters, spec, options, policy)
     rules.check_run(rules.Run(rules.Request(spec, config, options), parameters, groups, trainer))
@@ -194,12 +266,21 @@ def _build(
     if getattr(optimizer, SCALES, False):
         # Otherwise a fused kernel unscales the gradients itself, and hooks and clipping would see them scaled.
         setattr(optimizer, SCALES, False)
-    if spec.layerwise:
-        Layerwise(optimizer, options.select("layerwise")["bucket_mb"], names=names)
     not_projected = left_out(parameters, config.optim_target_modules) if spec.projects else {}
     size = state_bytes(spec, options, groups)
     return ResolvedOptimizer(
-        config.optim, optimizer, spec, options, lr, weight_decay, size, not_projected, resuming, parameters, policy
+        name=config.optim,
+        optimizer=optimizer,
+        spec=spec,
+        options=options,
+        lr=lr,
+        weight_decay=weight_decay,
+        state_bytes=size,
+        not_projected=not_projected,
+        resuming=resuming,
+        parameters=parameters,
+        policy=policy,
+        request=part,
     )
 
 
@@ -263,7 +344,7 @@ def build_optimizer(target: Target, optim: str = "adamw_torch", **arguments: Unp
     builder = _BUILDER.get()
     if builder is not None:
         return builder(target, config)
-    resolved = resolve(target, config, warmup_steps=resolve_warmup(config.warmup_steps, None))
+    resolved = resolve(target, config)
     substitution = resolved.substitution(optim)
     if substitution:
         warnings.warn(substitution, stacklevel=2)

@@ -21,6 +21,7 @@ from lightning_optim._compat.torch import set_last_rates, set_step_count
 from lightning_optim.build._curves import MODULE_SCHEDULE, SCHEDULES, get_schedule
 from lightning_optim.build._schedule_state import KnowsItsName, Plateau, set_rate
 from lightning_optim.errors import InvalidOption, listing
+from lightning_optim.stepping import PART
 from lightning_optim.table import convert, parse
 
 
@@ -61,28 +62,45 @@ class NamedSchedule(KnowsItsName):
 
     Like ``torch.optim.lr_scheduler.LambdaLR``, except for groups added during training, as finetuning callbacks do:
     a learning rate set on such a group, then or later, holds for that step, and the schedule continues from there.
+
+    Args:
+        optimizer: The optimizer; each group's current ``lr`` is its peak.
+        multiplier: The function.
+        name: The schedule's name.
+        curves: Other functions, for the groups of parts of the optimizer, by part.
     """
 
-    def __init__(self, optimizer: Optimizer, multiplier: Multiplier, name: str) -> None:
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        multiplier: Multiplier,
+        name: str,
+        curves: Mapping[str, Multiplier] | None = None,
+    ) -> None:
         self.name = name
         self._multiplier = multiplier
+        self._curves = dict(curves or {})
         self._first = len(optimizer.param_groups)
         super().__init__(optimizer)
 
     def get_lr(self) -> list[float | Tensor]:
         self._follow_added_groups()
-        factor = self._multiplier(self.last_epoch)
-        return [group["initial_lr"] * factor for group in self.optimizer.param_groups]
+        groups = self.optimizer.param_groups
+        return [group["initial_lr"] * self._factor(group, self.last_epoch) for group in groups]
 
-    def start_anew(self, multiplier: Multiplier, peaks: Sequence[float]) -> None:
-        """Continues from the current step along another curve, with other peaks, one per group."""
+    def start_anew(
+        self, multiplier: Multiplier, peaks: Sequence[float], curves: Mapping[str, Multiplier] | None = None
+    ) -> None:
+        """Continues from the current step along other curves, with other peaks, one per group."""
         self._multiplier = multiplier
-        factor = multiplier(self.last_epoch)
+        self._curves = self._curves if curves is None else dict(curves)
+        rates = []
         for group, peak in zip(self.optimizer.param_groups, peaks, strict=True):
-            set_rate(group, peak * factor)
+            rates.append(peak * self._factor(group, self.last_epoch))
+            set_rate(group, rates[-1])
             group["initial_lr"] = peak
         self.base_lrs = list(peaks)
-        set_last_rates(self, [peak * factor for peak in peaks])
+        set_last_rates(self, rates)
 
     def begin(self, step: int) -> None:
         self.last_epoch = step
@@ -97,10 +115,14 @@ class NamedSchedule(KnowsItsName):
             known = index < len(self.get_last_lr()) and "initial_lr" in group
             if not known or float(group["lr"]) != float(self.get_last_lr()[index]):
                 # At the start of a warm-up the factor is 0, and the peak cannot be computed.
-                group["initial_lr"] = group["lr"] / (self._multiplier(self.last_epoch - 1) or 1.0)
+                group["initial_lr"] = group["lr"] / (self._factor(group, self.last_epoch - 1) or 1.0)
+
+    def _factor(self, group: Mapping[str, Any], step: int) -> float:
+        return self._curves.get(group.get(PART, ""), self._multiplier)(step)
 
     def state_dict(self) -> dict[str, Any]:
-        return {name: value for name, value in super().state_dict().items() if name not in ("_multiplier", "_first")}
+        own = ("_multiplier", "_curves", "_first")
+        return {name: value for name, value in super().state_dict().items() if name not in own}
 
 
 def build_schedule(

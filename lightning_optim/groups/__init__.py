@@ -5,19 +5,24 @@ What decays, what is projected, which learning rate a layer gets. No optimizer i
 
 from __future__ import annotations
 
-from lightning_optim.groups._param_groups import GroupPolicy, make_groups, override_keys
+from lightning_optim.groups._hidden import Hidden, hidden_matrices
+from lightning_optim.groups._param_groups import GroupPolicy, first_matches, make_groups, make_unique, override_keys
 from lightning_optim.groups._parameters import NamedParameter, Target, device_types, named_parameters
 from lightning_optim.groups._target_modules import TargetModules, check_target_modules, left_out
 
 __all__ = [
     "GroupPolicy",
+    "Hidden",
     "NamedParameter",
     "Target",
     "TargetModules",
     "check_target_modules",
     "device_types",
+    "first_matches",
+    "hidden_matrices",
     "left_out",
     "make_groups",
+    "make_unique",
     "named_parameters",
     "override_keys",
 ]

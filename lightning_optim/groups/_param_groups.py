@@ -13,14 +13,14 @@ The policy, in the order in which it is applied to a parameter:
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from lightning_optim.errors import InvalidOption, InvalidParamGroups, close_names, listing
 from lightning_optim.groups._layer_decay import layer_depths
 from lightning_optim.groups._parameters import NamedParameter, compiled
-from lightning_optim.groups._target_modules import TargetModules, projected
+from lightning_optim.groups._target_modules import TargetModules, matrices, projected
 from lightning_optim.table import NON_NEGATIVE, OptimizerSpec, Options, as_number, coerce, describe
 
 
@@ -35,6 +35,7 @@ class GroupPolicy:
         layer_decay: Factor per layer of depth; ``None`` gives all layers the same lr.
         layer_pattern: Regular expression whose one group is the layer's number; ``None`` finds the layers.
         target_modules: The modules whose matrices a projecting optimizer projects; ``None`` means ``"all-linear"``.
+        among: All parameters of the model, among which layers are counted; ``()`` means those that are divided.
     """
 
     lr: float
@@ -43,6 +44,7 @@ class GroupPolicy:
     layer_decay: float | None = None
     layer_pattern: str | None = None
     target_modules: TargetModules = None
+    among: Sequence[NamedParameter] = ()
 
 
 def make_groups(
@@ -61,9 +63,11 @@ def make_groups(
         InvalidOption: If an override is unknown, of the wrong type or out of range.
     """
     overrides = {pattern: _checked(pattern, values, spec, options) for pattern, values in policy.overrides.items()}
-    pattern_of = _assign(parameters, overrides)
-    depths = layer_depths(parameters, policy.layer_pattern) if policy.layer_decay is not None else {}
+    pattern_of = first_matches(parameters, overrides)
+    among = policy.among or parameters
+    depths = layer_depths(among, policy.layer_pattern) if policy.layer_decay is not None else {}
     targets = projected(parameters, policy.target_modules) if spec.projects else {}
+    stacks = _stacks(parameters, policy) if spec.takes == "hidden matrices" else {}
     _check_projected(parameters, pattern_of, overrides, targets, options)
     groups: dict[tuple[Any, ...], dict[str, Any]] = {}
     for parameter in parameters:
@@ -88,6 +92,9 @@ def make_groups(
             if targets[identity]:
                 labels.append("stacked")
                 group["stack_dims"] = targets[identity]
+        elif stacks.get(identity):
+            labels.append("stacked")
+            group["stack_dims"] = stacks[identity]
         elif spec.projects:
             override = {name: value for name, value in override.items() if name not in options.only_projected}
             group["rank"] = None
@@ -95,9 +102,16 @@ def make_groups(
         # The pattern is part of the key: a pattern "decay" must not meet the group of that name.
         key = (pattern, name, group.get("stack_dims"))
         groups.setdefault(key, {"name": name, "params": [], **group, **override})["params"].append(parameter.parameter)
-    _make_unique(list(groups.values()))
+    make_unique(list(groups.values()))
     # Decayed groups first, whichever module comes first: adding a leading norm layer must not swap the groups.
     return sorted(groups.values(), key=lambda group: "no_decay" in group["name"].split("/"))
+
+
+def _stacks(parameters: Sequence[NamedParameter], policy: GroupPolicy) -> dict[int, int]:
+    """Returns how many leading dimensions only count matrices, by the parameter's id."""
+    if policy.target_modules is not None:
+        return projected(parameters, policy.target_modules)
+    return matrices(parameters)
 
 
 def _check_projected(
@@ -121,7 +135,7 @@ def _check_projected(
             )
 
 
-def _make_unique(groups: list[dict[str, Any]]) -> None:
+def make_unique(groups: list[dict[str, Any]]) -> None:
     """Numbers groups of the same name: LearningRateMonitor refuses equal names."""
     seen: dict[str, int] = {}
     for group in groups:
@@ -167,10 +181,14 @@ def _checked(pattern: str, values: Mapping[str, Any], spec: OptimizerSpec, optio
     return checked
 
 
-def _assign(parameters: list[NamedParameter], overrides: Mapping[str, Any]) -> dict[int, str]:
-    """Returns the first matching pattern by parameter id."""
+def first_matches(parameters: Sequence[NamedParameter], patterns: Iterable[str]) -> dict[int, str]:
+    """Returns the first pattern that matches each parameter, by the parameter's id.
+
+    Raises:
+        InvalidParamGroups: If a pattern is malformed, matches nothing or only what an earlier pattern took.
+    """
     assigned: dict[int, str] = {}
-    for pattern in overrides:
+    for pattern in patterns:
         expression = compiled(pattern, "param_groups")
         matches = [p for p in parameters if any(expression.fullmatch(name) for name in p.names)]
         fresh = [p for p in matches if id(p.parameter) not in assigned]

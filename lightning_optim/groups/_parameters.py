@@ -23,12 +23,14 @@ Target = nn.Module | Iterable[Any]
 class NamedParameter:
     """A trainable parameter with all its names and the modules that own it.
 
-    A tied parameter has several names and owners but appears once.
+    A tied parameter has several names and owners but appears once. ``is_output`` says that a module's
+    ``get_output_embeddings()`` names its layer.
     """
 
     parameter: Tensor
     names: tuple[str, ...] = ()
     owners: tuple[nn.Module, ...] = ()
+    is_output: bool = False
 
     @property
     def name(self) -> str:
@@ -75,6 +77,7 @@ def named_parameters(target: Target) -> list[NamedParameter]:
         InvalidParamGroups: If nothing is trainable, a parameter is not yet initialized, or ``target`` is none of these.
     """
     found: dict[int, NamedParameter] = {}
+    outputs = _outputs(target)
     for name, parameter, owner in _walk(target):
         if is_lazy(parameter):
             raise InvalidParamGroups(
@@ -84,7 +87,10 @@ def named_parameters(target: Target) -> list[NamedParameter]:
         if parameter.requires_grad:
             known = found.get(id(parameter), NamedParameter(parameter))
             found[id(parameter)] = NamedParameter(
-                parameter, known.names + ((name,) if name else ()), known.owners + ((owner,) if owner else ())
+                parameter,
+                known.names + ((name,) if name else ()),
+                known.owners + ((owner,) if owner else ()),
+                owner in outputs or known.is_output,
             )
     if not found:
         raise InvalidParamGroups(
@@ -133,6 +139,13 @@ def _walk(target: Target) -> Iterator[tuple[str, Tensor, nn.Module | None]]:
                 f"expected parameters or (name, parameter) pairs, got an item of type {type(item).__name__}{hint}"
             )
         yield name, parameter, None
+
+
+def _outputs(target: Target) -> set[nn.Module]:
+    """Returns the modules that ``get_output_embeddings()``, as Hugging Face's models have it, names."""
+    modules = target.modules() if isinstance(target, nn.Module) else ()
+    asked = (getattr(module, "get_output_embeddings", None) for module in modules)
+    return {found for found in (ask() for ask in asked if callable(ask)) if isinstance(found, nn.Module)}
 
 
 def _is_norm(module: nn.Module) -> bool:

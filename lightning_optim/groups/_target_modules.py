@@ -113,6 +113,21 @@ def projected(parameters: Sequence[NamedParameter], setting: TargetModules) -> d
     return found
 
 
+def matrices(parameters: Sequence[NamedParameter]) -> dict[int, int]:
+    """Returns every matrix and stack of matrices recognized by its module, of convolutions too, as ``projected`` does.
+
+    Without names and modules these are all parameters of at least two dimensions.
+    """
+    owned = _owned(parameters)
+    found: dict[int, int] = {}
+    for siblings in owned.values():
+        for place in siblings:
+            stack_dims = _stack_dims(place, siblings)
+            if stack_dims is not None:
+                found.setdefault(id(place.parameter.parameter), stack_dims)
+    return found
+
+
 def left_out(parameters: Sequence[NamedParameter], setting: TargetModules) -> dict[str, str]:
     """Returns the modules that ``setting`` names although nothing in them can be projected, with their kinds."""
     if _is_all_linear(setting):

@@ -10,10 +10,10 @@ from torch.optim import Optimizer
 
 from lightning_optim.layerwise._buckets import AgreedBuckets, ArrivalBuckets, largest_shard_bytes
 from lightning_optim.layerwise._clipping import Clipping, norms_of, total_norm
-from lightning_optim.layerwise._coupled import WATCHED_STEPS, Watch
 from lightning_optim.layerwise._hooks import GradientHooks
 from lightning_optim.layerwise._passes import Observer, Step
 from lightning_optim.layerwise._replicas import AgreedOrder, Replicas, refuse_unused
+from lightning_optim.layerwise._split_parts import Watches
 from lightning_optim.stepping import uncompiled
 
 MIB = 2**20
@@ -41,7 +41,7 @@ class AfterBackward:
     observers: list[Observer]
     _hooks: GradientHooks
     _averaged: bool
-    _watched: dict[int, int]
+    _watches: Watches
     _order: AgreedOrder
 
     @uncompiled
@@ -86,7 +86,13 @@ class AfterBackward:
             if alive:
                 self.average_alive()
             buckets = ArrivalBuckets(self.bucket_bytes)
-            step = Step(buckets, self._name, self.optimizer, watch=self._watch(), observers=self.observers)
+            step = Step(
+                buckets,
+                self._name,
+                self.optimizer,
+                watches=self._watches.begin(self.optimizer),
+                observers=self.observers,
+            )
             step.finish(alive)
             step.commit()
         self.stepped = self.accumulated = self._averaged = False
@@ -107,13 +113,6 @@ class AfterBackward:
         # An overflow leaves the gradients alive.
         self.accumulated = self._averaged = False
         self.optimizer.zero_grad(set_to_none=True)
-
-    def _watch(self) -> Watch | None:
-        """Returns a check that the parts of each group agree, or ``None`` once all groups have passed."""
-        trains = (any(p.requires_grad for p in group["params"]) for group in self.optimizer.param_groups)
-        if all(self._watched.get(index, 0) >= WATCHED_STEPS for index, trained in enumerate(trains) if trained):
-            return None
-        return Watch(self.optimizer, self._watched)
 
     @property
     def bucket_bytes(self) -> int:

@@ -22,8 +22,9 @@ from lightning_optim.layerwise._coupled import refuse_coupled
 from lightning_optim.layerwise._hooks import GradientHooks
 from lightning_optim.layerwise._passes import Measurement, Observation, Observer, Pass, Step
 from lightning_optim.layerwise._replicas import AgreedOrder, Replicas, refuse_separate_processes, refuse_unused
+from lightning_optim.layerwise._split_parts import Watches
 from lightning_optim.layerwise._split_step import ATTACHED
-from lightning_optim.stepping import KeepsTrainingPoint, uncompiled
+from lightning_optim.stepping import KeepsTrainingPoint, parts_of, uncompiled
 
 
 class Layerwise(AfterBackward):
@@ -63,7 +64,8 @@ class Layerwise(AfterBackward):
     ) -> None:
         if bucket_mb is not None and not 0 <= bucket_mb < float("inf"):
             raise InvalidOption(f"bucket_mb={bucket_mb!r} is not a size: give MiB, 0 for single parameters, or None")
-        refuse_coupled(optimizer)
+        for part in parts_of(optimizer):
+            refuse_coupled(part)
         if Layerwise.of(optimizer) is not None:
             raise IncompatibleTrainer(f"this {type(optimizer).__name__} is already layerwise: Layerwise.of(optimizer)")
         self.optimizer = optimizer
@@ -98,8 +100,7 @@ class Layerwise(AfterBackward):
         self._passes: list[Pass] = []
         self._measured: Tensor | None = None
         self._averaged = False
-        # In how many steps each group was watched, by its index.
-        self._watched: dict[int, int] = {}
+        self._watches = Watches()
         self._order = AgreedOrder()
         self._lock = threading.Lock()  # a model on two devices has two backward threads
 
@@ -264,7 +265,7 @@ class Layerwise(AfterBackward):
             scaler,
             self._measured,
             self.wants_norm,
-            self._watch(),
+            self._watches.begin(self.optimizer),
             self.observers,
         )
         self._passes.append(self._pass)
@@ -328,8 +329,9 @@ class Layerwise(AfterBackward):
         mark_as_stepped(self.optimizer)
         loss = None
         if closure is not None:
-            if isinstance(self.optimizer, KeepsTrainingPoint):
-                self.optimizer.train()
+            for part in parts_of(self.optimizer):
+                if isinstance(part, KeepsTrainingPoint):
+                    part.train()
             self.in_closure = True
             try:
                 with torch.enable_grad(), self._aborting():

@@ -14,7 +14,7 @@ from lightning_optim.errors import IncompatibleTrainer
 from lightning_optim.layerwise._buckets import Bucket, Buckets
 from lightning_optim.layerwise._clipping import Clipping, norms_of, total_norm
 from lightning_optim.layerwise._coupled import Watch
-from lightning_optim.layerwise._split_step import SplitStep
+from lightning_optim.layerwise._split_parts import SplitParts
 
 
 class Observer(Protocol):
@@ -81,7 +81,7 @@ class Measurement(Pass):
         self, buckets: Buckets, name: Callable[[Tensor], str], optimizer: Optimizer, scaler: GradScaler | None
     ) -> None:
         super().__init__(buckets, name)
-        self._split = SplitStep(optimizer)
+        self._split = SplitParts(optimizer)
         self._scaler = scaler
         self._norms: dict[Tensor, Tensor] = {}
 
@@ -91,7 +91,8 @@ class Measurement(Pass):
 
     def take(self, bucket: Bucket) -> None:
         if self._scaler is not None:
-            self._scaler.unscale_(self._split.inner(bucket))
+            for inner in self._split.inners_for(bucket):
+                self._scaler.unscale_(inner)
         self._norms.update(zip(bucket, norms_of(bucket), strict=True))
 
 
@@ -100,7 +101,7 @@ class Step(Pass):
 
     ``total`` is the norm that ``clipping`` scales by; a non-finite one with a scaler skips the whole step. Otherwise
     the scaler skips the buckets that overflow. ``wants_norm`` takes the norm even if ``clipping`` does not need it.
-    ``watch`` undoes the step if the optimizer couples its parameters; ``None`` does not check.
+    ``watches`` undo the step if an optimizer couples its parameters, one for each part; without them nobody checks.
     ``observers`` see every bucket before and after its step.
     """
 
@@ -113,12 +114,12 @@ class Step(Pass):
         scaler: GradScaler | None = None,
         total: Tensor | None = None,
         wants_norm: bool = False,
-        watch: Watch | None = None,
+        watches: Sequence[Watch | None] = (),
         observers: Sequence[Observer] = (),
     ) -> None:
         super().__init__(buckets, name)
         self._observers = observers
-        self._split = SplitStep(optimizer, watch)
+        self._split = SplitParts(optimizer, watches)
         self._clipping = clipping
         self._scaler = scaler
         self._total = total
@@ -130,7 +131,7 @@ class Step(Pass):
         self._norms: dict[Tensor, Tensor] = {}
 
     def take(self, bucket: Bucket) -> None:
-        inners = [self._split.inner(part) for part in self._split.parts(bucket)]
+        inners = self._split.inners_for(bucket)
         if self._skips:
             for observer in self._observers:
                 observer.see_gradients(bucket, self._scaler)
@@ -155,7 +156,7 @@ class Step(Pass):
             observer.see_step(bucket)
 
     def commit(self) -> None:
-        """See :meth:`SplitStep.commit`."""
+        """See :meth:`SplitParts.commit`."""
         self._split.commit()
 
     def norm(self) -> Tensor | None:

@@ -68,7 +68,11 @@ class SplitStep:
         """All parameters in the order of the groups."""
         return (parameter for group in self._optimizer.param_groups for parameter in group["params"])
 
-    def parts(self, bucket: Sequence[Tensor]) -> list[Sequence[Tensor]]:
+    def inners_for(self, bucket: Sequence[Tensor]) -> list[Optimizer]:
+        """Returns new optimizers for a bucket: one, or two that can be compared."""
+        return [self.inner(part) for part in self._compared(bucket)]
+
+    def _compared(self, bucket: Sequence[Tensor]) -> list[Sequence[Tensor]]:
         """Returns a bucket whole, or in two parts that can be compared."""
         watch = self._watch
         if watch is None:

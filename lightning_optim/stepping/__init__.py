@@ -8,6 +8,7 @@ does anything that knows the table.
 from __future__ import annotations
 
 from lightning_optim.stepping._averaging import KeepsTrainingPoint
+from lightning_optim.stepping._composite import PART, Composite, parts_of
 from lightning_optim.stepping._finite import say_if_not_finite
 from lightning_optim.stepping._fused import HALF, FusedStep, fused_class, is_packed
 from lightning_optim.stepping._kernels import keep_kernel, laid_out_as
@@ -23,6 +24,8 @@ __all__ = [
     "IDENTIFIER",
     "MARKS",
     "MEMBERS",
+    "PART",
+    "Composite",
     "FusedStep",
     "KeepsTrainingPoint",
     "StepsUncompiled",
@@ -33,6 +36,7 @@ __all__ = [
     "keep_kernel",
     "laid_out_as",
     "only_valid_groups",
+    "parts_of",
     "preparations",
     "prepare_step",
     "refuse_foreign",

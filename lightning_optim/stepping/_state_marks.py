@@ -56,6 +56,16 @@ def refuse_foreign(own: Sequence[Group], saved: Sequence[Group], reader: str, ma
     _refuse_other_parameters(own, saved)
 
 
+def refuse_other_groups(own: Sequence[Group], saved: Sequence[Group]) -> None:
+    """Raises :class:`InvalidOption` for groups of other parameters, or of another number."""
+    _refuse_other_parameters(own, saved)
+    if len(own) != len(saved):
+        raise InvalidOption(
+            f"the optimizer's state belongs to other groups: here they are {len(own)}, in the checkpoint {len(saved)}. "
+            f"{_SAME}"
+        )
+
+
 def _called(groups: Sequence[Group], otherwise: str) -> str:
     return next((f"optim={group[IDENTIFIER]!r}" for group in groups if IDENTIFIER in group), otherwise)
 

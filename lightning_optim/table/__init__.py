@@ -25,6 +25,7 @@ from lightning_optim.table._options import (
     parse,
     required,
 )
+from lightning_optim.table._others import LeavesOthers
 from lightning_optim.table._registry import ENTRY_POINT_GROUP, REGISTRY, refuse_unknown, register
 from lightning_optim.table._spec import Buffer, OptimizerSpec, Quantization, StateLayout
 from lightning_optim.table.rows import ROWS
@@ -45,6 +46,7 @@ __all__ = [
     "XLA",
     "Buffer",
     "LayerwiseOptions",
+    "LeavesOthers",
     "OptimizerSpec",
     "OptionInfo",
     "Options",

@@ -63,7 +63,7 @@ class Expected:
             return cls(name, automatic)
 
         def build(target: Target, config: OptimConfig) -> Optimizer:
-            return resolve(target, config, warmup_steps=int(config.warmup_steps)).optimizer
+            return resolve(target, config, total_steps=1).optimizer
 
         # Lightning restores the random numbers only if nothing is raised inside.
         error: Exception | None = None

@@ -21,12 +21,13 @@ from lightning_optim.build import (
     ResolvedOptimizer,
     TrainerFacts,
     built_by,
-    make_schedule,
     resolve,
+    schedule_of,
+    schedule_text,
 )
 from lightning_optim.groups import Target
 from lightning_optim.layerwise import Layerwise
-from lightning_optim.stepping import KeepsTrainingPoint
+from lightning_optim.stepping import KeepsTrainingPoint, parts_of
 from lightning_optim.table import LayerwiseOptions, parse
 from lightning_optim.trainer import _packages as packages
 from lightning_optim.trainer._expected import Expected, OwnHook
@@ -67,11 +68,12 @@ def configure(module: LightningModule, config: OptimConfig, own: OwnHook | None 
     asked = config.replace(lr=expected.lr(config))
     resolved = _resolve(trainer, module, asked, length, expected.only())
     if trainer is not None:
-        KeepsPolicy.attach(trainer, module, resolved, asked)
+        KeepsPolicy.attach(trainer, module, resolved)
     for sentence in expected.losses(module, asked, resolved.lr):
         rank_zero_warn(sentence)
     # Before the schedule sets the learning rates of its first step.
-    _announce(trainer, resolved, asked, expected.schedule if name == MODULE_SCHEDULE.name else name or "none", length)
+    said = expected.schedule if name == MODULE_SCHEDULE.name else schedule_text(resolved)
+    _announce(trainer, resolved, asked, said, length)
     if name == MODULE_SCHEDULE.name:
         return expected.follow(module, resolved.optimizer)
     configured = _scheduled(module, resolved, config, length)
@@ -85,28 +87,24 @@ def _scheduled(
     module: LightningModule, resolved: ResolvedOptimizer, config: OptimConfig, length: Length
 ) -> OptimizerLRScheduler:
     """Returns the optimizer with its named schedule, as Lightning takes them."""
-    trainer, name, optimizer = trainer_of(module), config.lr_scheduler, resolved.optimizer
-    scheduler = None
-    if name is not None:
-        # An optimizer that warms up by itself has its warm-up already.
-        warmup = length.warmup if resolved.spec.warmup == "schedule" else 0
-        scheduler = make_schedule(optimizer, name, length.total, warmup, config.lr_scheduler_args)
+    trainer, optimizer = trainer_of(module), resolved.optimizer
+    scheduler = schedule_of(resolved, length.total)
     if trainer is not None:
         ResumeCallback(optimizer, scheduler, config.overrides).attach(trainer)
         AfterFinders.attach(trainer, Built(resolved, config, scheduler))
-    if name is None or scheduler is None:
+    if scheduler is None:
         return optimizer
     monitor: str | None = None
     handed: Any = {"scheduler": scheduler, "interval": "step"}
     if isinstance(scheduler, ReduceLROnPlateau):
-        monitor = parse(PlateauOptions, config.lr_scheduler_args, name).monitor
+        monitor = parse(PlateauOptions, config.lr_scheduler_args, scheduler.name).monitor
         # In manual optimization Lightning neither steps the schedule nor needs the metric.
         automatic = module.automatic_optimization
         handed = lightning_config(scheduler, monitor) if automatic else {"scheduler": scheduler}
         if automatic and trainer is not None:
             PlateauCallback.attach(trainer, scheduler, monitor)
     if trainer is not None and not module.automatic_optimization:
-        ManualSchedule.attach(trainer, name, optimizer, scheduler, monitor)
+        ManualSchedule.attach(trainer, scheduler.name, optimizer, scheduler, monitor)
     return {"optimizer": optimizer, "lr_scheduler": handed}
 
 
@@ -119,7 +117,7 @@ def attend(module: LightningModule, own: OwnHook) -> Any:
         return configured
     # Some may have been built before, for instance in the module's __init__.
     for optimizer in take_apart(configured)[0]:
-        if isinstance(optimizer, KeepsTrainingPoint):
+        if any(isinstance(part, KeepsTrainingPoint) for part in parts_of(optimizer)):
             ScheduleFreeCallback.attach(trainer)
         layerwise = Layerwise.of(optimizer)
         if layerwise is not None:
@@ -152,15 +150,18 @@ def _resolve(
     trainer: Trainer | None, target: Target, config: OptimConfig, length: Length, only: Set[Tensor] | None = None
 ) -> ResolvedOptimizer:
     facts = _facts(trainer) if trainer is not None else None
-    resolved = resolve(target, config, warmup_steps=length.warmup, trainer=facts, only=only)
+    resolved = resolve(target, config, total_steps=length.total, trainer=facts, only=only)
     if trainer is None:
         return resolved
     optimizer, spec, asked = resolved.optimizer, resolved.spec, f"optim={config.optim!r}"
     if isinstance(trainer.strategy, StepsFused):
-        trainer.strategy.note_identifier(optimizer, config.optim)
-    if resolved.lr:
+        for part in resolved.each:
+            trainer.strategy.note_identifier(
+                part.optimizer, config.optim if part is resolved else part.request.config.optim
+            )
+    if any(part.lr for part in resolved.each):
         Standstill.watch(trainer, optimizer, asked)
-    if spec.averages_weights:
+    if any(part.spec.averages_weights for part in resolved.each):
         ScheduleFreeCallback.attach(trainer)
     if spec.layerwise or steps_in_backward(trainer):
         options = LayerwiseOptions(**resolved.options.select("layerwise"))

@@ -22,8 +22,12 @@ class Length:
     @classmethod
     def of(cls, trainer: Trainer | None, config: OptimConfig) -> Length:
         """Returns what ``config`` needs; raises InvalidOption for a warm-up as a fraction of an endless training."""
-        needs_total = config.lr_scheduler is not None and get_schedule(config.lr_scheduler).needs_total
-        total = total_steps(trainer) if trainer is not None and (needs_total or config.warmup_steps) else None
+        asked = (config, *config.parts.values())
+        needed = any(
+            one.warmup_steps or (one.lr_scheduler is not None and get_schedule(one.lr_scheduler).needs_total)
+            for one in asked
+        )
+        total = total_steps(trainer) if trainer is not None and needed else None
         return cls(resolve_warmup(config.warmup_steps, total), total)
 
     @property

@@ -17,7 +17,7 @@ from lightning_optim.build import (
 )
 from lightning_optim.errors import InvalidOption
 from lightning_optim.layerwise import Layerwise
-from lightning_optim.table import REGISTRY, OptimizerSpec, parse
+from lightning_optim.table import REGISTRY, SUFFIX, OptimizerSpec, parse
 
 # How many unprojected modules the report names.
 _NAMED = 4
@@ -28,28 +28,40 @@ _USUAL, _LARGE, _HARDLY, _NONE = "adamw_torch", (4096, 4096), 0.9, 0.99
 
 def describe(resolved: ResolvedOptimizer, identifier: str, schedule: str) -> str:
     """Returns the report for humans: identifier, class, hyperparameters, groups with counts, state bytes, schedule."""
+    main, *others = resolved.each
+    width = max(len(group["name"]) for group in resolved.optimizer.param_groups)
+    lines = _part_lines(main, identifier, width)
+    for part in others:
+        first, *rest = _part_lines(part, part.request.config.optim, width)
+        lines += [f"  {part.request.name}: {first}", *rest]
+    lines.append(f"  state: {_bytes_text(resolved)}; schedule: {schedule}; layerwise: {_layerwise_text(resolved)}")
+    for part in resolved.each:
+        if part.request.remark:
+            lines.append(f"  {part.request.name}: {part.request.remark}")
+        if part.not_projected:
+            lines.append(f"  {_not_projected_text(part.not_projected)}")
+        if part.spec.projects:
+            lines += _wide_ranks(part)
+        lines += _no_saving(part)
+        if part.spec.note:
+            lines.append(f"  note: {part.spec.note}")
+    return "\n".join(lines)
+
+
+def _part_lines(resolved: ResolvedOptimizer, identifier: str, width: int) -> list[str]:
+    """Returns a line about a single optimizer, and one for each of its groups."""
     spec = resolved.spec
     shared = {**_settings(resolved), **spec.fixed}
-    taken = "" if resolved.name == identifier else f" takes {resolved.name!r}"
+    taken = "" if resolved.name.removesuffix(SUFFIX) == identifier.removesuffix(SUFFIX) else f" takes {resolved.name!r}"
     lines = [f"optim={identifier!r}{taken}: {spec.implementation} ({', '.join(f'{k}={v}' for k, v in shared.items())})"]
     if taken and identifier not in resolved.passed_over:
         # For an identifier that stands for several: why not the better ones. A fallback has its own warning.
         lines += [f"  not {name!r}: {reason}" for name, reason in resolved.passed_over.items()]
-    groups = resolved.optimizer.param_groups
-    width = max(len(group["name"]) for group in groups)
-    for group in groups:
+    for group in resolved.optimizer.param_groups:
         elements = _elements(group)
         own = ", ".join(f"{key}={value}" for key, value in _differences(group, resolved).items())
         lines.append(f"  {group['name']:<{width}}  {len(group['params']):>4} tensors  {elements:>12,} elements  {own}")
-    lines.append(f"  state: {_bytes_text(resolved)}; schedule: {schedule}; layerwise: {_layerwise_text(resolved)}")
-    if resolved.not_projected:
-        lines.append(f"  {_not_projected_text(resolved.not_projected)}")
-    if spec.projects:
-        lines += _wide_ranks(resolved)
-    lines += _no_saving(resolved)
-    if spec.note:
-        lines.append(f"  note: {spec.note}")
-    return "\n".join(lines)
+    return lines
 
 
 def hyperparameters(resolved: ResolvedOptimizer, identifier: str, schedule: str) -> dict[str, Any]:
@@ -58,7 +70,7 @@ def hyperparameters(resolved: ResolvedOptimizer, identifier: str, schedule: str)
         "identifier": identifier,
         "taken": resolved.name,
         "class": resolved.spec.implementation,
-        **_settings(resolved),
+        **_settings(resolved.each[0]),
         **resolved.spec.fixed,
         "schedule": schedule,
         "state_bytes": resolved.state_bytes,
@@ -67,11 +79,22 @@ def hyperparameters(resolved: ResolvedOptimizer, identifier: str, schedule: str)
             group["name"]: {
                 "tensors": len(group["params"]),
                 "elements": _elements(group),
-                **_differences(group, resolved),
+                **_differences(group, part),
             }
-            for group in resolved.optimizer.param_groups
+            for part in resolved.each
+            for group in part.optimizer.param_groups
         },
     }
+    if resolved.parts:
+        values["parts"] = {
+            part.request.name: {
+                "taken": part.name,
+                "class": part.spec.implementation,
+                **_settings(part),
+                **part.spec.fixed,
+            }
+            for part in resolved.parts[1:]
+        }
     return {name: storable(value) for name, value in values.items()}
 
 

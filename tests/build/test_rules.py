@@ -102,6 +102,24 @@ CONFIG_CASES = (
         ("layer_pattern without layer_decay", "Add layer_decay", "0.75"),
     ),
     Case(
+        rules._request._parts_follow_a_function_of_the_step,
+        {
+            "optim": "sgd",
+            "lr_scheduler": "module",
+            "param_groups": {"head.*": {"optim": "adamw_torch", "lr_scheduler": "linear"}},
+        },
+        ("lr_scheduler='module'", "param_groups['head.*']", "Leave the pattern's out"),
+    ),
+    Case(
+        rules._request._parts_follow_a_function_of_the_step,
+        {
+            "optim": "sgd",
+            "lr_scheduler": "reduce_lr_on_plateau",
+            "param_groups": {"head.*": {"optim": "schedule_free_sgd"}},
+        },
+        ("lr_scheduler='reduce_lr_on_plateau'", "optim='schedule_free_sgd'", "Use lr_scheduler='linear'"),
+    ),
+    Case(
         rules._request._lr_is_known,
         {"optim": f"{__name__}.NoDefaultRate"},
         (f"optim='{__name__}.NoDefaultRate'", "no default learning rate", "lr=1e-3"),

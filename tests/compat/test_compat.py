@@ -116,6 +116,16 @@ def test_hooks_of_loading_are_found() -> None:
         assert hooks(optimizer) == ((before,), (after,))
 
 
+def test_hooks_of_state_dicts_are_found() -> None:
+    with relied_on("torch.state_dict_hooks", "several optimizers as one") as hooks:
+        optimizer = SGD([nn.Parameter(torch.ones(2))])
+        assert hooks(optimizer) == ((), ())
+        before, after = lambda optimizer: None, lambda optimizer, state: state
+        optimizer.register_state_dict_pre_hook(before)
+        optimizer.register_state_dict_post_hook(after)
+        assert hooks(optimizer) == ((before,), (after,))
+
+
 def test_a_bare_optimizer_steps_as_the_one_it_is_made_of(stepped: AdamW) -> None:
     with relied_on("torch.bare_optimizer", "every layerwise optimizer") as bare_optimizer:
         ran: list[Optimizer] = []

@@ -112,6 +112,19 @@ def test_optim_and_its_options_reach_any_module(kind: str) -> None:
     }
 
 
+@pytest.mark.parametrize("kind", ["mixin", "foreign"])
+def test_a_pattern_names_another_optimizer(kind: str, tmp_path: Path) -> None:
+    config = tmp_path / "run.yaml"
+    part = {"optim": "adamw_8bit", "lr": 0.01, "betas": [0.8, 0.95]}
+    config.write_text(yaml.safe_dump({"optim": "sgd", "lr": 0.1, "param_groups": {"model.head.*": part}}))
+    by_flag = run(kind, "fit", "--optim", "sgd", "--lr", "0.1", "--param_groups", str({"model.head.*": part}), *FAST)
+    by_file = run(kind, "fit", "--config", str(config), *FAST, "--trainer.default_root_dir", str(tmp_path / "file"))
+    assert optimizer_of(by_flag) == optimizer_of(by_file) == "Composite"
+    assert groups_of(by_flag) == groups_of(by_file)
+    assert groups_of(by_file)["model.head.*/decay"]["betas"] == (0.8, 0.95)
+    assert weights_of(by_flag) == weights_of(by_file)
+
+
 @pytest.mark.parametrize("options", [("--optim_args.eps", "1e-6"), ("--optim_args", "eps=1e-6,amsgrad=True")])
 def test_options_one_by_one_or_as_a_string(options: tuple[str, ...]) -> None:
     cli = run("mixin", "fit", "--optim", "adamw_torch", *options, *FAST)

@@ -135,6 +135,10 @@ def test_log_grad_norm_is_the_norm_of_what_ddp_averages(ranks: list[dict[str, An
             assert equal(logged, rank[run]["ddp"]["own_norms"])
 
 
+def test_several_optimizers_as_one(ranks: list[dict[str, Any]]) -> None:
+    assert_equals_ddp(ranks, "several optimizers")
+
+
 @pytest.mark.parametrize("how", HOWS)
 def test_other_norm_clipping_equals_clipping_by_hand_under_ddp(ranks: list[dict[str, Any]], how: str) -> None:
     assert_equals_ddp(ranks, how)

@@ -11,7 +11,6 @@ from torch.optim import SGD, Adagrad, AdamW, Optimizer
 
 from lightning_optim._compat.torch import has_fused_kernel, sgd_is_wrong_on_half
 from lightning_optim.errors import listing
-from lightning_optim.layerwise import Layerwise
 from lightning_optim.stepping import HALF, fused_class, is_packed
 
 # By the identifiers under which they are offered.
@@ -29,6 +28,7 @@ class Fusing:
         names: Names of the module's parameters.
         scales_loss: Whether a GradScaler is used.
         sparse: Name of a parameter whose gradient is sparse, or empty.
+        in_backward: Whether it is stepped during backward.
     """
 
     strategy: str
@@ -37,6 +37,7 @@ class Fusing:
     names: Mapping[Tensor, str]
     scales_loss: bool = False
     sparse: str = ""
+    in_backward: bool = False
 
     @property
     def combination(self) -> str:
@@ -76,7 +77,7 @@ def _kernel_exists(fusing: Fusing) -> str | None:
 
 
 def _not_stepped_in_backward(fusing: Fusing) -> str | None:
-    if Layerwise.of(fusing.optimizer) is None:
+    if not fusing.in_backward:
         return None
     asked = fusing.asked or ""
     base = asked.removesuffix("_layerwise")

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from lightning_optim.build._arguments import Arguments
-from lightning_optim.build._curves import get_schedule
+from lightning_optim.build._curves import follows_the_step, get_schedule
+from lightning_optim.build._parts import named_parts
 from lightning_optim.build._resume import as_overrides, overridable
 from lightning_optim.errors import listing
-from lightning_optim.table import OptimizerSpec, Options, describe
+from lightning_optim.table import REGISTRY, OptimizerSpec, Options, describe
 
 
 @dataclass(frozen=True)
@@ -19,6 +20,12 @@ class Request:
     spec: OptimizerSpec
     config: Arguments
     options: Options
+    parts: Mapping[str, Arguments] = field(default_factory=dict)
+
+    @property
+    def others(self) -> list[OptimizerSpec]:
+        """The rows of the optimizers that patterns name."""
+        return [REGISTRY.find(part.optim) for part in self.parts.values()]
 
     @property
     def name(self) -> str:
@@ -55,7 +62,8 @@ def _warmup_has_an_effect(request: Request) -> str | None:
 
 
 def _overrides_are_known(request: Request) -> str | None:
-    known = overridable(request.spec)
+    known = [name for spec in (request.spec, *request.others) for name in overridable(spec)]
+    known = list(dict.fromkeys(known))
     unknown = [name for name in as_overrides(request.config.override_on_resume) if name not in known]
     if not unknown:
         return None
@@ -127,7 +135,7 @@ def _averages_need_a_learning_rate(request: Request) -> str | None:
 
 def _target_modules_are_projected(request: Request) -> str | None:
     modules = request.config.optim_target_modules
-    if modules is None or request.spec.projects:
+    if modules is None or request.spec.projects or request.spec.takes == "hidden matrices":
         return None
     return (
         f"optim_target_modules={modules!r} together with optim={request.name!r}, which projects nothing, would be "
@@ -138,6 +146,8 @@ def _target_modules_are_projected(request: Request) -> str | None:
 def _relative_step_makes_the_learning_rate(request: Request) -> str | None:
     given = {"lr": request.config.lr}
     for pattern, values in (request.config.param_groups or {}).items():
+        if pattern in named_parts(request.config.param_groups):
+            continue
         given[f"param_groups[{pattern!r}]['lr']"] = values.get("lr") if isinstance(values, Mapping) else None
     where = next((where for where, lr in given.items() if lr is not None), None)
     if where is None or not getattr(request.options, "relative_step", False):
@@ -147,6 +157,25 @@ def _relative_step_makes_the_learning_rate(request: Request) -> str | None:
         f"learning rate itself. {'Set' if request.spec.kin else 'Leave lr out, or set'} "
         f"relative_step=False{_or_kin(request)}."
     )
+
+
+def _parts_follow_a_function_of_the_step(request: Request) -> str | None:
+    main = request.config.lr_scheduler
+    if main is None or follows_the_step(main):
+        return None
+    for pattern, part in request.parts.items():
+        if part.lr_scheduler is not None:
+            return (
+                f"lr_scheduler={main!r} together with the lr_scheduler of param_groups[{pattern!r}]: what does not "
+                "follow from the number of the step is for all. Leave the pattern's out, or use lr_scheduler='linear'."
+            )
+        if REGISTRY.find(part.optim).averages_weights:
+            return (
+                f"lr_scheduler={main!r} together with optim={part.optim!r} in param_groups[{pattern!r}], which "
+                "averages its iterates instead of following a schedule. Use lr_scheduler='linear' or 'cosine', which "
+                "leave it alone."
+            )
+    return None
 
 
 CONFIG_RULES: tuple[Callable[[Request], str | None], ...] = (
@@ -161,4 +190,5 @@ CONFIG_RULES: tuple[Callable[[Request], str | None], ...] = (
     _averages_need_a_learning_rate,
     _target_modules_are_projected,
     _relative_step_makes_the_learning_rate,
+    _parts_follow_a_function_of_the_step,
 )

@@ -10,7 +10,15 @@ from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from lightning_optim._compat.lightning import finder_sets_rate, loaded_checkpoint
-from lightning_optim.build import NamedSchedule, OptimConfig, ResolvedOptimizer, make_multiplier, set_rate
+from lightning_optim.build import (
+    NamedSchedule,
+    OptimConfig,
+    ResolvedOptimizer,
+    curves_of,
+    main_curve,
+    resolve_warmup,
+    set_rate,
+)
 from lightning_optim.trainer import _packages as packages
 from lightning_optim.trainer._length import Length
 from lightning_optim.trainer.callbacks._attached import Attached
@@ -28,23 +36,24 @@ class Built:
 
     def adjust(self, trainer: Trainer, found: float | None) -> None:
         """Makes it what it would be if built now, with ``found`` instead of the requested learning rate."""
-        optimizer, config, spec = self.resolved.optimizer, self.config, self.resolved.spec
+        optimizer, config = self.resolved.optimizer, self.config
         length = Length.of(trainer, config)
         if length.warning:
             rank_zero_warn(length.warning)
-        if spec.warmup == "optimizer":
-            for group in (*optimizer.param_groups, optimizer.defaults):
-                group["warmup_steps"] = length.warmup
+        for part in self.resolved.each:
+            if part.spec.warmup == "optimizer":
+                warmup = resolve_warmup(part.request.config.warmup_steps, length.total)
+                for group in (*part.optimizer.param_groups, part.optimizer.defaults):
+                    group["warmup_steps"] = warmup
         if found is not None:
+            set_rate(self.resolved.each[0].optimizer.defaults, found)
             set_rate(optimizer.defaults, found)
         peaks = self.resolved.rates(self.resolved.lr if found is None else found)
         # Groups added since then have their own rate.
         peaks += [group.get("initial_lr", group["lr"]) for group in optimizer.param_groups[len(peaks) :]]
         if isinstance(self.schedule, NamedSchedule):
-            assert config.lr_scheduler is not None
-            warmup = length.warmup if spec.warmup == "schedule" else 0
-            multiplier = make_multiplier(optimizer, config.lr_scheduler, length.total, warmup, config.lr_scheduler_args)
-            self.schedule.start_anew(multiplier, peaks)
+            curves = curves_of(self.resolved, length.total)
+            self.schedule.start_anew(main_curve(self.resolved, length.total), peaks, curves)
         elif found is not None:
             for group, peak in zip(optimizer.param_groups, peaks, strict=True):
                 set_rate(group, peak)

@@ -17,7 +17,7 @@ from torch.utils.hooks import RemovableHandle
 from lightning_optim._compat.lightning import before_batch_transfer
 from lightning_optim._compat.torch import AnyBatchNorm
 from lightning_optim.errors import IncompatibleTrainer, InvalidOption
-from lightning_optim.stepping import KeepsTrainingPoint
+from lightning_optim.stepping import KeepsTrainingPoint, parts_of
 from lightning_optim.trainer import _packages as packages
 from lightning_optim.trainer.callbacks._attached import Attached
 
@@ -65,16 +65,17 @@ class ScheduleFreeCallback(Attached):
                 f"ScheduleFreeCallback(bn_batches={self.bn_batches}), but the model has no BatchNorm with running "
                 "statistics. Leave bn_batches out."
             )
-        optimizers = _averaging(trainer)
+        averaging = _averaging(trainer)
+        optimizers = set(averaging)
         for scheduler in (config.scheduler for config in trainer.lr_scheduler_configs):
-            if getattr(scheduler, "cycle_momentum", False) and scheduler.optimizer in optimizers:
+            if getattr(scheduler, "cycle_momentum", False) and not optimizers.isdisjoint(parts_of(scheduler.optimizer)):
                 raise IncompatibleTrainer(
                     f"{type(scheduler).__name__} cycles the momentum of {type(scheduler.optimizer).__name__}, which is "
                     "the weight of its average. Give it cycle_momentum=False."
                 )
-        for optimizer in optimizers:
+        for optimizer in averaging:
             optimizer.saves_averages = True
-        hook = _AveragedStateDict(optimizers)
+        hook = _AveragedStateDict(averaging)
         self._handle = pl_module.register_state_dict_post_hook(hook)  # type: ignore[no-untyped-call]
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -147,7 +148,8 @@ class _AveragedStateDict:
 
 
 def _averaging(trainer: Trainer) -> list[KeepsTrainingPoint]:
-    return [optimizer for optimizer in trainer.optimizers if isinstance(optimizer, KeepsTrainingPoint)]
+    parts = (part for optimizer in trainer.optimizers for part in parts_of(optimizer))
+    return [part for part in parts if isinstance(part, KeepsTrainingPoint)]
 
 
 def _second_reading(trainer: Trainer) -> CombinedLoader:

@@ -9,9 +9,9 @@ from lightning.pytorch.callbacks import BaseFinetuning
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_optim.build import OptimConfig, ResolvedOptimizer
-from lightning_optim.groups import GroupPolicy, make_groups, named_parameters
-from lightning_optim.stepping import FORMAT, IDENTIFIER, MEMBERS
+from lightning_optim.build import ResolvedOptimizer
+from lightning_optim.groups import named_parameters
+from lightning_optim.stepping import MEMBERS
 from lightning_optim.trainer import _packages as packages
 from lightning_optim.trainer.callbacks._attached import Attached
 
@@ -27,19 +27,16 @@ class KeepsPolicy(Attached):
     of the last group only: here the others from the same call follow it.
     """
 
-    def __init__(self, module: LightningModule, resolved: ResolvedOptimizer, config: OptimConfig) -> None:
+    def __init__(self, module: LightningModule, resolved: ResolvedOptimizer) -> None:
         self._module = module
         self._resolved = resolved
-        self._config = config
 
     @classmethod
-    def attach(
-        cls, trainer: Trainer, module: LightningModule, resolved: ResolvedOptimizer, config: OptimConfig
-    ) -> None:
+    def attach(cls, trainer: Trainer, module: LightningModule, resolved: ResolvedOptimizer) -> None:
         """Attaches the callback after the finetuning callbacks; does nothing if there are none."""
         callbacks = trainer.callbacks  # type: ignore[attr-defined]
         if any(isinstance(callback, packages.kin(BaseFinetuning)) for callback in callbacks):
-            callback = cls(module, resolved, config)
+            callback = cls(module, resolved)
             vars(resolved.optimizer)["add_param_group"] = callback._add
             callbacks.append(callback)
 
@@ -73,18 +70,9 @@ class KeepsPolicy(Attached):
         before = self._optimizer.param_groups
         call = 1 + max((group.get(_CALL, 0) for group in before), default=0)
         # The decaying group comes last: that is the one the callbacks go on to change.
-        for group in reversed(self._divided(float(param_group["lr"]))):
+        for group in reversed(self._resolved.regroup(self._module, float(param_group["lr"]))):
             members = [parameter for parameter in group["params"] if id(parameter) in added]
             if members:
-                whose = {key: before[0][key] for key in (IDENTIFIER, FORMAT) if key in before[0]}
                 follows = {_CALL: call} if group["lr"] == param_group["lr"] else {}
                 named = {"name": f"added_{call}/{group['name']}", MEMBERS: [names[id(p)] for p in members]}
-                add(self._optimizer, {**group, **whose, **follows, **named, "params": members})
-
-    def _divided(self, lr: float) -> list[dict[str, Any]]:
-        """Returns the groups of all trainable parameters at this learning rate."""
-        resolved, config = self._resolved, self._config
-        policy = GroupPolicy(
-            lr, resolved.weight_decay, config.param_groups or {}, target_modules=config.optim_target_modules
-        )
-        return make_groups(named_parameters(self._module), resolved.spec, resolved.options, policy)
+                add(self._optimizer, {**group, **follows, **named, "params": members})

@@ -18,7 +18,8 @@ from lightning_optim._compat.lightning import MockOptimizer, after_closure
 from lightning_optim._compat.torch import SCALES
 from lightning_optim.build import rules
 from lightning_optim.errors import IncompatibleTrainer
-from lightning_optim.stepping import FusedStep
+from lightning_optim.layerwise import Layerwise
+from lightning_optim.stepping import FusedStep, parts_of
 from lightning_optim.trainer import _packages as packages
 from lightning_optim.trainer.strategies._movable import Movable
 from lightning_optim.trainer.strategies._one_device import OneDevice
@@ -123,9 +124,11 @@ class StepsFused(Movable, _Base):
         module = trainer.lightning_module
         mocks = packages.kin(MockOptimizer)
         optimizers = [optimizer for optimizer in self.optimizers if not isinstance(optimizer, mocks)]
+        parts = {optimizer: parts_of(optimizer) for optimizer in optimizers}
         for optimizer in optimizers:
-            rules.check_fused(self._facts(module, optimizer))
-        self._steps = tuple(FusedStep(optimizer) for optimizer in optimizers)
+            for part in parts[optimizer]:
+                rules.check_fused(self._facts(module, part, Layerwise.of(optimizer) is not None))
+        self._steps = tuple(FusedStep(part) for optimizer in optimizers for part in parts[optimizer])
         made = sorted({type(step.optimizer).__name__ for step in self._steps if step.built_plain})
         if made:
             rank_zero_info(f"strategy={self.strategy_name!r}: torch's fused kernels step {' and '.join(made)}.")
@@ -143,7 +146,7 @@ class StepsFused(Movable, _Base):
             step.detach()
         self._steps, self._asked = (), {}
 
-    def _facts(self, module: LightningModule, optimizer: Optimizer) -> rules.Fusing:
+    def _facts(self, module: LightningModule, optimizer: Optimizer, in_backward: bool) -> rules.Fusing:
         names: dict[Tensor, str] = {parameter: name for name, parameter in module.named_parameters()}
         embeddings = [m for m in module.modules() if isinstance(m, (nn.Embedding, nn.EmbeddingBag)) and m.sparse]
         stepped = {parameter for group in optimizer.param_groups for parameter in group["params"]}
@@ -154,6 +157,7 @@ class StepsFused(Movable, _Base):
             names=names,
             scales_loss=getattr(self.precision_plugin, "scaler", None) is not None,
             sparse=next((names[m.weight] for m in embeddings if m.weight in stepped), ""),
+            in_backward=in_backward,
         )
 
 

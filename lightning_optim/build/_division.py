@@ -1,0 +1,90 @@
+"""Which parameters each of the optimizers takes that a request names."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+from lightning_optim.build._config import OptimConfig
+from lightning_optim.build._parts import leaving_options
+from lightning_optim.build._resume import overridable
+from lightning_optim.errors import InvalidParamGroups, listing
+from lightning_optim.groups import NamedParameter, first_matches, hidden_matrices
+from lightning_optim.table import SUFFIX
+
+
+@dataclass(frozen=True)
+class Part:
+    """One of the optimizers that a request asks for.
+
+    Attributes:
+        name: The pattern that names it; for the main optimizer its identifier.
+        config: The request for it alone.
+        parameters: What it steps.
+        follows: Its learning rate as a factor of the main optimizer's; ``None`` if it has its own.
+        remark: How its parameters were found, for the report.
+    """
+
+    name: str
+    config: OptimConfig
+    parameters: list[NamedParameter]
+    follows: float | None = None
+    remark: str = ""
+
+
+def divide(parameters: Sequence[NamedParameter], config: OptimConfig) -> list[Part]:
+    """Returns the optimizers of a request with their parameters, the main one first.
+
+    Raises:
+        InvalidParamGroups: If a pattern takes nothing, or nothing is left for the main optimizer.
+    """
+    patterns = config.param_groups or {}
+    if not config.parts and config.spec.takes == "all":
+        return [Part(_plain_name(config.optim), config, list(parameters))]
+    pattern_of = first_matches(parameters, patterns)
+    taken = {pattern: _matched(parameters, pattern_of, pattern) for pattern in config.parts}
+    rest = [p for p in parameters if pattern_of.get(id(p.parameter)) not in taken]
+    if not rest:
+        raise InvalidParamGroups(
+            f"the patterns {listing(taken)} of param_groups take every parameter, and optim={config.optim!r} would "
+            "train nothing. Name the optimizer of one of them as optim, and leave its pattern out."
+        )
+    main = config.replace(
+        param_groups={pattern: values for pattern, values in patterns.items() if pattern not in taken} or None,
+        override_on_resume=[name for name in config.overrides if name in overridable(config.spec)] or None,
+    )
+    parts = [Part(_plain_name(config.optim), main, rest)]
+    if config.spec.takes == "hidden matrices":
+        parts = _hidden_and_others(rest, main, pattern_of)
+    return parts + [Part(pattern, config.parts[pattern], members) for pattern, members in taken.items()]
+
+
+def _hidden_and_others(
+    parameters: Sequence[NamedParameter], config: OptimConfig, pattern_of: Mapping[int, str]
+) -> list[Part]:
+    """Returns the hidden matrices for the main optimizer, and the others for the one in its option ``others``."""
+    hidden = hidden_matrices(parameters, config.optim_target_modules)
+    own = [p for p in parameters if id(p.parameter) in hidden.stack_dims]
+    left = [p for p in parameters if id(p.parameter) not in hidden.stack_dims]
+    main = Part(_plain_name(config.optim), _with_patterns_of(own, config, pattern_of), own, remark=hidden.remark)
+    if not left:
+        return [main]
+    assert config.others is not None, "the request has made it"
+    others = _with_patterns_of(left, config.others.replace(param_groups=config.param_groups), pattern_of)
+    return [main, Part(_plain_name(others.optim), others, left, leaving_options(config, config.spec).others_factor)]
+
+
+def _with_patterns_of(
+    parameters: Sequence[NamedParameter], config: OptimConfig, pattern_of: Mapping[int, str]
+) -> OptimConfig:
+    """Returns the request with those patterns only that one of these parameters takes."""
+    used = {pattern_of.get(id(p.parameter)) for p in parameters}
+    return config.replace(param_groups={p: v for p, v in (config.param_groups or {}).items() if p in used} or None)
+
+
+def _matched(parameters: Iterable[NamedParameter], pattern_of: Mapping[int, str], pattern: str) -> list[NamedParameter]:
+    return [p for p in parameters if pattern_of.get(id(p.parameter)) == pattern]
+
+
+def _plain_name(identifier: str) -> str:
+    return identifier.removesuffix(SUFFIX)

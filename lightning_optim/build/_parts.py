@@ -1,0 +1,95 @@
+"""The requests for parts: what a pattern of ``param_groups`` names, and what an optimizer leaves to another."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from lightning_optim.build._arguments import Arguments
+from lightning_optim.build._curves import follows_the_step
+from lightning_optim.errors import IncompatibleTrainer, InvalidParamGroups
+from lightning_optim.table import REGISTRY, SUFFIX, LeavesOthers, OptimizerSpec, parse
+
+#: What a pattern of ``param_groups`` says to name an optimizer.
+OPTIM = "optim"
+# What such a pattern may say besides the optimizer's options.
+_ARGUMENTS = ("lr", "weight_decay", "optim_target_modules", "lr_scheduler", "lr_scheduler_args", "warmup_steps")
+
+
+def named_parts(patterns: Mapping[str, Any] | None) -> dict[str, Mapping[str, Any]]:
+    """Returns the patterns that name an optimizer, with what they say."""
+    return {
+        pattern: values
+        for pattern, values in (patterns or {}).items()
+        if isinstance(values, Mapping) and OPTIM in values
+    }
+
+
+def part_arguments(pattern: str, values: Mapping[str, Any], stepped_in_backward: bool) -> dict[str, Any]:
+    """Returns the arguments of the request that a pattern makes for its parameters.
+
+    Args:
+        pattern: The pattern.
+        values: What it says; ``optim`` is among it.
+        stepped_in_backward: Whether the main optimizer is.
+
+    Raises:
+        UnknownOptimizer, IncompatibleTrainer: If the optimizer does not exist or cannot be a part of this whole.
+    """
+    where = f"param_groups[{pattern!r}]"
+    name = values[OPTIM]
+    if not isinstance(name, str):
+        raise InvalidParamGroups(f"{where} names optim={name!r}, which is no identifier such as 'adamw_torch'")
+    row = REGISTRY.find(name)
+    if name.endswith(SUFFIX) or (row.layerwise and not stepped_in_backward):
+        raise IncompatibleTrainer(
+            f"{where} names optim={name!r}, which is stepped during backward; that is all or nothing. Name the main "
+            f"optimizer with {SUFFIX} at its end, and leave it out here."
+        )
+    if stepped_in_backward:
+        # Refuses what couples its parameters, with the reason.
+        REGISTRY.find(name.removesuffix(SUFFIX) + SUFFIX)
+    own = {key: values[key] for key in _ARGUMENTS if key in values}
+    schedule = own.get("lr_scheduler")
+    if schedule is not None and not follows_the_step(schedule):
+        raise IncompatibleTrainer(
+            f"{where} has lr_scheduler={schedule!r}, which is for the whole: the schedule of a part is a function of "
+            "the step, such as 'cosine'. Give it to the main optimizer, whose parts follow it."
+        )
+    options = {key: value for key, value in values.items() if key not in (OPTIM, *own)}
+    return {"optim": name, **own, "optim_args": options or None}
+
+
+def others_arguments(config: Arguments, spec: OptimizerSpec) -> dict[str, Any]:
+    """Returns the arguments of the request for the parameters that an optimizer for hidden matrices leaves to another.
+
+    Raises:
+        UnknownOptimizer, IncompatibleTrainer: If that optimizer does not exist or cannot be a part of this whole.
+    """
+    options = leaving_options(config, spec)
+    row = REGISTRY.find(options.others)
+    if row.takes != "all" or row.layerwise:
+        raise IncompatibleTrainer(
+            f"optim={config.optim!r} with others={options.others!r}, which is not for these parameters. Use an "
+            f"optimizer for all, without {SUFFIX} at its end, such as others='adamw_torch'."
+        )
+    if spec.layerwise:
+        # Refuses what couples its parameters, with the reason.
+        REGISTRY.find(options.others + SUFFIX)
+    lr, factor = options.others_lr, options.others_factor
+    if factor is not None:
+        main = options.default_lr(spec.default_lr) if config.lr is None else config.lr
+        lr = None if main is None else main * factor
+    return {
+        "optim": options.others,
+        "lr": lr,
+        "weight_decay": config.weight_decay if row.decays else None,
+        "warmup_steps": config.warmup_steps if row.warmup == "optimizer" else 0,
+    }
+
+
+def leaving_options(config: Arguments, spec: OptimizerSpec) -> LeavesOthers:
+    """Returns the options of a request for an optimizer that leaves parameters to others."""
+    options = parse(spec.options, config.optim_args, config.optim)
+    assert isinstance(options, LeavesOthers), "rows that leave parameters to others say to whom"
+    return options

@@ -1,0 +1,96 @@
+"""Which matrices of a model are hidden: the weights between its embeddings and its output layer.
+
+Optimizers that orthogonalize an update (Muon) are for these. Embeddings are lookup tables, of which a batch touches a
+few rows, and the rows of an output layer are classes: both are left to an elementwise optimizer, as are vectors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import nn
+
+from lightning_optim.errors import InvalidParamGroups
+from lightning_optim.groups._parameters import NamedParameter
+from lightning_optim.groups._target_modules import TargetModules, matrices, projected
+
+# What output layers are called.
+_NAMES = frozenset(
+    {"head", "heads", "lm_head", "classifier", "fc", "score", "output", "out", "logits", "embed_out", "to_logits"}
+)
+
+
+@dataclass(frozen=True)
+class Hidden:
+    """The hidden matrices of a model.
+
+    Attributes:
+        stack_dims: The number of leading dimensions that only count matrices, by the parameter's id.
+        remark: How the output layer was found, for the report.
+    """
+
+    stack_dims: dict[int, int]
+    remark: str
+
+
+def hidden_matrices(parameters: Sequence[NamedParameter], target_modules: TargetModules) -> Hidden:
+    """Returns the hidden matrices: of linear layers and convolutions, and stacks of matrices such as experts.
+
+    The output layer is the first of these that exists: what ``get_output_embeddings()`` of a module returns; the last
+    linear layer with as many outputs as the largest embedding has rows; the last one outside of numbered blocks with a
+    usual name (``head``, ``classifier``, ``fc`` ...); the last linear layer. With a weight tied to an embedding there
+    is no other.
+
+    Args:
+        parameters: All trainable parameters, in the order of registration.
+        target_modules: What to take instead, as for optimizers that project; ``None`` finds it as above.
+
+    Raises:
+        InvalidParamGroups: If there is no hidden matrix, or ``target_modules`` names none.
+    """
+    if target_modules is not None:
+        return Hidden(projected(parameters, target_modules), "the matrices that optim_target_modules names")
+    found = matrices(parameters)
+    output, remark = _output_layer(parameters, found)
+    if output is not None:
+        found.pop(id(output.parameter), None)
+    if not found:
+        raise InvalidParamGroups(
+            "the model has no hidden matrix: no weight of a linear layer or a convolution besides "
+            f"{output.name if output else 'embeddings'!r}, which is {remark}. Name what to take by "
+            "optim_target_modules, or use an optimizer for all parameters, such as optim='adamw_torch'"
+        )
+    return Hidden(found, remark)
+
+
+def _output_layer(parameters: Sequence[NamedParameter], found: dict[int, int]) -> tuple[NamedParameter | None, str]:
+    declared = [p for p in parameters if p.is_output]
+    if declared:
+        return declared[-1], f"the output layer is {declared[-1].name!r}, says get_output_embeddings()"
+    if any(p.is_embedding and any(isinstance(owner, nn.Linear) for owner in p.owners) for p in parameters):
+        return None, "the output layer is tied to an embedding"
+    linear = [p for p in parameters if id(p.parameter) in found and isinstance(_owner(p), nn.Linear)]
+    rows = max((p.parameter.shape[0] for p in parameters if p.is_embedding), default=None)
+    for candidates, reason in (
+        ([p for p in linear if p.parameter.shape[0] == rows], f"it has as many outputs as the embedding rows ({rows})"),
+        ([p for p in linear if _is_called_output(p.name)], "it has an output layer's name"),
+        (linear[-1:], "it is the last linear layer"),
+    ):
+        if candidates:
+            others = [p.name for p in candidates[:-1]]
+            rivals = f", and so have {', '.join(map(repr, others))}, which are taken for hidden" if others else ""
+            return candidates[-1], (
+                f"{candidates[-1].name!r} is taken for the output layer: {reason}{rivals}; optim_target_modules "
+                "settles it"
+            )
+    return None, "no output layer is found"
+
+
+def _owner(parameter: NamedParameter) -> nn.Module | None:
+    return parameter.owners[0] if parameter.owners else None
+
+
+def _is_called_output(name: str) -> bool:
+    path = name.split(".")[:-1]
+    return bool(path) and path[-1] in _NAMES and not any(part.isdigit() for part in path)

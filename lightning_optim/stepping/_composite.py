@@ -1,0 +1,194 @@
+"""Several optimizers as one."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from lightning_optim._compat.torch import load_hooks, state_dict_hooks
+from lightning_optim.errors import InvalidParamGroups
+from lightning_optim.stepping._averaging import KeepsTrainingPoint
+from lightning_optim.stepping._state_marks import refuse_other_groups
+from lightning_optim.stepping._uncompiled import uncompiled
+
+#: A group's key for the name of the part that steps it.
+PART = "part"
+
+
+class Composite(Optimizer):
+    """Several optimizers, each with its own parameters, that schedules, loggers and checkpoints see as one.
+
+    Its param groups are the parts' groups, the same dicts; its ``state`` is the parts' state, the same dict; its state
+    dict is whole, and each part reads and writes what is its own. ``defaults`` holds what all parts have, with the
+    values of the first.
+
+    Args:
+        parts: The optimizers by name.
+
+    Raises:
+        InvalidParamGroups: If two of them have a parameter in common.
+    """
+
+    def __init__(self, parts: Mapping[str, Optimizer]) -> None:
+        for name, part in parts.items():
+            for group in part.param_groups:
+                group[PART] = name
+        try:
+            super().__init__([group for part in parts.values() for group in part.param_groups], {})
+        except ValueError as error:
+            raise InvalidParamGroups(
+                f"the optimizers {', '.join(map(repr, parts))} are not separate: {error}"
+            ) from None
+        #: The optimizers by name.
+        self.parts = dict(parts)
+        first, *others = self.parts.values()
+        self.defaults = {key: v for key, v in first.defaults.items() if all(key in part.defaults for part in others)}
+        self._share()
+
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Steps every part; returns what ``closure`` returns, which runs once."""
+        loss = None
+        parts = parts_of(self)
+        if closure is not None:
+            for part in parts:
+                if isinstance(part, KeepsTrainingPoint):
+                    part.train()
+            with torch.enable_grad():
+                loss = closure()
+        for part in parts:
+            part.step()
+        return loss
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Adds a group to the part that it names under ``"part"``; without, to the first."""
+        if "parts" not in vars(self):
+            # In the constructor: the groups are parts' already.
+            super().add_param_group(param_group)
+            return
+        name = param_group.get(PART, next(iter(self.parts)))
+        given = param_group["params"]
+        members = [given] if isinstance(given, Tensor) else list(given)
+        if not set(_parameters(self.param_groups)).isdisjoint(members):
+            raise ValueError("some parameters appear in more than one parameter group")
+        self.parts[name].add_param_group({**param_group, "params": members, PART: name})
+        self.param_groups.append(self.parts[name].param_groups[-1])
+
+    @uncompiled
+    def state_dict(self) -> dict[str, Any]:
+        """Returns one state dict, as any optimizer's; each part writes its own state."""
+        before, after = state_dict_hooks(self)
+        for hook in before:
+            hook(self)
+        number = {parameter: index for index, parameter in enumerate(_parameters(self.param_groups))}
+        state: dict[int, Any] = {}
+        groups: dict[int, Any] = {}
+        for part, places in self._places():
+            with _alone(part):
+                written = part.state_dict()
+            own = [number[parameter] for parameter in _parameters(part.param_groups)]
+            state |= {own[index]: value for index, value in written["state"].items()}
+            for place, group in zip(places, written["param_groups"], strict=True):
+                groups[place] = {**group, "params": [own[index] for index in group["params"]]}
+        whole: dict[str, Any] = {"state": _sorted(state), "param_groups": list(_sorted(groups).values())}
+        for hook in after:
+            whole = hook(self, whole) or whole
+        return whole
+
+    @uncompiled
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Loads a whole state dict, all parts of it or none.
+
+        Raises:
+            InvalidOption: If another optimizer wrote a part of it, or it belongs to other groups.
+        """
+        before, after = load_hooks(self)
+        for hook in before:
+            state_dict = hook(self, state_dict) or state_dict
+        saved = state_dict["param_groups"]
+        refuse_other_groups(self.param_groups, saved)
+        kept = [(part, part.state, part.param_groups) for part in parts_of(self)]
+        groups: dict[int, dict[str, Any]] = {}
+        try:
+            for name, (part, places) in zip(self.parts, list(self._places()), strict=True):
+                part.load_state_dict(_extract(state_dict, [saved[place] for place in places]))
+                for place, group in zip(places, part.param_groups, strict=True):
+                    group[PART] = name
+                    groups[place] = group
+        except BaseException:
+            for part, state, own in kept:
+                part.state, part.param_groups = state, own
+            raise
+        self.param_groups = list(_sorted(groups).values())
+        self._share()
+        for hook in after:
+            hook(self)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "parts": self.parts}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._share()
+
+    def follow_groups(self) -> None:
+        """Gives the parts their groups anew where ``param_groups`` was replaced, as finetuning callbacks do."""
+        groups = {name: [group for group in self.param_groups if group[PART] == name] for name in self.parts}
+        for name, part in self.parts.items():
+            if [*map(id, groups[name])] != [*map(id, part.param_groups)]:
+                part.param_groups = groups[name]
+
+    def _share(self) -> None:
+        """Makes one state out of the parts' states."""
+        state: defaultdict[Tensor, Any] = defaultdict(dict)
+        for part in self.parts.values():
+            state.update(part.state)
+        self.state = state
+        for part in self.parts.values():
+            part.state = state
+
+    def _places(self) -> Iterator[tuple[Optimizer, list[int]]]:
+        """Yields each part with the positions of its groups."""
+        for name, part in zip(self.parts, parts_of(self), strict=True):
+            yield part, [place for place, group in enumerate(self.param_groups) if group[PART] == name]
+
+
+def parts_of(optimizer: Optimizer) -> list[Optimizer]:
+    """Returns the optimizers that an optimizer consists of: the parts of a :class:`Composite`, or itself."""
+    # Of Lightning's and Fabric's wrappers the optimizer inside.
+    inside = getattr(optimizer, "optimizer", optimizer)
+    if not isinstance(inside, Composite):
+        return [optimizer]
+    inside.follow_groups()
+    return list(inside.parts.values())
+
+
+@contextmanager
+def _alone(part: Optimizer) -> Iterator[None]:
+    """Leaves a part only its own state: torch refuses to write that of parameters that are in no group."""
+    shared = part.state
+    part.state = defaultdict(dict, {p: shared[p] for p in _parameters(part.param_groups) if p in shared})
+    try:
+        yield
+    finally:
+        part.state = shared
+
+
+def _extract(state_dict: Mapping[str, Any], groups: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Returns the part of a state dict that belongs to some of its groups."""
+    state = state_dict["state"]
+    ids = [identity for group in groups for identity in group["params"] if identity in state]
+    return {**state_dict, "state": {identity: state[identity] for identity in ids}, "param_groups": list(groups)}
+
+
+def _parameters(groups: Sequence[Mapping[str, Any]]) -> Iterator[Tensor]:
+    return (parameter for group in groups for parameter in group["params"])
+
+
+def _sorted(values: Mapping[int, Any]) -> dict[int, Any]:
+    return {key: values[key] for key in sorted(values)}

@@ -7,7 +7,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from functools import cache
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
@@ -31,9 +31,9 @@ __all__ = [
     "NormWithStatistics",
     "bare_optimizer",
     "capturable_devices",
-    "compiles",
     "current_function_mode",
     "entries",
+    "frame_compiler",
     "group_by_device_and_dtype",
     "has_fused_kernel",
     "has_unscaled",
@@ -49,8 +49,12 @@ __all__ = [
     "state_dict_hooks",
     "step_pre_hooks",
     "unhooked",
+    "unseen_by_compiler",
     "without_current_function_mode",
 ]
+
+_Arguments = ParamSpec("_Arguments")
+_Result = TypeVar("_Result")
 
 # Base classes, which models of others derive from, too. Without them: which parameters are decayed or projected.
 AnyBatchNorm = _BatchNorm
@@ -210,9 +214,20 @@ def entries(gradient: Tensor) -> Tensor:
 # --- what surrounds a step -------------------------------------------------------------------------------------------
 
 
-def compiles() -> bool:
-    """Whether torch.compile looks at every frame of this thread; hooks of a compiled function's backward run then."""
-    return torch._C._dynamo.eval_frame.get_eval_frame_callback() is not None
+#: Returns what torch.compile looks at every frame of this thread with, as while hooks of a compiled function's backward
+#: run, or ``None``. Not a function around torch's, because it is asked for every gradient.
+frame_compiler: Callable[[], object] = torch._C._dynamo.eval_frame.get_eval_frame_callback
+
+
+def unseen_by_compiler(function: Callable[_Arguments, _Result]) -> Callable[_Arguments, _Result]:
+    """Has torch.compile skip a function, but not those that it calls.
+
+    So does ``torch.compiler.disable(recursive=False)``, by two more frames in every call.
+    """
+    from torch._dynamo.decorators import skip  # a second that only layerwise optimizers have to wait for
+
+    skipped: Callable[_Arguments, _Result] = skip(function)
+    return skipped
 
 
 def is_flattened(parameter: Tensor) -> bool:

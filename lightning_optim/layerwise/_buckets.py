@@ -29,7 +29,7 @@ class Buckets(Protocol):
 
 def nbytes(tensor: Tensor) -> int:
     """Returns the bytes of a tensor in this process; for a DTensor, those of its shard."""
-    # Called for every gradient: hasattr on a Parameter is slow, and a sharded one is a DTensor by type.
+    # hasattr on a Parameter is slow, and a sharded one is a DTensor by type.
     if type(tensor) is not Parameter and hasattr(tensor, "to_local"):
         tensor = tensor.to_local()
     return tensor.nbytes
@@ -55,7 +55,7 @@ class ArrivalBuckets:
 
     def add(self, parameter: Tensor) -> Iterable[Bucket]:
         self._pending.append(parameter)
-        self._bytes += nbytes(parameter)
+        self._bytes += parameter.nbytes if type(parameter) is Parameter else nbytes(parameter)
         return (self._take(),) if self._bytes >= self._limit else ()
 
     def flush(self, leftover: Iterable[Tensor]) -> Iterator[Bucket]:

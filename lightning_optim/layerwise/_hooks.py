@@ -6,11 +6,10 @@ import weakref
 from collections.abc import Callable, Iterable
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
-from lightning_optim._compat.torch import compiles
+from lightning_optim._compat.torch import frame_compiler, unseen_by_compiler
 from lightning_optim.layerwise._buckets import nbytes
 from lightning_optim.stepping import uncompiled
 
@@ -48,14 +47,14 @@ def _weakly(method: Any) -> Callable[[Tensor], None]:
     """Returns a function that calls a method of an object as long as that lives, as written under torch.compile too."""
     reference, function, as_written = weakref.ref(method.__self__), method.__func__, uncompiled(method.__func__)
 
+    @unseen_by_compiler
     def call(parameter: Tensor) -> None:
         owner = reference()
         if owner is not None:
             # What keeps the compiler away costs more than all else that most gradients cause.
-            (as_written if compiles() else function)(owner, parameter)
+            (function if frame_compiler() is None else as_written)(owner, parameter)
 
-    skipped: Callable[[Tensor], None] = torch.compiler.disable(call, recursive=False)  # type: ignore[no-untyped-call]
-    return skipped
+    return call
 
 
 def _remove(handles: dict[int, tuple[Tensor, RemovableHandle]]) -> None:

@@ -46,7 +46,8 @@ class Pass:
                 "use the optimizer without _layerwise."
             )
         self._seen.add(id(parameter))
-        self._take(self.buckets.add(parameter))
+        if full := self.buckets.add(parameter):
+            self._take(full)
 
     def finish(self, alive: Iterable[Tensor]) -> None:
         """Takes what is left at the end of backward; ``alive`` are the parameters with gradients."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from functools import partial
@@ -42,9 +43,9 @@ class SplitStep:
         self._optimizer = optimizer
         self._watch = watch
         # By id: Tensor.__hash__ is a Python function, and this is asked for every parameter of every step.
-        self._group_of = {
-            id(parameter): index for index, group in enumerate(optimizer.param_groups) for parameter in group["params"]
-        }
+        self._group_of: dict[int, int] = {}
+        for index, group in enumerate(optimizer.param_groups):
+            self._group_of.update(dict.fromkeys(map(id, group["params"]), index))
         self._class_step = unhooked(type(optimizer).step)
         self._shared = {name: value for name, value in vars(optimizer).items() if name not in _NOT_SHARED}
         # A counter changed in place must not advance once per part.
@@ -87,9 +88,9 @@ class SplitStep:
 
     def inner(self, parameters: Sequence[Tensor]) -> Optimizer:
         """Returns a new optimizer for one part."""
-        members: dict[int, list[Tensor]] = {}
+        members: dict[int, list[Tensor]] = defaultdict(list)
         for parameter in parameters:
-            members.setdefault(self._group_of[id(parameter)], []).append(parameter)
+            members[self._group_of[id(parameter)]].append(parameter)
         self._reached.update(members)
         return self._make(members)
 

@@ -267,19 +267,36 @@ def test_compiled_graphs_can_be_kept_from_donating_buffers() -> None:
             assert set_buffer_donation(True) is False
 
 
-def test_hooks_know_whether_they_are_compiled() -> None:
+def test_hooks_are_not_compiled_and_know_what_compiles() -> None:
     seen: list[bool] = []
+    compiled: list[str] = []
     parameter = nn.Parameter(torch.ones(2))
+
+    def called() -> Tensor:
+        return torch.ones(1).neg()
+
+    def hook(_: Tensor) -> None:
+        torch.ones(1).abs()
+        seen.append(frame_compiler() is not None)
+        called()
 
     def backward() -> None:
         parameter.sum().backward()
 
-    with relied_on("torch.compiles", "layerwise steps under torch.compile") as compiles:
-        hook = torch.compiler.disable(lambda _: seen.append(compiles()), recursive=False)
-        parameter.register_post_accumulate_grad_hook(hook)
+    def backend(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Any:
+        compiled.extend(str(node.target) for node in graph.graph.nodes)
+        return graph.forward
+
+    with (
+        relied_on("torch.frame_compiler", "layerwise steps under torch.compile") as frame_compiler,
+        relied_on("torch.unseen_by_compiler", "layerwise steps under torch.compile") as unseen_by_compiler,
+    ):
+        parameter.register_post_accumulate_grad_hook(unseen_by_compiler(hook))
         backward()
-        torch.compile(backward, backend="eager")()
+        torch.compile(backward, backend=backend)()
         assert seen == [False, True]
+        assert "neg" in compiled
+        assert "abs" not in compiled, "a hook that asks the compiler to skip it is compiled"
 
 
 def test_function_modes_are_found_and_left() -> None:

@@ -1,4 +1,4 @@
-"""What stacks of matrices gain in Muon's iteration, and when a stack changes the bits of a matrix. On CPU.
+"""Muon on CPU: what stacks gain, a step in units of torch's, and when a stack changes the bits of a matrix.
 
 python benchmarks/muon.py
 """
@@ -14,6 +14,7 @@ import time
 import torch
 from torch import Tensor
 
+from lightning_optim.optimizers import Muon
 from lightning_optim.optimizers._newton_schulz import orthogonalize, stack_size
 
 COUNT, ROUNDS = 16, 15
@@ -24,13 +25,16 @@ ITERATION = {"steps": 5, "coefficients": (3.4445, -4.775, 2.0315), "eps": 1e-7}
 
 
 def main() -> None:
-    """Prints rows of the table in docs/muon.md, and how many shapes' bits change."""
+    """Prints the rows of the tables in docs/muon.md, and how many shapes' bits change."""
     torch.set_num_threads(1)
     for shape in SHAPES:
         matrices = list(torch.randn(COUNT, *shape))
         size = stack_size(shape, torch.float32, CPU)
         ratio = statistics.median(seconds(matrices, 1) / seconds(matrices, size) for _ in range(ROUNDS))
         print(f"| {shape[0]}x{shape[1]}, {size} in a stack | {ratio:.1f} |")
+    for shape in ((32, 32), (64, 64), (128, 128)):
+        ratio = statistics.median(step_seconds(torch.optim.Muon, shape) / step_seconds(Muon, shape) for _ in range(5))
+        print(f"| {shape[0]}x{shape[1]} | {ratio:.0f} |")
     generator = random.Random(0)
     shapes = [(generator.randint(1, 90), generator.randint(1, 90)) for _ in range(60)]
     shapes += [(16 * generator.randint(1, 8), 16 * generator.randint(1, 8)) for _ in range(30)]
@@ -48,6 +52,18 @@ def seconds(matrices: list[Tensor], size: int) -> float:
     begun = time.perf_counter()
     for start in range(0, len(matrices), size):
         orthogonalize(matrices[start : start + size], size=size, dtype=torch.float32, **ITERATION)
+    return time.perf_counter() - begun
+
+
+def step_seconds(optimizer: type[torch.optim.Optimizer], shape: tuple[int, int]) -> float:
+    """Returns what a step over equal matrices takes."""
+    params = [torch.randn(shape).requires_grad_() for _ in range(COUNT)]
+    for parameter in params:
+        parameter.grad = torch.randn(shape)
+    built = optimizer(params)
+    built.step()
+    begun = time.perf_counter()
+    built.step()
     return time.perf_counter() - begun
 
 

@@ -20,6 +20,7 @@ from lightning_optim.optimizers._grokadamw import GrokAdamW
 from lightning_optim.optimizers._lomo import LOMO
 from lightning_optim.optimizers._low_rank import LowRankOptimizer
 from lightning_optim.optimizers._muon import Muon
+from lightning_optim.optimizers._scale import Scale
 
 if TYPE_CHECKING:
     from lightning_optim.optimizers.adapters._galore import GaLoreAdamW8bit
@@ -37,6 +38,7 @@ __all__ = [
     "LowRankOptimizer",
     "Muon",
     "OwnOptimizer",
+    "Scale",
 ]
 
 

@@ -27,8 +27,8 @@ from lightning_optim.optimizers._base import (
 )
 from lightning_optim.optimizers._factored import rms
 from lightning_optim.optimizers._low_rank import as_matrices
+from lightning_optim.optimizers._matrices import named, refuse_vectors
 from lightning_optim.optimizers._newton_schulz import iteration_dtype, orthogonalize, stack_size
-from lightning_optim.stepping import MEMBERS
 
 #: The rule for the length of an update.
 LrScale = Literal["original", "match_rms_adamw"]
@@ -142,23 +142,13 @@ class Muon(OwnOptimizer):
             and all(isinstance(value, Real) and math.isfinite(value) for value in coefficients)
         ):
             raise InvalidOption(f"ns_coefficients={coefficients!r} of {who} are not three numbers")
-        self._check_shapes(group)
-
-    def _check_shapes(self, group: dict[str, Any]) -> None:
-        members, stack_dims, split = group.get(MEMBERS, ()), group["stack_dims"], group["split"]
-        for index, parameter in enumerate(group["params"]):
-            shape = tuple(parameter.shape)
-            which = f"{members[index]!r} of shape {shape}" if index < len(members) else f"a parameter of shape {shape}"
-            if parameter.ndim < 2 + stack_dims:
-                stacks = f" with stack_dims={stack_dims}" if stack_dims else ""
+        refuse_vectors(who, group)
+        for parameter, name in named(group):
+            rows, split = parameter.shape[group["stack_dims"]], group["split"]
+            if rows % split:
                 raise InvalidParamGroups(
-                    f"{type(self).__name__} orthogonalizes matrices and cannot step {which}{stacks}: it takes "
-                    f"{2 + stack_dims} dimensions or more. Give it to another optimizer, such as torch.optim.AdamW."
-                )
-            if shape[stack_dims] % split:
-                raise InvalidParamGroups(
-                    f"split={split} does not divide the {shape[stack_dims]} rows of {which}. Set a split that does, or "
-                    "split=1 in a group of its own."
+                    f"split={split} does not divide the {rows} rows of {name}. Set a split that does, or split=1 in a "
+                    "group of its own."
                 )
 
     def _initial_state(self, parameter: Tensor, group: dict[str, Any]) -> dict[str, Any]:

@@ -186,6 +186,16 @@ def normuon(weight: Tensor, gradients: Gradients, group: Group) -> Tensor:
     return weight
 
 
+def scale(weight: Tensor, gradients: Gradients, group: Group) -> Tensor:
+    """https://arxiv.org/abs/2506.16659, algorithm 1, with root mean squares as its authors' code has them."""
+    average, inputs = torch.zeros_like(weight), 0 if group.outputs == "columns" else 1
+    for gradient in gradients:
+        average = group.momentum * average + (1 - group.momentum) * gradient
+        update = average / average.square().mean(inputs, keepdim=True).sqrt()
+        weight = weight - group.lr * group.weight_decay * weight - group.lr * update
+    return weight
+
+
 def adamw_anyprecision(weight: Tensor, gradients: Gradients, group: Group) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """torchdistx's algorithm, which rounds in place to each tensor's dtype; returns what is kept, too."""
     (beta1, beta2), weight = group.betas, weight.clone()

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from lightning_optim import REGISTRY
-from lightning_optim.optimizers import Muon
+from lightning_optim.optimizers import Muon, Scale
 from tests.optimizers import references
 from tests.optimizers.test_own_optimizers import EXPECTED
 
@@ -48,9 +48,12 @@ CASES: tuple[tuple[str, tuple[tuple[int, ...], ...], dict[str, Any]], ...] = (
     ("muon", STACKED, {}),
     ("muon", STACKED, {**MUON, "nesterov": False, "lr_scale": "match_rms_adamw", "cautious": True}),
     ("normuon", STACKED, {**MUON, "beta2": 0.7}),
+    ("scale", MATRICES, {}),
+    ("scale", MATRICES, {"momentum": 0.8}),
+    ("scale", MATRICES, {"momentum": 0.8, "outputs": "columns"}),
 )
 #: Classes that no row has as its target: those of a composite's hidden matrices.
-CLASSES: dict[str, Callable[..., Any]] = {"muon": Muon, "normuon": partial(Muon, normalize="neuron")}
+CLASSES: dict[str, Callable[..., Any]] = {"muon": Muon, "normuon": partial(Muon, normalize="neuron"), "scale": Scale}
 #: A test of its own, bit for bit, for every combination of dtypes: test_anyprecision.py.
 ELSEWHERE = {"adamw_anyprecision"}
 #: No reference of its own: galore_adamw's moments in fewer bits, which test_galore.py compares with those.

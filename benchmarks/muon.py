@@ -18,7 +18,8 @@ from lightning_optim.optimizers import Muon
 from lightning_optim.optimizers._newton_schulz import orthogonalize, stack_size
 
 COUNT, ROUNDS = 16, 15
-SHAPES = ((8, 8), (16, 16), (16, 64), (32, 32))
+STACKED = ((8, 8), (16, 16), (16, 64), (32, 32))
+STEPPED = ((32, 32), (64, 64), (128, 128))
 CPU = torch.device("cpu")
 DTYPES = (torch.float32, torch.bfloat16, torch.float64)
 ITERATION = {"steps": 5, "coefficients": (3.4445, -4.775, 2.0315), "eps": 1e-7}
@@ -27,14 +28,8 @@ ITERATION = {"steps": 5, "coefficients": (3.4445, -4.775, 2.0315), "eps": 1e-7}
 def main() -> None:
     """Prints the rows of the tables in docs/muon.md, and how many shapes' bits change."""
     torch.set_num_threads(1)
-    for shape in SHAPES:
-        matrices = list(torch.randn(COUNT, *shape))
-        size = stack_size(shape, torch.float32, CPU)
-        ratio = statistics.median(seconds(matrices, 1) / seconds(matrices, size) for _ in range(ROUNDS))
-        print(f"| {shape[0]}x{shape[1]}, {size} in a stack | {ratio:.1f} |")
-    for shape in ((32, 32), (64, 64), (128, 128)):
-        ratio = statistics.median(step_seconds(torch.optim.Muon, shape) / step_seconds(Muon, shape) for _ in range(5))
-        print(f"| {shape[0]}x{shape[1]} | {ratio:.0f} |")
+    time_stacks()
+    time_steps()
     generator = random.Random(0)
     shapes = [(generator.randint(1, 90), generator.randint(1, 90)) for _ in range(60)]
     shapes += [(16 * generator.randint(1, 8), 16 * generator.randint(1, 8)) for _ in range(30)]
@@ -45,6 +40,22 @@ def main() -> None:
         texts = [f"{sum(found)} of {len(found)} shapes {'' if key else 'not '}aligned" for key, found in groups.items()]
         print(f"{dtype}: the stack changes bits of {', of '.join(texts)}")
     print(f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} thread; torch {torch.__version__}")
+
+
+def time_stacks() -> None:
+    """Prints the time of orthogonalizing matrices alone, in units of that in stacks."""
+    for shape in STACKED:
+        matrices = list(torch.randn(COUNT, *shape))
+        size = stack_size(shape, torch.float32, CPU)
+        ratio = statistics.median(seconds(matrices, 1) / seconds(matrices, size) for _ in range(ROUNDS))
+        print(f"| {shape[0]}x{shape[1]}, {size} in a stack | {ratio:.1f} |")
+
+
+def time_steps() -> None:
+    """Prints the time of a step of torch's Muon, in units of ours."""
+    for shape in STEPPED:
+        ratio = statistics.median(step_seconds(torch.optim.Muon, shape) / step_seconds(Muon, shape) for _ in range(5))
+        print(f"| {shape[0]}x{shape[1]} | {ratio:.0f} |")
 
 
 def seconds(matrices: list[Tensor], size: int) -> float:

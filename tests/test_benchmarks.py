@@ -7,6 +7,7 @@ import runpy
 from pathlib import Path
 
 import pytest
+import torch
 
 from tests.processes import run_fresh
 
@@ -41,8 +42,20 @@ def test_monitor_benchmark_runs() -> None:
     assert all(float(milliseconds) > 0 and float(ratio) > 0 for milliseconds, ratio in rows)
 
 
-def test_muon_benchmark_finds_no_bits_that_change_where_stacks_are_used() -> None:
-    assert re.findall(r"of (\d+) of \d+ shapes aligned", run("muon.py")) == ["0", "0", "0"]
+def test_a_stack_of_aligned_matrices_changes_no_bits(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    script = runpy.run_path(str(BENCHMARKS / "muon.py"))
+    for shape, dtype in (((16, 16), torch.float32), ((16, 48), torch.bfloat16), ((24, 16), torch.float64)):
+        assert script["is_aligned"](shape, dtype)
+        assert not script["depends_on_the_stack"](shape, dtype)
+    for small in ("STACKED", "STEPPED"):
+        monkeypatch.setitem(script["main"].__globals__, small, ((8, 8), (16, 16)))
+    script["time_stacks"]()
+    script["time_steps"]()
+    ratios = re.findall(r"^\| \d+x\d+.* \| (\d+(?:\.\d)?) \|$", capsys.readouterr().out, re.MULTILINE)
+    assert len(ratios) == 4
+    assert all(float(ratio) > 0 for ratio in ratios)
 
 
 def test_optimizers_benchmark_runs() -> None:

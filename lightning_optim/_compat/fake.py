@@ -25,6 +25,7 @@ __all__ = [
     "NEEDS_VALUES",
     "DispatchMode",
     "FakeTensor",
+    "answer_attribute",
     "answer_without_values",
     "fake_tensors",
     "map_tensors",
@@ -40,11 +41,20 @@ NEEDS_VALUES = (DataDependentOutputException, DynamicOutputShapeException, Unsup
 
 # What ``item()``, ``bool()`` and ``float()`` of a tensor call.
 _READ = torch.ops.aten._local_scalar_dense.default
+_DEVICE = torch.ops.prim.device.default
 
 
 def fake_tensors() -> Any:
     """Returns the mode inside of which new tensors have no memory; real ones that meet them are taken for such."""
     return FakeTensorMode(allow_non_fake_inputs=True)
+
+
+def answer_attribute(operation: Any, arguments: tuple[Any, ...]) -> Any:
+    """Answers what a mode is asked of a tensor and computes nothing; asked more often than anything is computed."""
+    if operation is _DEVICE and type(arguments[0]) is FakeTensor:
+        # What FakeTensorMode would say, without dispatching once more.
+        return arguments[0].fake_device
+    return operation(*arguments)
 
 
 def answer_without_values(operation: Any, arguments: tuple[Any, ...]) -> tuple[bool, Any]:

@@ -12,7 +12,7 @@ from typing import Any, Literal, TypedDict, get_args
 from typing_extensions import Unpack
 
 from lightning_optim.build import OptimConfig, OptimizerArguments, settle, state_bytes, takes_arguments
-from lightning_optim.choose._fake_run import FakeTraining, Loss
+from lightning_optim.choose._fake_run import FakeTraining, Loss, quiet
 from lightning_optim.choose._fakes import find_precision
 from lightning_optim.choose._model import Model, as_batch, as_module, name_of
 from lightning_optim.choose._replay import Replay, Stepping, replay
@@ -187,12 +187,14 @@ class Estimator:
     def compare(self, names: Iterable[str] | None = None) -> list[MemoryEstimate]:
         """Returns the estimates of many identifiers, those with the lowest peak first."""
         found = []
-        for name in _all_names(self._training.accelerator) if names is None else names:
-            try:
-                found.append(self.estimate(OptimConfig(name)))
-            except REFUSALS:
-                if names is not None:
-                    raise
+        # Whoever is quiet already need not change the level of loggers again, which forgets what they cached.
+        with quiet():
+            for name in _all_names(self._training.accelerator) if names is None else names:
+                try:
+                    found.append(self.estimate(OptimConfig(name)))
+                except REFUSALS:
+                    if names is not None:
+                        raise
         return sorted(found, key=lambda estimate: (estimate.peak, estimate.optim))
 
     def count_parameters(self) -> int:

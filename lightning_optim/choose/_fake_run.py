@@ -96,10 +96,14 @@ class FakeTraining:
         return list(self.module.parameters())
 
     @contextmanager
-    def without_memory(self) -> Iterator[MemoryTracker]:
-        """Inside, tensors have no memory, code that reads their values goes on, and the tracker counts."""
+    def without_memory(self, parameters: Sequence[Tensor] | None = None) -> Iterator[MemoryTracker]:
+        """Inside, tensors have no memory, code that reads their values goes on, and the tracker counts.
+
+        Args:
+            parameters: Those that are used inside; ``None`` for all.
+        """
         with quiet(), self._mode, torch.compiler.set_stance("force_eager"), MemoryTracker(True) as tracker:
-            tracker.add(self.parameters, "parameters")
+            tracker.add(self.parameters if parameters is None else parameters, "parameters")
             yield tracker
 
     def timeline(self, retain_graph: bool = False) -> Timeline:
@@ -261,7 +265,7 @@ def lightning_says(at_least: int) -> Iterator[None]:
     """Silences what Lightning, and we through its loggers, log below a level."""
     # Its messages go where the package that was imported last says: pytorch_lightning has its own logger.
     names = ("lightning.pytorch", "lightning.fabric", "lightning_utilities", "pytorch_lightning")
-    loggers = [logging.getLogger(name) for name in names]
+    loggers = [logger for logger in map(logging.getLogger, names) if logger.level != at_least]
     levels = [logger.level for logger in loggers]
     for logger in loggers:
         logger.setLevel(at_least)

@@ -75,7 +75,7 @@ class StepTemporaries:
         return sum(storage.nbytes() for storage in storages.values())
 
     def _build(self, config: OptimConfig) -> Optimizer:
-        with self._training.without_memory():
+        with self._training.without_memory(()):
             optimizer = resolve(self._training.module, config).optimizer
             layerwise = Layerwise.of(optimizer)
             if layerwise is not None:
@@ -120,7 +120,7 @@ class StepTemporaries:
         assert self._optimizer is not None
         fresh = [parameter for parameter in parameters if parameter not in self._begun]
         try:
-            with self._training.without_memory() as tracker:
+            with self._training.without_memory(parameters) as tracker:
                 tracker.add(tensors_in(list(self._optimizer.state.values())), "state")
                 if fresh:
                     _give_gradients(fresh, tracker)

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-from lightning_optim._compat.fake import DispatchMode, FakeTensor, answer_without_values, tensors_in
+from lightning_optim._compat.fake import DispatchMode, FakeTensor, answer_attribute, answer_without_values, tensors_in
 
 Category = Literal["parameters", "buffers", "gradients", "state", "batch", "other"]
 CATEGORIES: tuple[Category, ...] = ("parameters", "buffers", "gradients", "state", "batch", "other")
@@ -104,8 +104,7 @@ class MemoryTracker(DispatchMode):  # type: ignore[misc]
 
     def __torch_dispatch__(self, operation: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if operation.namespace == "prim":
-            # What a tensor's device and layout are; asked more often than anything is computed.
-            return operation(*args, **(kwargs or {}))
+            return answer_attribute(operation, args)
         if self._without_values:
             answered, answer = answer_without_values(operation, args)
             if answered:

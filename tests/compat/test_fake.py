@@ -48,6 +48,28 @@ def test_a_mode_sees_operations_in_backward_and_may_answer_them() -> None:
         assert "aten.expand.default" in seen, "what backward calls"
 
 
+def test_what_a_mode_is_asked_of_a_tensor_is_answered_as_torch_would() -> None:
+    answers = []
+    with (
+        relied_on("fake.DispatchMode", NEEDED_BY) as base,
+        relied_on("fake.answer_attribute", NEEDED_BY) as answer,
+        relied_on("fake.fake_tensors", NEEDED_BY) as fake_tensors,
+    ):
+
+        class Mode(base):  # type: ignore[misc]
+            def __torch_dispatch__(self, operation: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+                if operation.namespace != "prim":
+                    return operation(*args, **(kwargs or {}))
+                answers.append((answer(operation, args), operation(*args)))
+                return answers[-1][0]
+
+        with fake_tensors(), Mode():
+            # In C++, backward asks on which device gradients are.
+            (torch.ones(3, requires_grad=True) * 2).sum().backward()
+    assert answers
+    assert all(ours == theirs for ours, theirs in answers)
+
+
 def test_what_needs_values_says_so() -> None:
     with relied_on("fake.NEEDS_VALUES", NEEDED_BY) as errors, relied_on("fake.fake_tensors", NEEDED_BY) as fake_tensors:
         with fake_tensors(), pytest.raises(errors):

@@ -133,6 +133,8 @@ CASES = (
     _own("lomo", "optimizers:LOMO", lr=1.0),
     _own("adalomo", "optimizers:AdaLomo", lr=3e-2, options={"clip_threshold": 0.9}),
     _own("grokadamw", "optimizers:GrokAdamW", lr=3e-3, options={"betas": (0.8, 0.95), "gamma": 0.05}),
+    _own("muon", "optimizers:Muon", lr=2e-2, options={"momentum": 0.9, "ns_steps": 4}),
+    _own("normuon", "optimizers:NorMuon", lr=2e-2, options={"beta2": 0.9, "lr_scale": "match_rms_adamw"}),
     Case("sgd", "torch.optim:SGD", lr=0.3, options={"momentum": 0.9, "nesterov": True}),
     Case("adagrad", "torch.optim:Adagrad", lr=0.1, options={"lr_decay": 1e-3}),
     Case("rmsprop", "torch.optim:RMSprop", options={"alpha": 0.9, "momentum": 0.5, "centered": True}),

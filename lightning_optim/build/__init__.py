@@ -20,7 +20,16 @@ from lightning_optim.build._arguments import (
 from lightning_optim.build._config import OptimConfig
 from lightning_optim.build._conversion import Conversion, Remark
 from lightning_optim.build._curves import MODULE_SCHEDULE, SCHEDULES, PlateauOptions, get_schedule
-from lightning_optim.build._factory import WATCHERS, ResolvedOptimizer, build_optimizer, built_by, resolve, settle
+from lightning_optim.build._division import Part, divide
+from lightning_optim.build._factory import (
+    WATCHERS,
+    ResolvedOptimizer,
+    build_optimizer,
+    built_by,
+    resolve,
+    resolve_part,
+    settle,
+)
 from lightning_optim.build._from_transformers import convert_training_arguments
 from lightning_optim.build._memory import measured_bytes, parameter_bytes, state_bytes
 from lightning_optim.build._module_schedule import FollowingSchedule, peak_rate
@@ -59,6 +68,7 @@ __all__ = [
     "OptimArguments",
     "OptimConfig",
     "OptimizerArguments",
+    "Part",
     "PlateauOptions",
     "Remark",
     "ResolvedOptimizer",
@@ -70,6 +80,7 @@ __all__ = [
     "comparable",
     "convert_training_arguments",
     "curves_of",
+    "divide",
     "get_schedule",
     "long_warmup",
     "main_curve",
@@ -79,6 +90,7 @@ __all__ = [
     "peak_rate",
     "plain",
     "resolve",
+    "resolve_part",
     "resolve_warmup",
     "rules",
     "schedule_of",

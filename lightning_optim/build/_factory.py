@@ -164,7 +164,7 @@ def resolve(
     if not parameters:
         raise InvalidParamGroups("no parameter to optimize: the module's own optimizer has none that can be trained")
     parts = divide(parameters, config)
-    resolved = [_resolve_part(part, parameters, total_steps, trainer) for part in parts]
+    resolved = [resolve_part(part, parameters, total_steps, trainer) for part in parts]
     whole = resolved[0] if len(parts) == 1 else _as_one(resolved, config)
     if whole.spec.layerwise:
         names = {parameter.parameter: parameter.name for parameter in parameters}
@@ -172,9 +172,13 @@ def resolve(
     return whole
 
 
-def _resolve_part(
-    part: Part, everything: list[NamedParameter], total_steps: int | None, trainer: rules.TrainerFacts | None
+def resolve_part(
+    part: Part,
+    everything: list[NamedParameter],
+    total_steps: int | None = None,
+    trainer: rules.TrainerFacts | None = None,
 ) -> ResolvedOptimizer:
+    """Builds one of the optimizers of a request, to be stepped after backward; see :func:`resolve`."""
     config, parameters = part.config, part.parameters
     warmup_steps = resolve_warmup(config.warmup_steps, total_steps) if config.spec.warmup == "optimizer" else 0
     refusals: dict[str, Exception] = {}

@@ -11,7 +11,7 @@ from typing import Any, Literal, TypedDict, get_args
 
 from typing_extensions import Unpack
 
-from lightning_optim.build import OptimConfig, OptimizerArguments, settle, state_bytes, takes_arguments
+from lightning_optim.build import OptimConfig, OptimizerArguments, Part, divide, settle, state_bytes, takes_arguments
 from lightning_optim.choose._fake_run import FakeTraining, Loss, quiet
 from lightning_optim.choose._fakes import find_precision
 from lightning_optim.choose._model import Model, as_batch, as_module, name_of
@@ -143,22 +143,16 @@ class Estimator:
             IncompatibleTrainer, InvalidOption, InvalidParamGroups, MissingDependency: For what cannot be trained so.
         """
         accelerator = self._training.accelerator
-        built = config.replace(optim=self._chosen(config))
-        spec = built.spec
-        if not spec.runs_on({accelerator}):
-            raise IncompatibleTrainer(
-                f"optim={config.optim!r} runs on {listing(sorted(spec.devices or ()))}, not on {accelerator!r}"
-            )
-        options, policy = settle(built)
-        groups = make_groups(self._parameters, spec, options, policy)
+        parts = [self._chosen(part) for part in divide(self._parameters, config)]
+        built, spec = parts[0].config, parts[0].config.spec
         strategy = self._strategy_of(spec, built.optim)
-        replayed = self._replayed(self._stepping(spec, options, strategy))
-        temporaries = self._temporaries_of(built, spec)
-        state = state_bytes(spec, options, groups)
-        if state is None:
-            state = temporaries.state()
+        replayed = self._replayed(self._stepping(spec, settle(built)[0], strategy))
+        temporaries = [self._temporaries_of(part) for part in parts]
+        states = [self._state_of(part, own) for part, own in zip(parts, temporaries, strict=True)]
+        state = sum(states)
         taken: list[tuple[Moment, int | None]] = [(moment, 0) for moment in replayed.passes]
-        taken += [(moment, temporaries.of(parameters)) for parameters, moment in replayed.steps]
+        # One part is stepped after the other.
+        taken += [(moment, _most(own.of(parameters) for own in temporaries)) for parameters, moment in replayed.steps]
         communication = replayed.gradients if strategy == "ddp" else 0
         moment, extra = max(taken, key=lambda pair: pair[0].total + (pair[1] or 0))
         at_peak = _named(moment) | {"state": state, "communication": communication, "temporaries": extra or 0}
@@ -178,7 +172,9 @@ class Estimator:
             communication=communication,
             activations=replayed.activations + moment.live["batch"] if self._has_batch else None,
             temporaries=max(known) if len(known) == len(taken) else None,
-            pageable=state if spec.paged_on is not None and accelerator in spec.paged_on else 0,
+            pageable=sum(
+                own for own, part in zip(states, parts, strict=True) if accelerator in (part.config.spec.paged_on or ())
+            ),
             peak=sum(at_peak.values()),
             moment=moment.phase,
             at_peak=MappingProxyType(at_peak),
@@ -205,10 +201,23 @@ class Estimator:
     def _parameters(self) -> list[NamedParameter]:
         return named_parameters(self._training.module)
 
-    def _chosen(self, config: OptimConfig) -> str:
+    def _chosen(self, part: Part) -> Part:
+        """Returns a part of a request with the identifier that is built on the accelerator."""
+        config, accelerator = part.config, {self._training.accelerator}
         choices = config.spec.choices or (config.optim,)
-        accelerator = {self._training.accelerator}
-        return next((name for name in choices if REGISTRY.find(name).runs_on(accelerator)), config.optim)
+        chosen = next((name for name in choices if REGISTRY.find(name).runs_on(accelerator)), config.optim)
+        spec = REGISTRY.find(chosen)
+        if not spec.runs_on(accelerator):
+            raise IncompatibleTrainer(
+                f"optim={config.optim!r} runs on {listing(sorted(spec.devices or ()))}, not on {listing(accelerator)}"
+            )
+        return dataclasses.replace(part, config=config.replace(optim=chosen))
+
+    def _state_of(self, part: Part, temporaries: StepTemporaries) -> int:
+        options, policy = settle(part.config)
+        policy = dataclasses.replace(policy, among=self._parameters)
+        state = state_bytes(part.config.spec, options, make_groups(part.parameters, part.config.spec, options, policy))
+        return temporaries.state() if state is None else state
 
     def _strategy_of(self, spec: OptimizerSpec, name: str) -> str:
         several = self._devices > 1
@@ -238,12 +247,13 @@ class Estimator:
             self._replays[stepping] = replay(self._training, stepping)
         return self._replays[stepping]
 
-    def _temporaries_of(self, config: OptimConfig, spec: OptimizerSpec) -> StepTemporaries:
+    def _temporaries_of(self, part: Part) -> StepTemporaries:
         # Stepped in backward or after it, an optimizer takes the same for the same parameters.
+        config = part.config
         own = {field.name: getattr(config, field.name) for field in dataclasses.fields(config) if field.name != "optim"}
-        key = f"{config.optim.removesuffix(SUFFIX)} {own}"
+        key = f"{config.optim.removesuffix(SUFFIX)} {own} {[id(p.parameter) for p in part.parameters]}"
         if key not in self._temporaries:
-            self._temporaries[key] = StepTemporaries(self._training, config, spec)
+            self._temporaries[key] = StepTemporaries(self._training, part, self._parameters)
         return self._temporaries[key]
 
 
@@ -348,6 +358,13 @@ def _named(moment: Moment) -> dict[str, int]:
         "gradients": live["gradients"],
         "activations": live["other"] + live["batch"],
     }
+
+
+def _most(values: Iterable[int | None]) -> int | None:
+    """Returns the largest value; ``None`` if one is not known."""
+    found = list(values)
+    known = [value for value in found if value is not None]
+    return max(known) if len(known) == len(found) else None
 
 
 def _one_of(name: str, value: Any, allowed: Iterable[str]) -> None:

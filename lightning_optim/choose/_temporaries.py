@@ -10,13 +10,12 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_optim._compat.fake import tensors_in
-from lightning_optim.build import OptimConfig, resolve
+from lightning_optim.build import Part, resolve_part
 from lightning_optim.choose._fake_run import FakeTraining
 from lightning_optim.choose._tracker import MemoryTracker
-from lightning_optim.layerwise import Layerwise
+from lightning_optim.groups import NamedParameter
 from lightning_optim.optimizers import OwnOptimizer
 from lightning_optim.stepping import KeepsTrainingPoint
-from lightning_optim.table import OptimizerSpec
 
 #: A group's index, a shape and a dtype: parameters that are alike to an optimizer.
 Kind = tuple[int, tuple[int, ...], torch.dtype]
@@ -33,17 +32,18 @@ class StepTemporaries:
 
     Args:
         training: The module without memory.
-        config: The request.
-        spec: Its row.
+        part: What was asked for, and the parameters that it steps.
+        everything: All parameters of the module.
     """
 
-    def __init__(self, training: FakeTraining, config: OptimConfig, spec: OptimizerSpec) -> None:
+    def __init__(self, training: FakeTraining, part: Part, everything: list[NamedParameter]) -> None:
         self._training = training
         self._known: dict[frozenset[tuple[Kind, int]], int | None] = {}
         self._begun: set[Tensor] = set()
         self._members: dict[Kind, list[Tensor]] = {}
         self._kind_of: dict[Tensor, Kind] = {}
-        self._optimizer = None if training.accelerator in spec.in_place else self._build(config)
+        in_place = part.config.spec.in_place
+        self._optimizer = None if training.accelerator in in_place else self._build(part, everything)
         for index, group in enumerate(self._optimizer.param_groups if self._optimizer is not None else ()):
             for parameter in group["params"]:
                 kind = index, tuple(parameter.shape), parameter.dtype
@@ -55,6 +55,8 @@ class StepTemporaries:
         if self._optimizer is None:
             return 0
         counts = Counter(self._kind_of[parameter] for parameter in parameters if parameter in self._kind_of)
+        if not counts:
+            return 0
         key = frozenset(counts.items())
         if key not in self._known:
             try:
@@ -74,12 +76,9 @@ class StepTemporaries:
         storages = {id(s): s for t in tensors_in(list(self._optimizer.state.values())) for s in (t.untyped_storage(),)}
         return sum(storage.nbytes() for storage in storages.values())
 
-    def _build(self, config: OptimConfig) -> Optimizer:
+    def _build(self, part: Part, everything: list[NamedParameter]) -> Optimizer:
         with self._training.without_memory(()):
-            optimizer = resolve(self._training.module, config).optimizer
-            layerwise = Layerwise.of(optimizer)
-            if layerwise is not None:
-                layerwise.detach()
+            optimizer = resolve_part(part, everything).optimizer
             if isinstance(optimizer, KeepsTrainingPoint):
                 optimizer.train()
         for group in optimizer.param_groups:

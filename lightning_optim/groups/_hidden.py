@@ -39,8 +39,8 @@ def hidden_matrices(parameters: Sequence[NamedParameter], target_modules: Target
 
     The output layer is the first of these that exists: what ``get_output_embeddings()`` of a module returns; the last
     linear layer with as many outputs as the largest embedding has rows; the last one outside of numbered blocks with a
-    usual name (``head``, ``classifier``, ``fc`` ...); the last linear layer. With a weight tied to an embedding there
-    is no other.
+    usual name (``head``, ``classifier``, ``fc`` ...); the last linear layer, unless it is the only matrix. With a
+    weight tied to an embedding there is no other.
 
     Args:
         parameters: All trainable parameters, in the order of registration.
@@ -75,7 +75,7 @@ def _output_layer(parameters: Sequence[NamedParameter], found: dict[int, int]) -
     for candidates, reason in (
         ([p for p in linear if p.parameter.shape[0] == rows], f"it has as many outputs as the embedding rows ({rows})"),
         ([p for p in linear if _is_called_output(p.name)], "it has an output layer's name"),
-        (linear[-1:], "it is the last linear layer"),
+        (linear[-1:] if len(found) > 1 else [], "it is the last linear layer"),
     ):
         if candidates:
             others = [p.name for p in candidates[:-1]]

@@ -19,7 +19,7 @@ from lightning_optim.optimizers._galore_adafactor import GaLoreAdafactor
 from lightning_optim.optimizers._grokadamw import GrokAdamW
 from lightning_optim.optimizers._lomo import LOMO
 from lightning_optim.optimizers._low_rank import LowRankOptimizer
-from lightning_optim.optimizers._muon import Muon
+from lightning_optim.optimizers._muon import Muon, NorMuon
 from lightning_optim.optimizers._scale import Scale
 
 if TYPE_CHECKING:
@@ -37,6 +37,7 @@ __all__ = [
     "GrokAdamW",
     "LowRankOptimizer",
     "Muon",
+    "NorMuon",
     "OwnOptimizer",
     "Scale",
 ]

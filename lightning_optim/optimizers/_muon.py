@@ -191,6 +191,33 @@ class Muon(OwnOptimizer):
         return (_Matrix(*each) for each in zip(*views, strict=True))
 
 
+class NorMuon(Muon):
+    """:class:`Muon` with ``normalize="neuron"``: each neuron's updates have the same length over time.
+
+    Its states do not fit those of plain Muon, so they have a format of their own. Arguments and errors are Muon's.
+    """
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float = 1e-3,
+        momentum: float = 0.95,
+        nesterov: bool = True,
+        ns_steps: int = 5,
+        ns_coefficients: tuple[float, float, float] = (3.4445, -4.775, 2.0315),
+        eps: float = 1e-7,
+        weight_decay: float = 0.1,
+        cautious: bool = False,
+        lr_scale: LrScale = "original",
+        beta2: float = 0.95,
+        split: int = 1,
+        stack_dims: int = 0,
+        ns_dtype: str | torch.dtype | None = None,
+        batched: bool = True,
+    ) -> None:
+        super().__init__(params, normalize="neuron", **hyperparameters(locals()))
+
+
 def _step(matrices: Sequence[_Matrix], size: int, dtype: torch.dtype, group: Mapping[str, Any]) -> None:
     """Steps at most ``size`` matrices of one shape, which are orthogonalized together in ``dtype``."""
     weights, given, momenta, rows = (list(views) for views in zip(*matrices, strict=True))

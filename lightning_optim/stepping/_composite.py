@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
@@ -15,13 +14,13 @@ from lightning_optim._compat.torch import load_hooks, state_dict_hooks
 from lightning_optim.errors import InvalidParamGroups
 from lightning_optim.stepping._averaging import KeepsTrainingPoint
 from lightning_optim.stepping._state_marks import refuse_other_groups
-from lightning_optim.stepping._uncompiled import uncompiled
+from lightning_optim.stepping._uncompiled import StepsUncompiled, uncompiled
 
 #: A group's key for the name of the part that steps it.
 PART = "part"
 
 
-class Composite(Optimizer):
+class Composite(StepsUncompiled):
     """Several optimizers, each with its own parameters, that schedules, loggers and checkpoints see as one.
 
     Its param groups are the parts' groups, the same dicts; its ``state`` is the parts' state, the same dict; its state
@@ -53,17 +52,20 @@ class Composite(Optimizer):
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Steps every part; returns what ``closure`` returns, which runs once."""
-        loss = None
-        parts = parts_of(self)
         if closure is not None:
-            for part in parts:
-                if isinstance(part, KeepsTrainingPoint):
-                    part.train()
-            with torch.enable_grad():
-                loss = closure()
-        for part in parts:
+            self._train()
+        return super().step(closure)
+
+    @uncompiled
+    def _train(self) -> None:
+        for part in parts_of(self):
+            if isinstance(part, KeepsTrainingPoint):
+                part.train()
+
+    @uncompiled
+    def _step(self) -> None:
+        for part in parts_of(self):
             part.step()
-        return loss
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a group to the part that it names under ``"part"``; without, to the first."""
@@ -95,7 +97,8 @@ class Composite(Optimizer):
             state |= {own[index]: value for index, value in written["state"].items()}
             for place, group in zip(places, written["param_groups"], strict=True):
                 groups[place] = {**group, "params": [own[index] for index in group["params"]]}
-        whole: dict[str, Any] = {"state": _sorted(state), "param_groups": list(_sorted(groups).values())}
+        others = {key: value for key, value in self.state.items() if not isinstance(key, Tensor)}
+        whole: dict[str, Any] = {"state": _sorted(state) | others, "param_groups": list(_sorted(groups).values())}
         for hook in after:
             whole = hook(self, whole) or whole
         return whole
@@ -126,6 +129,9 @@ class Composite(Optimizer):
             raise
         self.param_groups = list(_sorted(groups).values())
         self._share()
+        # As torch does with what belongs to no parameter.
+        ids = {identity for group in saved for identity in group["params"]}
+        self.state.update({key: value for key, value in state_dict["state"].items() if key not in ids})
         for hook in after:
             hook(self)
 

@@ -57,7 +57,15 @@ def refuse_foreign(own: Sequence[Group], saved: Sequence[Group], reader: str, ma
 
 
 def refuse_other_groups(own: Sequence[Group], saved: Sequence[Group]) -> None:
-    """Raises :class:`InvalidOption` for groups of other parameters, or of another number."""
+    """Raises :class:`InvalidOption` for groups of other optimizers or parameters, or of another number."""
+    here, there = ({group.get(FORMAT) for group in groups} for groups in (own, saved))
+    if here != there and None not in there:
+        writers, readers = (
+            " and ".join(dict.fromkeys(f"optim={group[IDENTIFIER]!r}" for group in groups)) for groups in (saved, own)
+        )
+        raise InvalidOption(
+            f"{writers} wrote the state in the checkpoint; {readers} would read it. Resume with what wrote it, {_ANEW}."
+        )
     _refuse_other_parameters(own, saved)
     if len(own) != len(saved):
         raise InvalidOption(

@@ -461,7 +461,7 @@ def test_hints_name_what_there_is() -> None:
         ({"bf16": "maybe"}, "bf16='maybe' is no bool"),
         ({"bf16": True, "fp16": True}, "bf16 and fp16 are both set"),
         ({"lr_scheduler_kwargs": "num_cycles"}, "lr_scheduler_kwargs='num_cycles' is no mapping"),
-        ({"optim": "muon"}, "no optimizer 'muon'"),
+        ({"optim": "sophia"}, "no optimizer 'sophia'"),
         ({"optim": "sgd", "optim_args": "momentum=high"}, "momentum='high'"),
         ({"base_model": "x", "num_epochs": 1, "num_train_epochs": 2}, "'num_train_epochs' and 'num_epochs'"),
         ({"model": "x"}, "no key of TrainingArguments"),

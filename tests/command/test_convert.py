@@ -75,7 +75,7 @@ def test_output(file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
 @pytest.mark.parametrize(
     ("content", "text"),
     [
-        ('{"optim": "muon"}', "there is no optimizer 'muon'"),
+        ('{"optim": "sophia"}', "there is no optimizer 'sophia'"),
         ('{"learning_rate": -1}', "lr=-1"),
         ('{"lr_scheduler_type": "warmup_stable_decay"}', "needs 'num_decay_steps'"),
         ('{"width": 1}', "has no key of TrainingArguments"),

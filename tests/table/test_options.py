@@ -519,7 +519,13 @@ NOT_OFFERED = {
     "gradient_release": "optimi: stepping in backward, incompatible with a closure and so with Lightning",
 }
 # bitsandbytes ignores amsgrad, and min_8bit_size where states have 32 bits; torch refuses foreach beside fused.
-NOT_OFFERED_BY = {"bitsandbytes.optim:AdamW": {"amsgrad"}, "adamw_torch_fused": {"foreach"}, "adamw": {"foreach"}}
+# NorMuon is a row of its own.
+NOT_OFFERED_BY = {
+    "bitsandbytes.optim:AdamW": {"amsgrad"},
+    "adamw_torch_fused": {"foreach"},
+    "adamw": {"foreach"},
+    "muon": {"normalize", "beta2"},
+}
 # stable_adamw: optimi has no default. Adafactor's is 1e-3 or, with relative_step, 1.
 OWN_LR = {"stable_adamw": 1e-3, "adafactor": 1e-3, "galore_adafactor": 1e-3}
 

@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 from transformers import get_scheduler
 
 from lightning_optim import InvalidOption, build_optimizer
+from lightning_optim.stepping import Composite
 from tests.cases import BY_NAME, NAMES, Case
 from tests.models import LitTokens, TokenModel, loader, trainer
 
@@ -32,13 +33,24 @@ def upstream_groups(case: Case, model: TokenModel) -> list[dict[str, Any]]:
     ]
 
 
+def in_two(case: Case, model: TokenModel) -> Optimizer:
+    """An optimizer for hidden matrices, and torch's AdamW with its own rate for all others, as two optimizers."""
+    lr = case.lr if "lr_scale" in case.options else 1e-3
+    ends = [model.embedding.weight, model.head.weight]
+    vectors = [model.linear.bias, model.norm.weight, model.norm.bias, model.head.bias]
+    others = [{"params": ends, "weight_decay": WEIGHT_DECAY}, {"params": vectors, "weight_decay": 0.0}]
+    hidden = [{"params": [model.linear.weight], "weight_decay": WEIGHT_DECAY}]
+    return Composite({"hidden": upstream(case, hidden), "others": torch.optim.AdamW(others, lr=lr, fused=True)})
+
+
 def upstream(case: Case, groups: list[dict[str, Any]]) -> Optimizer:
     own_warmup = {"warmup_steps": WARMUP} if case.name in ("schedule_free_adamw", "schedule_free_sgd") else {}
     return case.load()(groups, lr=case.lr, **case.arguments, **case.options, **own_warmup)
 
 
 def hand_written(case: Case, model: TokenModel) -> list[float]:
-    optimizer = upstream(case, upstream_groups(case, model))
+    whole = case.row.takes == "all"
+    optimizer = upstream(case, upstream_groups(case, model)) if whole else in_two(case, model)
     scheduler = None
     if case.schedule:
         scheduler = get_scheduler(case.schedule, optimizer, num_warmup_steps=WARMUP, num_training_steps=STEPS)

@@ -1,0 +1,146 @@
+"""Which matrices are hidden, what is taken for the output layer, and what steps everything else."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+
+from lightning_optim import (
+    IncompatibleTrainer,
+    InvalidOption,
+    InvalidParamGroups,
+    OptimConfig,
+    UnknownOptimizer,
+    build_optimizer,
+)
+from lightning_optim.build import resolve
+from lightning_optim.groups import hidden_matrices, named_parameters
+from lightning_optim.trainer import _report as report
+
+
+def hidden(model: nn.Module, target: Any = None) -> tuple[set[str], str]:
+    """Returns the names of the hidden matrices, and the remark."""
+    parameters = named_parameters(model)
+    found = hidden_matrices(parameters, target)
+    return {p.name for p in parameters if id(p.parameter) in found.stack_dims}, found.remark
+
+
+class Classifier(nn.Module):
+    """A convolutional stem, experts, a norm, and layers of the given names at the end."""
+
+    def __init__(self, *ends: str, tables: tuple[int, ...] = (), outputs: int = 10) -> None:
+        super().__init__()
+        self.tables = nn.ModuleList(nn.Embedding(rows, 8) for rows in tables)
+        self.stem = nn.Conv2d(3, 8, 3)
+        self.experts = nn.ParameterList([nn.Parameter(torch.zeros(4, 8, 8))])
+        self.blocks = nn.ModuleList(nn.ModuleDict({"fc": nn.Linear(8, 8), "norm": nn.LayerNorm(8)}) for _ in range(2))
+        for name in ends:
+            self.add_module(name, nn.Linear(8, outputs))
+
+
+BODY = {"stem.weight", "experts.0", "blocks.0.fc.weight", "blocks.1.fc.weight"}
+
+
+@pytest.mark.parametrize(
+    ("model", "output", "says"),
+    [
+        (Classifier("head"), {"head.weight"}, "it has an output layer's name"),
+        (Classifier("head", "aux"), {"head.weight"}, "it has an output layer's name"),
+        (Classifier("fc", "score"), {"score.weight"}, "'fc.weight', which are taken for hidden"),
+        (Classifier("last"), {"last.weight"}, "it is the last linear layer"),
+        # Of two tables the larger one is the vocabulary.
+        (Classifier("head", "words", tables=(6, 50), outputs=50), {"words.weight"}, "as many outputs as the embedding"),
+    ],
+)
+def test_the_output_layer_is_found(model: nn.Module, output: set[str], says: str) -> None:
+    found, remark = hidden(model)
+    linear = {f"{name}.weight" for name, one in model.named_modules() if isinstance(one, nn.Linear) and "." not in name}
+    assert found == BODY | (linear - output)
+    assert says in remark
+    assert "optim_target_modules settles it" in remark
+
+
+def test_huggingface_models_say_it_and_tied_ones_have_none() -> None:
+    sizes = {"vocab_size": 32, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2}
+    llama = LlamaForCausalLM(LlamaConfig(num_attention_heads=2, num_key_value_heads=2, **sizes))
+    found, remark = hidden(nn.ModuleDict({"model": llama}))
+    assert len(found) == 2 * 7
+    assert "says get_output_embeddings()" in remark
+    tied = GPT2LMHeadModel(GPT2Config(vocab_size=32, n_embd=16, n_layer=2, n_head=2, n_positions=8))
+    found, remark = hidden(tied)
+    assert len(found) == 2 * 4, "Conv1D is a linear layer"
+    assert not any("wte" in name or "wpe" in name for name in found)
+    assert "tied" in remark or "get_output_embeddings" in remark
+
+
+def test_target_modules_settle_it() -> None:
+    model = Classifier("head")
+    assert hidden(model, ["head"]) == ({"head.weight"}, "the matrices that optim_target_modules names")
+    optimizer = build_optimizer(model, "muon", optim_target_modules=["blocks"])
+    members = {group["name"]: group["members"] for group in optimizer.param_groups}
+    assert members["decay"] == ["blocks.0.fc.weight", "blocks.1.fc.weight"]
+    assert {"stem.weight", "head.weight"} <= set(members["adamw/decay"])
+
+
+def test_stacks_are_stepped_matrix_by_matrix() -> None:
+    class Experts(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.up = nn.Parameter(torch.randn(4, 8, 6))
+
+    model = nn.ModuleDict({"experts": Experts(), "head": nn.Linear(6, 2)})
+    optimizer = build_optimizer(model, "muon", lr=0.02, weight_decay=0.0)
+    assert optimizer.param_groups[0]["stack_dims"] == 1
+    before = model["experts"].up.detach().clone()
+    model["experts"].up.grad = torch.randn(4, 8, 6)
+    optimizer.step()
+    for moved in (before - model["experts"].up.detach()) / 0.02:
+        assert 0.5 < torch.linalg.svdvals(moved).median() < 1.5
+
+
+@pytest.mark.parametrize(
+    ("options", "rate"),
+    [
+        ({}, 1e-3),
+        ({"others_lr": 3e-4}, 3e-4),
+        ({"others_lr": "0.1x"}, 2e-3),
+        ({"lr_scale": "match_rms_adamw"}, 2e-2),
+        ({"others": "lion_8bit"}, 1e-4),
+        ({"others": "schedule_free_adamw"}, 0.0025),
+    ],
+)
+def test_the_rate_of_the_others(options: dict[str, Any], rate: float) -> None:
+    resolved = resolve(Classifier("head"), OptimConfig("muon", lr=0.02, optim_args=options, weight_decay=0.3))
+    groups = resolved.optimizer.param_groups
+    assert {group["lr"] for group in groups if group["part"] == "muon"} == {0.02}
+    (others,) = {group["lr"] for group in groups if group["part"] != "muon"}
+    assert others == pytest.approx(rate)
+    assert {group["weight_decay"] for group in groups} == {0.3, 0.0}
+    # After a finder: a factor follows, a rate of its own stays.
+    factor = {"0.1x": 0.1}.get(str(options.get("others_lr")), 1.0 if "lr_scale" in options else None)
+    expected = rate if factor is None else 0.5 * factor
+    assert resolved.rates(0.5)[-1] == pytest.approx(expected)
+    text = report.describe(resolved, "muon", "none")
+    assert "muon: 'head.weight' is taken for the output layer" in text
+
+
+def test_what_cannot_be_hidden_or_stepped_is_refused() -> None:
+    for options, error, says in (
+        ({"others": "adamx"}, UnknownOptimizer, "adamx"),
+        ({"others": "normuon"}, IncompatibleTrainer, "not for these parameters"),
+        ({"others": "adamw_torch_layerwise"}, IncompatibleTrainer, "not for these parameters"),
+        ({"others_lr": "half"}, InvalidOption, "nor a factor, such as '0.1x'"),
+        ({"others_lr": -1.0}, InvalidOption, "out of range"),
+    ):
+        with pytest.raises(error, match=says):
+            OptimConfig("muon", optim_args=options)
+    with pytest.raises(IncompatibleTrainer, match="adamw_torch_npu_fused_layerwise"):
+        OptimConfig("muon_layerwise", optim_args={"others": "adamw_torch_npu_fused"})
+    with pytest.raises(InvalidParamGroups, match="no hidden matrix"):
+        build_optimizer(nn.Sequential(nn.Embedding(4, 4), nn.LayerNorm(4)), "muon")
+    with pytest.raises(InvalidParamGroups, match="sets 'betas', which 'muon' cannot vary"):
+        build_optimizer(Classifier("head"), "muon", param_groups={"blocks.*": {"betas": (0.8, 0.9)}})

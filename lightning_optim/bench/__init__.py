@@ -14,7 +14,7 @@ from lightning_optim.bench._gpt import GPT, PythonTopics
 from lightning_optim.bench._picture import draw, new_figure
 from lightning_optim.bench._report import summarize
 from lightning_optim.bench._run import TRIALS, Comparison, Measurements
-from lightning_optim.bench._trial import Judgement
+from lightning_optim.bench._trial import Judgement, quiet, train
 from lightning_optim.bench._workload import Parts, Workload, demo
 from lightning_optim.choose import CLAIMS, RANKED, Claim
 
@@ -36,7 +36,9 @@ __all__ = [
     "demo",
     "draw",
     "new_figure",
+    "quiet",
     "summarize",
+    "train",
 ]
 
 

@@ -1,7 +1,7 @@
 """How many steps Muon needs for AdamW's final loss, on the built-in GPT: both at their best of five learning rates.
 
-AdamW trains all steps, Muon a share of them (``--shares``), each with its own cosine schedule to the end. The best rate of
-one seed trains with three others, and the losses are compared in pairs. Prints a table and writes
+AdamW trains all steps, Muon a share of them (``--shares``), each with its own cosine schedule to the end. The best rate
+of one seed trains with three others, and the losses are compared in pairs. Prints a table and writes
 ``docs/bench/muon_steps.json``; about 20 minutes on 2 cores, 4 with ``--quick``.
 """
 
@@ -60,7 +60,11 @@ def main() -> None:
         print(f"{share:<15g} {', '.join(f'{pair:+.4f}' for pair in pairs)}")
     report = {
         "workload": demo(arguments.quick).name,
-        "versions": {"torch": torch.__version__, "lightning": lightning.__version__, "python": platform.python_version()},
+        "versions": {
+            "torch": torch.__version__,
+            "lightning": lightning.__version__,
+            "python": platform.python_version(),
+        },
         "options": OPTIONS,
         "adamw_torch": adamw,
         "muon": {str(share): found for share, found in muon.items()},

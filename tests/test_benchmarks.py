@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import re
 import runpy
+import sys
 from pathlib import Path
 
 import pytest
@@ -103,3 +105,19 @@ def test_states_beside_the_papers_are_those_of_the_page() -> None:
     found = [script["state"](figure.shape, figure.optim, args) for args in figure.requests]
     cells = [figure.shape, figure.paper, *(f"{size / 1e9:.2f}" for size in found)]
     assert f"| {' | '.join(cells)} |" in (BENCHMARKS.parent / "docs" / "memory.md").read_text(encoding="utf-8")
+
+
+def test_steps_of_muon_and_adamw_are_compared(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    script = runpy.run_path(str(BENCHMARKS / "muon_steps.py"))
+    for name, small in {"RATES": (1e-3, 3e-3), "SEEDS": (1,)}.items():
+        monkeypatch.setitem(script["main"].__globals__, name, small)
+    command = ["muon_steps.py", "--quick", "--steps", "4", "--shares", "0.75", "--output", str(tmp_path / "out.json")]
+    monkeypatch.setattr(sys, "argv", command)
+    script["main"]()
+    report = json.loads((tmp_path / "out.json").read_text())
+    assert report["muon"]["0.75"]["steps"] == 3
+    assert len(report["adamw_torch"]["by_rate"]) == 2
+    difference = report["muon"]["0.75"]["losses"][0] - report["adamw_torch"]["losses"][0]
+    assert f"{difference:+.4f}" in capsys.readouterr().out

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,7 +11,7 @@ import pytest
 import torch
 
 from lightning_optim import REGISTRY
-from lightning_optim.optimizers import Muon, Scale
+from lightning_optim.optimizers import Scale
 from tests.optimizers import references
 from tests.optimizers.test_own_optimizers import EXPECTED
 
@@ -53,7 +52,7 @@ CASES: tuple[tuple[str, tuple[tuple[int, ...], ...], dict[str, Any]], ...] = (
     ("scale", MATRICES, {"momentum": 0.8, "outputs": "columns"}),
 )
 #: Classes that no row has as its target: those of a composite's hidden matrices.
-CLASSES: dict[str, Callable[..., Any]] = {"muon": Muon, "normuon": partial(Muon, normalize="neuron"), "scale": Scale}
+CLASSES: dict[str, Callable[..., Any]] = {"scale": Scale}
 #: A test of its own, bit for bit, for every combination of dtypes: test_anyprecision.py.
 ELSEWHERE = {"adamw_anyprecision"}
 #: No reference of its own: galore_adamw's moments in fewer bits, which test_galore.py compares with those.

@@ -30,7 +30,7 @@ class Evidence:
         tasks: The tasks that it is about; empty for any.
         least: From this many parameters on.
         below: Up to this many parameters, not included.
-        rooms: How much memory there is; empty for any.
+        rooms: How much memory there is, ``None`` if that is not said or none of the words; empty for any.
     """
 
     optims: tuple[str, ...]
@@ -39,29 +39,39 @@ class Evidence:
     tasks: tuple[Task, ...] = ()
     least: float = 0
     below: float = float("inf")
-    rooms: tuple[Room, ...] = ()
+    rooms: tuple[Room | None, ...] = ()
 
     def points(self, task: Task | None, parameters: int, room: Room | None) -> int | None:
         """Returns how many conditions the claim makes, if all are met, and ``None`` if one is not."""
-        sized = self.least > 0 or self.below < float("inf")
         if (self.tasks and task not in self.tasks) or (self.rooms and room not in self.rooms):
             return None
         if not self.least <= parameters < self.below:
             return None
-        return bool(self.tasks) + bool(self.rooms) + sized
+        return len(self.conditions)
+
+    @property
+    def conditions(self) -> tuple[str, ...]:
+        """What it is about: of task, memory and size."""
+        sized = self.least > 0 or self.below < float("inf")
+        # That memory is not plenty goes without saying.
+        roomy = bool(self.rooms) and None not in self.rooms
+        given = {"memory": roomy, "task": bool(self.tasks), "size": sized}
+        return tuple(name for name, holds in given.items() if holds)
 
 
 _CHOOSING = Source("choosing guide of the project")
 _LANGUAGE: tuple[Task, ...] = ("pretrain", "finetune")
+# Of a large model, or a language model, they say what saves memory; where there is plenty they say nothing.
+_NOT_PLENTY: tuple[Room | None, ...] = (None, "little", "hardly any")
 
 EVIDENCE = (
     Evidence(("adamw_torch", "adamw_torch_fused"), "for models below 1B parameters", _CHOOSING, below=1e9),
-    Evidence(("adamw_8bit", "lion_32bit"), "for models of 1B to 7B parameters", _CHOOSING, least=1e9, below=6.5e9),
-    Evidence(("galore_adamw", "paged_adamw_8bit"), "for models of 7B parameters and up", _CHOOSING, least=6.5e9),
+    Evidence(("adamw_8bit", "lion_32bit"), "for models of 1B to 7B parameters", _CHOOSING, (), 1e9, 6.5e9, _NOT_PLENTY),
+    Evidence(("galore_adamw", "paged_adamw_8bit"), "for models of 7B parameters and up", _CHOOSING, (), 6.5e9, rooms=_NOT_PLENTY),
     Evidence(("adamw_torch_fused", "adamw_apex_fused"), "for plenty of memory", _CHOOSING, rooms=("plenty",)),
     Evidence(("adamw_8bit", "lion_8bit"), "for little memory", _CHOOSING, rooms=("little",)),
     Evidence(("galore_adamw_8bit_layerwise", "lomo"), "for hardly any memory", _CHOOSING, rooms=("hardly any",)),
-    Evidence(("galore_adamw", "adamw_8bit"), "for language models", _CHOOSING, tasks=_LANGUAGE),
+    Evidence(("galore_adamw", "adamw_8bit"), "for language models", _CHOOSING, _LANGUAGE, rooms=_NOT_PLENTY),
     Evidence(("adamw_torch", "lion_32bit"), "for vision", _CHOOSING, tasks=("vision",)),
     Evidence(("adagrad",), "for recommenders and sparse data", _CHOOSING, tasks=("sparse",)),
     Evidence(("adamw_torch",), "the first choice", _CHOOSING),
@@ -98,6 +108,7 @@ EVIDENCE = (
         Source("torchtune's README", "https://github.com/pytorch/torchtune"),
         tasks=("finetune",),
         least=6.5e9,
+        rooms=("little", "hardly any"),
     ),
     Evidence(
         ("adamw_torch_4bit", "adamw_torch_8bit", "adamw_8bit"),

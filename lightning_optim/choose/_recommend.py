@@ -48,6 +48,12 @@ class Recommendation:
     command_line: str
 
     @property
+    def conditions(self) -> dict[str, int]:
+        """How many of the claims are about the memory, the task and the size that were given."""
+        named = [name for claim in self.evidence for name in claim.conditions]
+        return {name: named.count(name) for name in ("memory", "task", "size") if name in named}
+
+    @property
     def reason(self) -> str:
         """The claims in one sentence."""
         said = "; ".join(f"{claim.says} ({claim.source.name})" for claim in self.evidence)
@@ -59,7 +65,7 @@ class Recommendation:
         evidence = [
             {"says": claim.says, "source": claim.source.name, "link": claim.source.link} for claim in self.evidence
         ]
-        return values | {"reason": self.reason, "evidence": evidence, "estimate": self.estimate.as_dict()}
+        return values | {"reason": self.reason, "conditions": self.conditions, "evidence": evidence, "estimate": self.estimate.as_dict()}
 
 
 def recommend(
@@ -137,7 +143,7 @@ def rank(
 
 def _order(one: Recommendation, prefer: Preference) -> tuple[Any, ...]:
     """Returns the sort key: what is preferred first, then how much speaks for it, then the estimate."""
-    about_task = sum(bool(claim.tasks) for claim in one.evidence)
+    about_task = one.conditions.get("task", 0)
     said = (-one.points, one.inherited, -about_task, -len(one.evidence))
     if prefer == "memory":
         return (one.estimate.resident, *said, one.optim)

@@ -56,9 +56,11 @@ def as_text(report: Facts) -> str:
         estimate = one["estimate"]
         peak = estimate["peak"] - estimate["pageable"]
         paged = f", and {memory.shown(estimate['pageable'])} that can leave it" if estimate["pageable"] else ""
-        lines = [f"{place}. {one['optim']}: {memory.shown(peak)} on the device{paged}"]
+        met = ", ".join(f"{name} {count}" for name, count in one["conditions"].items()) or "none"
+        lines = [f"{place}. {one['optim']}: {memory.shown(peak)} on the device{paged}; conditions met: {met}"]
         for claim in one["evidence"]:
-            lines += render.wrap(f"- {claim['says']} ({claim['source']})", "   ")
+            first, *rest = render.wrap(f"- {claim['says']} ({claim['source']})", "   ")
+            lines += [first, *(f"  {line}" for line in rest)]
         if one["inherited"]:
             lines.append("   - said of the form without _layerwise, whose steps it takes during backward")
         lines += [f"   Not on this machine: {reason}" for reason in one["missing"]]

@@ -73,6 +73,16 @@ def test_the_guide_for_little_memory() -> None:
     found = ranked("1B", room("1B", "little"))
     assert found[0].optim == "adamw_8bit"
     assert {"adamw_8bit", "lion_8bit"} <= {one.optim for one in found[:3]}
+    found = ranked("7B", room("7B", "little"))
+    assert {"adamw_8bit", "lion_8bit"} <= {one.optim for one in found[:4]}
+
+
+def test_more_memory_never_leads_to_a_smaller_state() -> None:
+    """With plenty, a language model of any size is answered by AdamW, not by an optimizer that saves."""
+    for size in SHAPES:
+        first = ranked(size, room(size, "plenty"), task="finetune")[0]
+        assert first.optim == "adamw_torch_fused"
+        assert first.conditions == ({"memory": 1, "size": 1} if size == "small" else {"memory": 1}), size
 
 
 def test_all_that_is_recommended_fits_and_has_a_reason() -> None:

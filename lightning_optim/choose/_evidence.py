@@ -67,7 +67,14 @@ _NOT_PLENTY: tuple[Room | None, ...] = (None, "little", "hardly any")
 EVIDENCE = (
     Evidence(("adamw_torch", "adamw_torch_fused"), "for models below 1B parameters", _CHOOSING, below=1e9),
     Evidence(("adamw_8bit", "lion_32bit"), "for models of 1B to 7B parameters", _CHOOSING, (), 1e9, 6.5e9, _NOT_PLENTY),
-    Evidence(("galore_adamw", "paged_adamw_8bit"), "for models of 7B parameters and up", _CHOOSING, (), 6.5e9, rooms=_NOT_PLENTY),
+    Evidence(
+        ("galore_adamw", "paged_adamw_8bit"),
+        "for models of 7B parameters and up",
+        _CHOOSING,
+        (),
+        6.5e9,
+        rooms=_NOT_PLENTY,
+    ),
     Evidence(("adamw_torch_fused", "adamw_apex_fused"), "for plenty of memory", _CHOOSING, rooms=("plenty",)),
     Evidence(("adamw_8bit", "lion_8bit"), "for little memory", _CHOOSING, rooms=("little",)),
     Evidence(("galore_adamw_8bit_layerwise", "lomo"), "for hardly any memory", _CHOOSING, rooms=("hardly any",)),

@@ -65,7 +65,12 @@ class Recommendation:
         evidence = [
             {"says": claim.says, "source": claim.source.name, "link": claim.source.link} for claim in self.evidence
         ]
-        return values | {"reason": self.reason, "conditions": self.conditions, "evidence": evidence, "estimate": self.estimate.as_dict()}
+        return values | {
+            "reason": self.reason,
+            "conditions": self.conditions,
+            "evidence": evidence,
+            "estimate": self.estimate.as_dict(),
+        }
 
 
 def recommend(

@@ -102,12 +102,14 @@ def train(optimizer: str, steps: int, output: Path) -> Result:
     trainer.fit(model, data)
     built, spec, checkpoint = trainer.optimizers[0], REGISTRY.find(optimizer), output / f"{optimizer}.ckpt"
     trainer.save_checkpoint(checkpoint, weights_only=False)  # the optimizer's state, too
-    (metrics,) = trainer.validate(model, data, verbose=False)
+    metrics = trainer.callback_metrics  # of the last validation
+    if steps not in record.val_losses:
+        (metrics,) = trainer.validate(model, data, verbose=False)
     return Result(
         optimizer,
         record,
-        metrics["val_loss"],
-        metrics["val_perplexity"],
+        float(metrics["val_loss"]),
+        float(metrics["val_perplexity"]),
         measured_bytes(built.state_dict()),
         state_bytes(spec, spec.options(), built.param_groups),
         checkpoint,

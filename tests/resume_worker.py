@@ -1,4 +1,4 @@
-"""Resumes checkpoints in a process of its own: ``python -m tests.resume_worker DIR [ACCELERATOR]``.
+"""Resumes checkpoints in a process of its own: ``python -m tests.resume_worker DIR ACCELERATOR [CASE ...]``.
 
 See ``test_resume.py``.
 """
@@ -14,8 +14,8 @@ from tests.cases import case_of
 from tests.models import LitTokens, loader, trainer
 
 
-def main(directory: Path, accelerator: str = "cpu") -> None:
-    """Trains on from every ``NAME@PRECISION.ckpt`` to step 20, in the plain and in the layerwise form.
+def main(directory: Path, accelerator: str, *moving: str) -> None:
+    """Trains on from every ``NAME@PRECISION.ckpt`` to step 20; those of cases that are ``moving`` in both forms.
 
     The outcomes are stored as ``NAME@PRECISION@RESUMED.out``, where RESUMED is the name that it was resumed with.
     """
@@ -26,7 +26,7 @@ def main(directory: Path, accelerator: str = "cpu") -> None:
         precision = path.stem.rpartition("@")[2]
         hyperparameters = torch.load(path, weights_only=True, map_location="cpu")["hyper_parameters"]
         case = case_of(hyperparameters["optim"])
-        for name in (case.plain, case.layerwise):
+        for name in (case.plain, case.layerwise) if case.name in moving else (hyperparameters["optim"],):
             model = LitTokens(**{**hyperparameters, "optim": name})
             run = trainer(
                 max_steps=20, precision=precision, accelerator=accelerator, devices=1, deterministic=deterministic

@@ -25,7 +25,8 @@ MODES: dict[str, dict[str, Any]] = {
         "gradient_clip_algorithm": "value",
     },
 }
-FOR_ALL = ("32-true", "bf16-true", "16-mixed clip_norm")
+# In 32-true all are trained by their defaults, below.
+FOR_ALL = ("bf16-true", "16-mixed clip_norm")
 
 
 @pytest.mark.parametrize(("name", "mode"), in_modes(MODES, FOR_ALL))

@@ -128,6 +128,11 @@ CASES = (
         options={**_GALORE, "min_8bit_size": 256},
     ),
     _own("galore_adafactor", "optimizers:GaLoreAdafactor", options=_GALORE),
+    _own(
+        "apollo_mini",
+        "optimizers:ApolloAdamW",
+        options={"rank": 1, "scale": 64.0, "scale_type": "tensor", "update_proj_gap": 7},
+    ),
     _own("apollo_adamw", "optimizers:ApolloAdamW", options={"rank": 8, "update_proj_gap": 7}),
     _own("adafactor", "optimizers:Adafactor", options={"beta1": 0.9}),
     _own("lomo", "optimizers:LOMO", lr=1.0),

@@ -29,6 +29,7 @@ FAMILIES = (
     {"ademamix", "paged_ademamix_32bit"},
     {"ademamix_8bit", "paged_ademamix_8bit"},
     {"rmsprop_bnb", "rmsprop_bnb_32bit"},
+    {"apollo_adamw", "apollo_mini"},
 )
 
 

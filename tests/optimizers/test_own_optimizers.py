@@ -30,6 +30,7 @@ EXPECTED = {
     "adalomo",
     "adamw_anyprecision",
     "apollo_adamw",
+    "apollo_mini",
     "galore_adafactor",
     "galore_adamw",
     "galore_adamw_8bit",

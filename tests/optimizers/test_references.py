@@ -57,6 +57,8 @@ CLASSES: dict[str, Callable[..., Any]] = {"scale": Scale}
 ELSEWHERE = {"adamw_anyprecision"}
 #: No reference of its own: galore_adamw's moments in fewer bits, which test_galore.py compares with those.
 QUANTIZED = {"galore_adamw_8bit"}
+#: apollo_adamw with other defaults.
+DEFAULTS = {"apollo_mini"}
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-10), (torch.float32, 2e-5)], ids=str)
@@ -83,7 +85,7 @@ def test_equals_the_reference(
 
 
 def test_every_algorithm_that_we_own_has_a_reference() -> None:
-    assert {name for name, *_ in CASES} | ELSEWHERE | QUANTIZED == EXPECTED | CLASSES.keys()
+    assert {name for name, *_ in CASES} | ELSEWHERE | QUANTIZED | DEFAULTS == EXPECTED | CLASSES.keys()
     assert all(hasattr(references, name) for name in EXPECTED - QUANTIZED)
 
 

@@ -40,32 +40,50 @@ class ApolloOptions(Options):
     )
 
 
+@dataclass(frozen=True)
+class ApolloMiniOptions(ApolloOptions):
+    """Options of ``lightning_optim.optimizers.ApolloAdamW``, with what the paper fixes for APOLLO-Mini as defaults."""
+
+    rank: int = option(1, "directions of the subspace", AT_LEAST_ONE)
+    scale: float = option(128.0, "updates of projected matrices are multiplied by its square root", POSITIVE)
+    scale_type: Literal["channel", "tensor"] = option("tensor", "one factor per row or column, or one for the matrix")
+
+
 def _norm_elements(shape: tuple[int, ...], options: Any) -> int:
     return int(options.norm_growth_limit is not None and options.rank is not None and len(shape) >= 2)
 
 
-ROWS = (
-    OptimizerSpec(
-        name="apollo_adamw",
-        target="lightning_optim.optimizers:ApolloAdamW",
-        summary="APOLLO: the gradient, scaled as AdamW would scale it in a random subspace",
-        source="APOLLO: SGD-like Memory, AdamW-level Performance, https://arxiv.org/abs/2412.05270; "
-        "lightning_optim.optimizers.ApolloAdamW",
-        options=ApolloOptions,
-        state_format="ApolloAdamW/1",
-        default_lr=1e-2,
-        default_weight_decay=0.0,
-        state=StateLayout(
-            buffers=(
-                *MOMENTS,
-                *(dataclasses.replace(basis, when=lambda o: o.proj == "svd") for basis in BASES),
-                Buffer("update_norm", float32=True, elements=_norm_elements),
-            )
-        ),
-        half_weights=True,
-        lists_layerwise=True,
-        projects=True,
-        xla="it skips gradients that are not finite, and so waits for the device several times in every step",
-        note="with optim_args='rank=1,scale=128,scale_type=tensor' this is APOLLO-Mini: hardly more memory than SGD",
+APOLLO = OptimizerSpec(
+    name="apollo_adamw",
+    target="lightning_optim.optimizers:ApolloAdamW",
+    summary="APOLLO: the gradient, scaled as AdamW would scale it in a random subspace",
+    source="APOLLO: SGD-like Memory, AdamW-level Performance, https://arxiv.org/abs/2412.05270; "
+    "lightning_optim.optimizers.ApolloAdamW",
+    options=ApolloOptions,
+    state_format="ApolloAdamW/1",
+    default_lr=1e-2,
+    default_weight_decay=0.0,
+    state=StateLayout(
+        buffers=(
+            *MOMENTS,
+            *(dataclasses.replace(basis, when=lambda o: o.proj == "svd") for basis in BASES),
+            Buffer("update_norm", float32=True, elements=_norm_elements),
+        )
     ),
+    half_weights=True,
+    lists_layerwise=True,
+    projects=True,
+    xla="it skips gradients that are not finite, and so waits for the device several times in every step",
+    note="apollo_mini is the same with rank=1, scale=128 and scale_type=tensor: hardly more memory than SGD",
 )
+
+APOLLO_MINI = dataclasses.replace(
+    APOLLO,
+    name="apollo_mini",
+    summary="APOLLO with one direction and one factor per matrix: hardly more memory than SGD",
+    options=ApolloMiniOptions,
+    lists_layerwise=False,
+    note="",
+)
+
+ROWS = (APOLLO, APOLLO_MINI)

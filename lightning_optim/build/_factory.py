@@ -120,9 +120,19 @@ class ResolvedOptimizer:
         """Divides the parameters of ``target`` as its own were, at another learning rate and without layer decay.
 
         Each group says whose it is, and parts keep the proportion of their rate to the main optimizer's.
+
+        Raises:
+            InvalidParamGroups: If some belong to an optimizer that was not built, because it had nothing to train.
         """
         found = []
-        for part, built in zip(divide(named_parameters(target), self.request.config), self.each, strict=True):
+        by_name = {built.request.name: built for built in self.each}
+        for part in divide(named_parameters(target), self.request.config):
+            if part.name not in by_name:
+                raise InvalidParamGroups(
+                    f"{part.parameters[0].name!r} belongs to optim={part.config.optim!r}, which had nothing to train "
+                    "when the optimizers were built. Leave one of its parameters unfrozen from the start."
+                )
+            built = by_name[part.name]
             rate = lr if built is self.each[0] or not self.lr else built.lr * lr / self.lr
             policy = dataclasses.replace(built.policy, lr=rate, layer_decay=None, layer_pattern=None)
             first = built.optimizer.param_groups[0]

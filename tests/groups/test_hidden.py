@@ -86,6 +86,17 @@ def test_target_modules_settle_it() -> None:
     assert {"stem.weight", "head.weight"} <= set(members["adamw/decay"])
 
 
+def test_what_is_unfrozen_later_needs_its_optimizer() -> None:
+    model = Classifier("head")
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name in BODY)
+    resolved = resolve(model, OptimConfig("muon", optim_target_modules=["blocks", "stem", "experts.0"]))
+    assert not resolved.parts
+    model.requires_grad_(True)
+    with pytest.raises(InvalidParamGroups, match="belongs to optim='adamw', which had nothing to train"):
+        resolved.regroup(model, 0.1)
+
+
 def test_stacks_are_stepped_matrix_by_matrix() -> None:
     class Experts(nn.Module):
         def __init__(self) -> None:

@@ -85,15 +85,19 @@ docs: venv
 	$(BIN)/python docs/generate.py
 	$(BIN)/sphinx-build --fail-on-warning --keep-going --quiet -b html docs docs/_build
 
-# Prints ratios of interleaved runs, with the hardware and the versions.
+# Where the figures of pages go.
+FIGURES := docs/bench
+
+# Prints ratios of interleaved runs, with the hardware and the versions. Those that pages show go to $(FIGURES), too.
 benchmarks: venv
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[benchmarks]"
-	$(BIN)/python benchmarks/layerwise.py
+	$(BIN)/python benchmarks/layerwise.py --output $(FIGURES)
+	$(BIN)/python benchmarks/families.py --output $(FIGURES)
+	$(BIN)/python benchmarks/monitor.py --output $(FIGURES)
 	$(BIN)/python benchmarks/optimizers.py
 
 # Optimizers side by side on a small GPT, in a few minutes; the figures and the picture of docs/bench.md, unless another
 # folder is given. Its tensors are so small that threads cost more than they bring. Fails if a training diverged.
-FIGURES := docs/bench
 bench-quick: venv
 	rm -rf build/bench-quick
 	OMP_NUM_THREADS=1 $(BIN)/lightning-optim bench --quick --output build/bench-quick

@@ -1,7 +1,8 @@
 """Compares stepping layer by layer with plain steps, in time and memory, side by side in one process.
 
 A round takes a few steps of every variant in random order, so that a machine's drift hits all alike; ratios are taken
-within rounds. Nothing but torch is needed; Hugging Face's Trainer joins in where it is installed::
+within rounds. Hugging Face's Trainer joins in where it is installed. Times are CPU seconds of this process, on a GPU
+wall-clock time::
 
     python benchmarks/layerwise.py --rounds 20 --steps 8
 """
@@ -12,11 +13,10 @@ import argparse
 import importlib.metadata
 import logging
 import os
-import platform
 import random
 import statistics
-import time
 import warnings
+from collections.abc import Iterator
 from dataclasses import replace
 from importlib.util import find_spec
 from itertools import accumulate
@@ -24,11 +24,15 @@ from typing import Any
 
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # read once, when torch is imported
 
+import ratios
 import torch
 from layerwise_variants import Block, Net, Row, Task, ViT, missing, rows_of
+from ratios import Ratio
 from torch import Tensor, nn
 from torch.optim import Adam
 from torch.profiler import ProfilerActivity, profile
+
+from lightning_optim.layerwise._coupled import WATCHED_STEPS
 
 
 def measure_memory(task: Task, row: Row) -> None:
@@ -48,7 +52,7 @@ def measure_memory(task: Task, row: Row) -> None:
         return model
 
     run = row.variant(replace(task, build=build))
-    run(2)  # the state of the optimizer is there after that
+    run(WATCHED_STEPS)  # in which the state of the optimizer is made, and copies of it are kept for comparison
     if "plain" not in row.baseline:
         return  # a Trainer allocates much else, and builds the optimizer's state anew
     if task.batch.is_cuda:
@@ -83,55 +87,53 @@ def measure_time(task: Task, rows: list[Row], rounds: int, steps: int) -> None:
                 row.seconds.append(seconds)
 
 
-def ratios(row: Row, baseline: Row) -> tuple[float, float, float]:
-    """Returns the quartiles of the time ratio, the median in the middle."""
-    each = [mine / other for mine, other in zip(row.seconds, baseline.seconds, strict=True)]
-    low, middle, high = statistics.quantiles(each, n=4, method="inclusive") if len(each) > 1 else each * 3
-    return low, middle, high
+# What is kept and printed.
 
 
-# What is printed.
-
-
-def print_table(task: Task, rows: list[Row]) -> None:
-    """Prints one row per variant."""
-    parameters = [p.numel() for p in task.build().parameters()]
-    print(f"\n{task.name}: {len(parameters)} parameters, {sum(parameters):,} elements, {task.optimizer.__name__}\n")
-    form = "{:<37}{:>9}{:>8}{:>8}{:>14}{:>12}{:>10}{:>10}"
-    columns = ("ms/step", "x plain", "x own", "(quartiles)", "live KiB", "bound", "peak KiB")
-    print(form.format("variant", *columns))
+def records_of(task: Task, rows: list[Row]) -> Iterator[ratios.Record]:
+    """Yields a record per variant."""
     named = {row.name: row for row in rows}
     for row in rows:
-        low, own, high = ratios(row, named[row.baseline])
-        (_, all_alike, _), milliseconds = ratios(row, rows[0]), statistics.median(row.seconds) * 1e3
-        bound = "-" if row.bucket is None else f"{(row.bucket + row.largest) / 1024:,.0f}"
-        peak = f"{row.peak / 1024:,.0f}" if row.peak else "-"
-        times = (f"{milliseconds:.2f}", f"{all_alike:.2f}", f"{own:.2f}", f"{low:.2f} - {high:.2f}")
-        print(form.format(row.name, *times, f"{row.live / 1024:,.0f}", bound, peak))
-    if task.trainers and missing():
-        print(f"Hugging Face's Trainer is left out; it needs: pip install --no-deps {' '.join(missing())}")
+        yield {
+            "model": task.name,
+            "optimizer": task.optimizer.__name__,
+            "variant": row.name,
+            "against": row.baseline,
+            "milliseconds": round(statistics.median(row.seconds) * 1e3, 3),
+            "of_plain": ratios.as_kept(Ratio.of(row.seconds, rows[0].seconds)),
+            "ratio": ratios.as_kept(Ratio.of(row.seconds, named[row.baseline].seconds)),
+            "live_bytes": row.live,
+            "bound_bytes": None if row.bucket is None else row.bucket + row.largest,
+            "peak_bytes": row.peak or None,
+        }
 
 
-def print_legend(device: torch.device, cpu_time: bool) -> None:
-    """Prints what the columns mean, and where this ran."""
-    source = "CUDA's allocator" if device.type == "cuda" else "the profiler's memory events"
-    print(
-        f"""
+def as_text(measured: ratios.Record) -> Iterator[str]:
+    """Yields the lines of a table per model, and what the figures are."""
+    form = "{:<37}{:>9}{:>21}{:>21}{:>10}{:>10}{:>10}"
+    for model, described in measured["models"].items():
+        yield f"\n{described}\n"
+        yield form.format("variant", "ms/step", "x plain", "x own", "live KiB", "bound", "peak KiB")
+        for one in measured["records"]:
+            if one["model"] == model:
+                sizes = (kibibytes(one[f"{name}_bytes"]) for name in ("live", "bound", "peak"))
+                times = (f"{one['milliseconds']:.2f}", str(Ratio(**one["of_plain"])), str(Ratio(**one["ratio"])))
+                yield form.format(one["variant"], *times, *sizes)
+    source = "CUDA's allocator" if torch.cuda.is_available() else "the profiler's memory events"
+    yield f"""
 ms/step   forward, backward and optimizer step, median of the rounds' medians
-x plain   time in units of the first row, median of the ratios within rounds
+x plain   time in units of the first row
 x own     the same in units of the plain row with the same kernel, or of the same Trainer
 live      the most bytes of gradients alive at any moment of a backward, summed in a hook at every gradient
 bound     one bucket and the largest gradient
-peak      what a step allocates beyond parameters and state, activations included, by {source}
+peak      what a step allocates beyond what it found, activations included, by {source}
 """
-    )
-    names = ("torch", "lightning", "lightning-optim", "transformers", "accelerate", "galore-torch")
-    versions = [f"{name} {importlib.metadata.version(name)}" for name in names if find_spec(name.replace("-", "_"))]
-    gpu = f", {torch.cuda.get_device_name()}" if device.type == "cuda" else ""
-    threads, capability = torch.get_num_threads(), torch.backends.cpu.get_cpu_capability()
-    print("CPU seconds of this process" if cpu_time else "wall-clock time", end=", ")
-    print(f"{threads} thread(s) on {os.cpu_count()} CPU cores ({platform.machine()}, {capability}){gpu}")
-    print(f"Python {platform.python_version()}, {', '.join(versions)}")
+    yield ratios.legend(measured)
+
+
+def kibibytes(size: int | None) -> str:
+    """Returns a size for a table."""
+    return "-" if size is None else f"{size / 1024:,.0f}"
 
 
 def print_targets(rows: list[Row]) -> None:
@@ -140,7 +142,7 @@ def print_targets(rows: list[Row]) -> None:
     default, plain, hooks = (
         named[name] for name in ("layerwise default foreach", "plain foreach", "per parameter in hooks")
     )
-    cost, gain = ratios(default, plain)[1], ratios(hooks, default)[1]
+    cost, gain = (Ratio.of(one.seconds, other.seconds).median for one, other in ((default, plain), (hooks, default)))
     within = all(row.live <= row.bucket + row.largest for row in rows if row.bucket is not None)
     print("\nTargets, on the deep narrow model:")
     for met, text in (
@@ -180,10 +182,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=20, help="rounds of all variants (default: %(default)s)")
     parser.add_argument("--steps", type=int, default=8, help="steps per variant and round (default: %(default)s)")
-    parser.add_argument("--threads", type=int, default=1, help="torch's; one is steadier (default: %(default)s)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="(%(default)s)")
-    parser.add_argument("--cpu-time", action="store_true", help="count this process's CPU seconds: on a busy machine")
     parser.add_argument("--quick", action="store_true", help="tiny models, one round: whether it runs")
+    ratios.add_options(parser)
     arguments = parser.parse_args()
     if arguments.quick:
         arguments.rounds, arguments.steps = 1, 2
@@ -192,18 +193,27 @@ def main() -> None:
     warnings.filterwarnings("ignore")  # about workers, logging and GaLore's deprecated AdamW
     logging.disable(logging.WARNING)
 
-    device, measured = torch.device(arguments.device), []
-    clock = time.process_time if arguments.cpu_time else time.perf_counter
+    device, all_rows, records, models = torch.device(arguments.device), [], [], {}
     for model in tasks_for(device, arguments.quick):
-        task = replace(model, clock=clock)
+        task = replace(model, clock=ratios.clock(arguments.wall))
         rows = rows_of(task)
         for row in rows:
             measure_memory(task, row)
         measure_time(task, rows, arguments.rounds, arguments.steps)
-        print_table(task, rows)
-        measured.append(rows)
-    print_legend(device, arguments.cpu_time)
-    print_targets(measured[0])
+        sizes = [p.numel() for p in task.build().parameters()]
+        models[task.name] = f"{task.name}: {len(sizes)} tensors, {sum(sizes):,} elements, {task.optimizer.__name__}"
+        records += records_of(task, rows)
+        all_rows.append(rows)
+    measured = ratios.report(records, arguments.wall)
+    measured["models"] = models
+    for name in ("transformers", "galore-torch"):
+        if find_spec(name.replace("-", "_")):
+            measured["machine"]["versions"][name] = importlib.metadata.version(name)
+    print(*as_text(measured), sep="\n")
+    if missing():
+        print(f"Hugging Face's Trainer is left out; it needs: pip install --no-deps {' '.join(missing())}")
+    print_targets(all_rows[0])
+    ratios.finish(measured, arguments, "layerwise")
 
 
 if __name__ == "__main__":

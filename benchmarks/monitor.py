@@ -1,38 +1,35 @@
 """Times steps with ``OptimizerMonitor`` against steps without it, at its default interval, in one training.
 
-Every other stretch of 50 steps, in random order within a pair, has the monitor at work, and ends with its log::
+Every other stretch of 50 steps, in random order within a pair, has the monitor at work, and ends with its log. Times
+are CPU seconds of this process, on a GPU wall-clock time::
 
-    python benchmarks/monitor.py
+    python benchmarks/monitor.py --output docs/bench
 """
 
 from __future__ import annotations
 
 import argparse
 import logging
-import platform
 import random
 import statistics
-import sys
 import tempfile
-import time
 import warnings
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import Callable, Iterator
 from typing import Any
 
+import ratios
 import torch
+from layerwise_variants import Block, Net
 from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import CSVLogger
+from ratios import Ratio
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_optim import OptimizerMonitor, OptimMixin
+from lightning_optim.bench import GPT
 from lightning_optim.trainer.callbacks._monitor_steps import Steps
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
-from gpt import GPT
-from layerwise_variants import Block, Net
 
 INTERVAL = 50
 
@@ -118,8 +115,10 @@ class Stretches(Callback):
                 self.monitor.teardown(trainer, pl_module, "fit")
 
 
-def measure(module: LightningModule, data: Tensor, monitor: OptimizerMonitor, pairs: int, clock: Any) -> list[float]:
-    """Returns the milliseconds of a step without the monitor, the quartiles of the ratio, and the share inside."""
+def measure(
+    module: LightningModule, data: Tensor, monitor: OptimizerMonitor, pairs: int, clock: Callable[[], float]
+) -> ratios.Record:
+    """Returns the milliseconds of a step without the monitor, the ratio, and the share inside the monitor."""
     stretches = Stretches(monitor, pairs, clock)
     own = {name: getattr(Steps, name) for name in ("see_gradients", "see_step", "_prepare", "_after_step")}
     for name, function in own.items():
@@ -139,27 +138,44 @@ def measure(module: LightningModule, data: Tensor, monitor: OptimizerMonitor, pa
     for name, function in own.items():
         setattr(Steps, name, function)
     with_it, without = stretches.seconds[True], stretches.seconds[False]
-    ratios = [one / other for one, other in zip(with_it, without, strict=True)]
-    quartiles = statistics.quantiles(ratios, n=4, method="inclusive") if len(ratios) > 1 else ratios * 3
-    return [statistics.median(without) / INTERVAL * 1e3, *quartiles, statistics.median(stretches.shares)]
+    return {
+        "milliseconds": round(statistics.median(without) / INTERVAL * 1e3, 3),
+        "ratio": ratios.as_kept(Ratio.of(with_it, without)),
+        "inside": round(statistics.median(stretches.shares), 5),
+    }
+
+
+def as_text(measured: ratios.Record) -> Iterator[str]:
+    """Yields the lines of the table, and what the figures are."""
+    yield f"{'model':<18}{'optimizer':<24}{'monitor':<12}{'ms/step':>9}{'x without':>24}{'inside':>9}"
+    for one in measured["records"]:
+        ratio = Ratio(**one["ratio"])
+        yield (
+            f"{one['model']:<18}{one['optimizer']:<24}{one['variant']:<12}{one['milliseconds']:>9.2f}"
+            f"{f'{ratio.median:.3f} ({ratio.low:.3f} - {ratio.high:.3f})':>24}{one['inside']:>9.2%}"
+        )
+    yield f"""
+ms/step    a step without the monitor
+x without  a stretch of {INTERVAL} steps with the monitor, one log included, in units of one without
+inside     the share of the time that passes in the monitor's own code, which a busy machine disturbs less
+"""
+    yield ratios.legend(measured)
 
 
 def main() -> None:
     """Runs the benchmark."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--pairs", type=int, default=12, help="pairs of stretches (default: %(default)s)")
-    parser.add_argument("--threads", type=int, default=1, help="torch's; one is steadier (default: %(default)s)")
-    parser.add_argument("--cpu-time", action="store_true", help="count this process's CPU seconds: on a busy machine")
+    parser.add_argument("--pairs", type=int, default=15, help="pairs of stretches (default: %(default)s)")
     parser.add_argument("--quick", action="store_true", help="tiny models, one pair: whether it runs")
+    ratios.add_options(parser)
     arguments = parser.parse_args()
     pairs = 1 if arguments.quick else arguments.pairs
     torch.set_num_threads(arguments.threads)
     torch.manual_seed(0)
     warnings.filterwarnings("ignore")
     logging.disable(logging.WARNING)
-    clock = time.process_time if arguments.cpu_time else time.perf_counter
 
-    print(f"{'model':<18}{'optimizer':<24}{'per':<8}{'ms/step':>9}{'x alone':>9}   {'(quartiles)':<18}inside")
+    records: list[ratios.Record] = []
     for model in ("deep and narrow", "gpt"):
         for optim in ("adamw_torch", "adamw_torch_layerwise"):
             for per in ("group", "layer"):
@@ -171,15 +187,12 @@ def main() -> None:
                     blocks = (Block(96) for _ in range(2 if arguments.quick else 49))
                     module = Plain(Net(nn.Sequential(*blocks), 96), optim=optim, lr=1e-4)
                     data = torch.randn(16, 96)
-                milliseconds, low, middle, high, inside = measure(module, data, OptimizerMonitor(per=per), pairs, clock)
-                row = f"{model:<18}{optim:<24}{per:<8}{milliseconds:>9.2f}{middle:>9.3f}"
-                print(f"{row}   {f'({low:.3f} - {high:.3f})':<18}{inside:.2%}", flush=True)
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine()
-    print(
-        f"\nWith the monitor, one log every {INTERVAL} steps included; median over {pairs} pairs of stretches. "
-        "inside: the share of the time that passes in the monitor's own code, which a busy machine disturbs less. "
-        f"{device}, {arguments.threads} thread(s), torch {torch.__version__}."
-    )
+                names = {"model": model, "optimizer": optim, "variant": f"per {per}", "against": "without the monitor"}
+                clock = ratios.clock(arguments.wall)
+                records.append(names | measure(module, data, OptimizerMonitor(per=per), pairs, clock))
+    measured = ratios.report(records, arguments.wall)
+    print(*as_text(measured), sep="\n")
+    ratios.finish(measured, arguments, "monitor")
 
 
 if __name__ == "__main__":

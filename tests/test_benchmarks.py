@@ -7,6 +7,7 @@ import re
 import runpy
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -37,9 +38,49 @@ def test_layerwise_benchmark_runs() -> None:
         assert part in printed
 
 
+def test_families_benchmark_runs_and_compares(tmp_path: Path) -> None:
+    printed = run("families.py", "--quick", "sgd", "--output", str(tmp_path))
+    written = json.loads((tmp_path / "families.json").read_text())
+    for one in written["records"]:
+        assert one["milliseconds"] > 0
+        assert 0 < one["ratio"]["low"] <= one["ratio"]["median"] <= one["ratio"]["high"]
+        assert re.search(rf"^{re.escape(one['variant'])} .*{one['ratio']['median']:.2f} \(", printed, re.MULTILINE) or (
+            one["variant"] == "plain"
+        )
+    assert {one["model"] for one in written["records"]} == {"deep and narrow", "gpt"}
+    assert {"layerwise", "bucket_mb=0", "clipped by value"} <= {one["variant"] for one in written["records"]}
+
+
+def test_what_moved_between_two_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    ratios = runpy.run_path(str(BENCHMARKS / "ratios.py"))
+    # 95% of the medians of ten values lie between the second and the ninth: 1 - 2 * 11 / 1024.
+    spread = ratios["Ratio"].of([float(number) for number in range(1, 11)], [1.0] * 10)
+    assert (spread.low, spread.median, spread.high) == (2.0, 5.5, 9.0)
+    few = ratios["Ratio"].of([1.0, 3.0], [1.0, 1.0])
+    assert (few.low, few.high) == (1.0, 3.0)
+
+    def run_of(device: str, **medians: float) -> dict[str, Any]:
+        keys = {"model": "gpt", "optimizer": "sgd", "against": "plain"}
+        kept = [
+            {**keys, "variant": name, "ratio": {"median": value, "low": value - 0.05, "high": value + 0.05}}
+            for name, value in medians.items()
+        ]
+        return {"machine": {"device": device}, "records": kept}
+
+    before = run_of("one", slower=1.0, faster=1.0, same=1.0, gone=1.0)
+    told = list(ratios["moved"](before, run_of("one", slower=1.11, faster=0.89, same=1.09, new=2.0)))
+    assert told == [
+        "2 of 3 ratios moved beyond their intervals",
+        "slower  gpt / sgd / slower / plain: 1.00 (0.95 - 1.05) is now 1.11 (1.06 - 1.16)",
+        "faster  gpt / sgd / faster / plain: 1.00 (0.95 - 1.05) is now 0.89 (0.84 - 0.94)",
+    ]
+    assert "another machine: one" in next(ratios["moved"](before, run_of("two")))
+
+
 def test_monitor_benchmark_runs() -> None:
     printed = run("monitor.py", "--quick")
-    rows = re.findall(r"^(?:deep and narrow|gpt) .* (\d+\.\d+) +(\d\.\d+) +\(", printed, re.MULTILINE)
+    rows = re.findall(r"^(?:deep and narrow|gpt) .* (\d+\.\d+) +(\d\.\d+) \(", printed, re.MULTILINE)
     assert len(rows) == 8
     assert all(float(milliseconds) > 0 and float(ratio) > 0 for milliseconds, ratio in rows)
 

@@ -44,11 +44,16 @@ def example(name: str, spec: OptimizerSpec) -> dict[str, str]:
         pairs = ", ".join(f'"{key}": {"..." if value is ... else repr(value)}' for key, value in options.items())
         arguments.append(f"optim_args={{{pairs}}}")
     for key, value in options.items():
-        # The command line reads YAML, a superset of JSON; a word is a string without quotes.
-        written = value if isinstance(value, str) else json.dumps(value)
-        words += [f"--optim_args.{key}", "..." if value is ... else written]
+        # The command line reads YAML, a superset of JSON, where a word is a string without quotes.
+        words += [f"--optim_args.{key}", _word(value)]
     python = _PYTHON.format(arguments="\n".join(f"    {argument}," for argument in arguments))
     return {"python": python, "command_line": shlex.join(words)}
+
+
+def _word(value: Any) -> str:
+    if value is ...:
+        return "..."
+    return value if isinstance(value, str) else json.dumps(value)
 
 
 def _shown_options(spec: OptimizerSpec) -> dict[str, Any]:

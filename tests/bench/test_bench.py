@@ -152,6 +152,8 @@ def test_a_finished_comparison_trains_nothing(finished: Path, monkeypatch: pytes
 def test_ctrl_c_and_a_torn_line(
     finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    # A shell starts what runs in the background with Ctrl-C ignored.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     command = (*NAMES, *CLASSES, *EXPENSE, "--output", str(tmp_path))
     # In the fourth step of the third trial: a fit for memory has three steps.
     monkeypatch.setenv(PRESS_AT, str(3 * 3 + 2 * 6 + 4))

@@ -31,9 +31,10 @@ def make(name: str, device: str) -> tuple[TokenModel, Optimizer]:
     case = CASES[name]
     torch.manual_seed(0)
     model = TokenModel().to(device)
-    optimizer = build_optimizer(
-        model, name if device == "xla" else ON_HOST.get(name, name), lr=case.lr, optim_args=case.options
-    )
+    # Muon iterates in bfloat16 on XLA devices and in float32 on the host, unless told.
+    options = {"ns_dtype": "float32", **case.options} if case.row.takes == "hidden matrices" else case.options
+    built = name if device == "xla" else ON_HOST.get(name, name)
+    optimizer = build_optimizer(model, built, lr=case.lr, optim_args=options)
     if case.averages:
         optimizer.train()  # type: ignore[attr-defined]
     return model, optimizer

@@ -73,8 +73,7 @@ class OptimConfig(Arguments):
         if self.lr_scheduler is not None:
             schedule = get_schedule(self.lr_scheduler)
             parse(schedule.options, self.lr_scheduler_args, schedule.name)
-        named = (self.optim, *(values[OPTIM] for values in named_parts(self.param_groups).values()))
-        if any(isinstance(n, str) and trust.only_a_file_says(n) and _would_import(n) for n in named):
+        if any(isinstance(n, str) and trust.only_a_file_says(n) and _would_import(n) for n in self._named()):
             object.__setattr__(self, "_withheld", True)
             return
         try:
@@ -111,8 +110,7 @@ class OptimConfig(Arguments):
         Raises:
             UntrustedOptimizer: If only a checkpoint names it, and its module has still not been imported.
         """
-        named = (self.optim, *(values[OPTIM] for values in named_parts(self.param_groups).values()))
-        for name in named if self._withheld else ():
+        for name in self._named() if self._withheld else ():
             if _would_import(name):
                 raise trust.refusal(name)
         return REGISTRY.find(self.optim)
@@ -146,6 +144,10 @@ class OptimConfig(Arguments):
             return dataclasses.replace(self, **changes)
         with trust.reading(held=self.optim):
             return dataclasses.replace(self, **changes)
+
+    def _named(self) -> tuple[Any, ...]:
+        """Returns what is asked for as identifiers, its own and those of patterns."""
+        return self.optim, *(values[OPTIM] for values in named_parts(self.param_groups).values())
 
     def _make_parts(self, stepped_in_backward: bool) -> dict[str, OptimConfig]:
         parts = {}

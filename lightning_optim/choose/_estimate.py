@@ -118,9 +118,9 @@ class Estimator:
         gradient_clip_algorithm: Literal["norm", "value"] = "norm",
         activation_checkpointing: bool = False,
     ) -> None:
-        _one_of("accelerator", accelerator, get_args(Accelerator))
-        _one_of("strategy", strategy, get_args(Strategy))
-        _one_of("gradient_clip_algorithm", gradient_clip_algorithm, ("norm", "value"))
+        one_of("accelerator", accelerator, get_args(Accelerator))
+        one_of("strategy", strategy, get_args(Strategy))
+        one_of("gradient_clip_algorithm", gradient_clip_algorithm, ("norm", "value"))
         for name, number in (("devices", devices), ("accumulate_grad_batches", accumulate_grad_batches)):
             if not isinstance(number, int) or number < 1:
                 raise InvalidOption(f"{name}={number!r} is no whole number of at least 1")
@@ -367,7 +367,8 @@ def _most(values: Iterable[int | None]) -> int | None:
     return max(known) if len(known) == len(found) else None
 
 
-def _one_of(name: str, value: Any, allowed: Iterable[str]) -> None:
+def one_of(name: str, value: Any, allowed: Iterable[Any]) -> None:
+    """Raises :class:`InvalidOption` unless an argument has one of the allowed values."""
     allowed = tuple(allowed)
     if value not in allowed:
         raise InvalidOption(f"{name}={value!r} is not one of {listing(allowed)}")

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import shlex
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 from typing_extensions import Unpack
 
 from lightning_optim.build import OptimConfig
-from lightning_optim.choose._estimate import REFUSALS, Estimator, MemoryEstimate, Setting
+from lightning_optim.choose._estimate import REFUSALS, Estimator, MemoryEstimate, Setting, one_of
 from lightning_optim.choose._evidence import EVIDENCE, LAYERWISE, Evidence, Room, Task
 from lightning_optim.choose._model import Model
 from lightning_optim.choose._rankings import CLAIMS
@@ -116,8 +116,8 @@ def rank(
         InvalidOption: If nothing fits, or an argument is wrong.
         IncompatibleTrainer: If nothing can be trained so.
     """
-    _one_of("task", task, (None, *get_args(Task)))
-    _one_of("prefer", prefer, get_args(Preference))
+    one_of("task", task, (None, *get_args(Task)))
+    one_of("prefer", prefer, get_args(Preference))
     estimates = _estimates(estimator)
     if not estimates:
         raise IncompatibleTrainer("no identifier that the evidence names can be trained so: see estimate_memory")
@@ -230,8 +230,3 @@ def _recommendation(
         python=f'trainer = L.Trainer(callbacks=[OptimCallback("{name}")], {shown})',
         command_line=shlex.join(["python", "train.py", "fit", *words]),
     )
-
-
-def _one_of(name: str, value: Any, allowed: Sequence[Any]) -> None:
-    if value not in allowed:
-        raise InvalidOption(f"{name}={value!r} is not one of {listing(allowed)}")

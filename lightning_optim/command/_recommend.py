@@ -59,8 +59,7 @@ def as_text(report: Facts) -> str:
         met = ", ".join(f"{name} {count}" for name, count in one["conditions"].items()) or "none"
         lines = [f"{place}. {one['optim']}: {memory.shown(peak)} on the device{paged}; conditions met: {met}"]
         for claim in one["evidence"]:
-            first, *rest = render.wrap(f"- {claim['says']} ({claim['source']})", "   ")
-            lines += [first, *(f"  {line}" for line in rest)]
+            lines += render.wrap(f"- {claim['says']} ({claim['source']})", "   ", hanging="  ")
         if one["inherited"]:
             lines.append("   - said of the form without _layerwise, whose steps it takes during backward")
         lines += [f"   Not on this machine: {reason}" for reason in one["missing"]]

@@ -13,7 +13,7 @@ from torch import nn
 
 from lightning_optim.errors import InvalidParamGroups
 from lightning_optim.groups._parameters import NamedParameter
-from lightning_optim.groups._target_modules import TargetModules, matrices, projected
+from lightning_optim.groups._target_modules import TargetModules, matrices
 
 # What output layers are called.
 _NAMES = frozenset(
@@ -49,9 +49,9 @@ def hidden_matrices(parameters: Sequence[NamedParameter], target_modules: Target
     Raises:
         InvalidParamGroups: If there is no hidden matrix, or ``target_modules`` names none.
     """
+    found = matrices(parameters, target_modules)
     if target_modules is not None:
-        return Hidden(projected(parameters, target_modules), "the matrices that optim_target_modules names")
-    found = matrices(parameters)
+        return Hidden(found, "the matrices that optim_target_modules names")
     output, remark = _output_layer(parameters, found)
     if output is not None:
         found.pop(id(output.parameter), None)

@@ -67,7 +67,7 @@ def make_groups(
     among = policy.among or parameters
     depths = layer_depths(among, policy.layer_pattern) if policy.layer_decay is not None else {}
     targets = projected(parameters, policy.target_modules) if spec.projects else {}
-    stacks = _stacks(parameters, policy) if spec.takes == "hidden matrices" else {}
+    stacks = matrices(parameters, policy.target_modules) if spec.takes == "hidden matrices" else {}
     _check_projected(parameters, pattern_of, overrides, targets, options)
     groups: dict[tuple[Any, ...], dict[str, Any]] = {}
     for parameter in parameters:
@@ -105,13 +105,6 @@ def make_groups(
     make_unique(list(groups.values()))
     # Decayed groups first, whichever module comes first: adding a leading norm layer must not swap the groups.
     return sorted(groups.values(), key=lambda group: "no_decay" in group["name"].split("/"))
-
-
-def _stacks(parameters: Sequence[NamedParameter], policy: GroupPolicy) -> dict[int, int]:
-    """Returns how many leading dimensions only count matrices, by the parameter's id."""
-    if policy.target_modules is not None:
-        return projected(parameters, policy.target_modules)
-    return matrices(parameters)
 
 
 def _check_projected(

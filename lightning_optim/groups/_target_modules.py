@@ -113,11 +113,13 @@ def projected(parameters: Sequence[NamedParameter], setting: TargetModules) -> d
     return found
 
 
-def matrices(parameters: Sequence[NamedParameter]) -> dict[int, int]:
-    """Returns every matrix and stack of matrices recognized by its module, of convolutions too, as ``projected`` does.
+def matrices(parameters: Sequence[NamedParameter], setting: TargetModules = None) -> dict[int, int]:
+    """Returns what ``projected`` does, except that ``None`` takes convolutions as well, and may find nothing.
 
     Without names and modules these are all parameters of at least two dimensions.
     """
+    if setting is not None:
+        return projected(parameters, setting)
     owned = _owned(parameters)
     found: dict[int, int] = {}
     for siblings in owned.values():

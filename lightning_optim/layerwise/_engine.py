@@ -24,7 +24,7 @@ from lightning_optim.layerwise._passes import Measurement, Observation, Observer
 from lightning_optim.layerwise._replicas import AgreedOrder, Replicas, refuse_separate_processes, refuse_unused
 from lightning_optim.layerwise._split_parts import Watches
 from lightning_optim.layerwise._split_step import ATTACHED
-from lightning_optim.stepping import KeepsTrainingPoint, parts_of, uncompiled
+from lightning_optim.stepping import averaging_parts, parts_of, uncompiled
 
 
 class Layerwise(AfterBackward):
@@ -329,9 +329,8 @@ class Layerwise(AfterBackward):
         mark_as_stepped(self.optimizer)
         loss = None
         if closure is not None:
-            for part in parts_of(self.optimizer):
-                if isinstance(part, KeepsTrainingPoint):
-                    part.train()
+            for part in averaging_parts(self.optimizer):
+                part.train()
             self.in_closure = True
             try:
                 with torch.enable_grad(), self._aborting():

@@ -8,7 +8,7 @@ does anything that knows the table.
 from __future__ import annotations
 
 from lightning_optim.stepping._averaging import KeepsTrainingPoint
-from lightning_optim.stepping._composite import PART, Composite, parts_of
+from lightning_optim.stepping._composite import PART, Composite, averaging_parts, parts_of
 from lightning_optim.stepping._finite import say_if_not_finite
 from lightning_optim.stepping._fused import HALF, FusedStep, fused_class, is_packed
 from lightning_optim.stepping._kernels import keep_kernel, laid_out_as
@@ -29,6 +29,7 @@ __all__ = [
     "FusedStep",
     "KeepsTrainingPoint",
     "StepsUncompiled",
+    "averaging_parts",
     "check_state",
     "fused_class",
     "is_packed",

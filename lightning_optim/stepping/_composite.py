@@ -58,9 +58,8 @@ class Composite(StepsUncompiled):
 
     @uncompiled
     def _train(self) -> None:
-        for part in parts_of(self):
-            if isinstance(part, KeepsTrainingPoint):
-                part.train()
+        for part in averaging_parts(self):
+            part.train()
 
     @uncompiled
     def _step(self) -> None:
@@ -172,6 +171,11 @@ def parts_of(optimizer: Optimizer) -> list[Optimizer]:
         return [optimizer]
     inside.follow_groups()
     return list(inside.parts.values())
+
+
+def averaging_parts(optimizer: Optimizer) -> list[KeepsTrainingPoint]:
+    """Returns those of an optimizer's parts that are switched between training and evaluation."""
+    return [part for part in parts_of(optimizer) if isinstance(part, KeepsTrainingPoint)]
 
 
 @contextmanager

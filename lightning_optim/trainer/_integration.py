@@ -27,7 +27,7 @@ from lightning_optim.build import (
 )
 from lightning_optim.groups import Target
 from lightning_optim.layerwise import Layerwise
-from lightning_optim.stepping import KeepsTrainingPoint, parts_of
+from lightning_optim.stepping import averaging_parts
 from lightning_optim.table import LayerwiseOptions, parse
 from lightning_optim.trainer import _packages as packages
 from lightning_optim.trainer._expected import Expected, OwnHook
@@ -117,7 +117,7 @@ def attend(module: LightningModule, own: OwnHook) -> Any:
         return configured
     # Some may have been built before, for instance in the module's __init__.
     for optimizer in take_apart(configured)[0]:
-        if any(isinstance(part, KeepsTrainingPoint) for part in parts_of(optimizer)):
+        if averaging_parts(optimizer):
             ScheduleFreeCallback.attach(trainer)
         layerwise = Layerwise.of(optimizer)
         if layerwise is not None:

@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 
 from lightning_optim.build._arguments import Arguments
 from lightning_optim.build._curves import follows_the_step, get_schedule
-from lightning_optim.build._parts import named_parts
 from lightning_optim.build._resume import as_overrides, overridable
 from lightning_optim.errors import listing
 from lightning_optim.table import REGISTRY, OptimizerSpec, Options, describe
@@ -62,8 +61,7 @@ def _warmup_has_an_effect(request: Request) -> str | None:
 
 
 def _overrides_are_known(request: Request) -> str | None:
-    known = [name for spec in (request.spec, *request.others) for name in overridable(spec)]
-    known = list(dict.fromkeys(known))
+    known = dict.fromkeys(name for spec in (request.spec, *request.others) for name in overridable(spec))
     unknown = [name for name in as_overrides(request.config.override_on_resume) if name not in known]
     if not unknown:
         return None
@@ -146,7 +144,7 @@ def _target_modules_are_projected(request: Request) -> str | None:
 def _relative_step_makes_the_learning_rate(request: Request) -> str | None:
     given = {"lr": request.config.lr}
     for pattern, values in (request.config.param_groups or {}).items():
-        if pattern in named_parts(request.config.param_groups):
+        if pattern in request.parts:
             continue
         given[f"param_groups[{pattern!r}]['lr']"] = values.get("lr") if isinstance(values, Mapping) else None
     where = next((where for where, lr in given.items() if lr is not None), None)

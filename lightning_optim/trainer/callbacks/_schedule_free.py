@@ -17,7 +17,7 @@ from torch.utils.hooks import RemovableHandle
 from lightning_optim._compat.lightning import before_batch_transfer
 from lightning_optim._compat.torch import AnyBatchNorm
 from lightning_optim.errors import IncompatibleTrainer, InvalidOption
-from lightning_optim.stepping import KeepsTrainingPoint, parts_of
+from lightning_optim.stepping import KeepsTrainingPoint, averaging_parts, parts_of
 from lightning_optim.trainer import _packages as packages
 from lightning_optim.trainer.callbacks._attached import Attached
 
@@ -148,8 +148,7 @@ class _AveragedStateDict:
 
 
 def _averaging(trainer: Trainer) -> list[KeepsTrainingPoint]:
-    parts = (part for optimizer in trainer.optimizers for part in parts_of(optimizer))
-    return [part for part in parts if isinstance(part, KeepsTrainingPoint)]
+    return [part for optimizer in trainer.optimizers for part in averaging_parts(optimizer)]
 
 
 def _second_reading(trainer: Trainer) -> CombinedLoader:

@@ -10,7 +10,7 @@ from torch.optim import Optimizer
 
 from lightning_optim._compat.lightning import running_trainer
 from lightning_optim.layerwise import Layerwise
-from lightning_optim.stepping import KeepsTrainingPoint, parts_of
+from lightning_optim.stepping import averaging_parts
 from lightning_optim.trainer.callbacks._layerwise import LayerwiseCallback
 from lightning_optim.trainer.callbacks._schedule_free import ScheduleFreeCallback
 
@@ -39,7 +39,7 @@ def watch(optimizer: Optimizer, name: str) -> None:
 
 def _needs(optimizer: Optimizer) -> tuple[type, str] | None:
     """Returns the callback that the optimizer needs in a Trainer, and what happens without it."""
-    if any(isinstance(part, KeepsTrainingPoint) for part in parts_of(optimizer)):
+    if averaging_parts(optimizer):
         return ScheduleFreeCallback, "it is validated and saved at its training point, not at the averaged weights"
     if Layerwise.of(optimizer) is not None:
         return LayerwiseCallback, "it steps after backward, with all gradients in memory"

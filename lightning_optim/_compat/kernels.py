@@ -12,7 +12,10 @@ foreach_add = torch._foreach_add
 foreach_add_ = torch._foreach_add_
 foreach_addcdiv_ = torch._foreach_addcdiv_
 foreach_addcmul_ = torch._foreach_addcmul_
+foreach_clamp_max_ = torch._foreach_clamp_max_
+foreach_clamp_min_ = torch._foreach_clamp_min_
 foreach_copy_ = torch._foreach_copy_
+foreach_div = torch._foreach_div
 foreach_div_ = torch._foreach_div_
 foreach_lerp = torch._foreach_lerp
 foreach_lerp_ = torch._foreach_lerp_
@@ -28,7 +31,10 @@ __all__ = [
     "foreach_add_",
     "foreach_addcdiv_",
     "foreach_addcmul_",
+    "foreach_clamp_max_",
+    "foreach_clamp_min_",
     "foreach_copy_",
+    "foreach_div",
     "foreach_div_",
     "foreach_lerp",
     "foreach_lerp_",

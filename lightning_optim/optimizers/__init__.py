@@ -11,12 +11,16 @@ from typing import TYPE_CHECKING, Any
 from lightning_optim.errors import MissingDependency
 from lightning_optim.optimizers._adafactor import Adafactor
 from lightning_optim.optimizers._adalomo import AdaLomo
+from lightning_optim.optimizers._adan import Adan
+from lightning_optim.optimizers._adopt import Adopt
 from lightning_optim.optimizers._anyprecision import AnyPrecisionAdamW
 from lightning_optim.optimizers._apollo import ApolloAdamW
 from lightning_optim.optimizers._base import OwnOptimizer
 from lightning_optim.optimizers._galore import GaLoreAdamW
 from lightning_optim.optimizers._galore_adafactor import GaLoreAdafactor
 from lightning_optim.optimizers._grokadamw import GrokAdamW
+from lightning_optim.optimizers._lamb import Lamb
+from lightning_optim.optimizers._lars import Lars
 from lightning_optim.optimizers._lomo import LOMO
 from lightning_optim.optimizers._low_rank import LowRankOptimizer
 from lightning_optim.optimizers._muon import Muon, NorMuon
@@ -29,12 +33,16 @@ __all__ = [
     "LOMO",
     "AdaLomo",
     "Adafactor",
+    "Adan",
+    "Adopt",
     "AnyPrecisionAdamW",
     "ApolloAdamW",
     "GaLoreAdafactor",
     "GaLoreAdamW",
     "GaLoreAdamW8bit",
     "GrokAdamW",
+    "Lamb",
+    "Lars",
     "LowRankOptimizer",
     "Muon",
     "NorMuon",

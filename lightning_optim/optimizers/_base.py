@@ -214,6 +214,11 @@ def compute_dtype(parameter: Tensor) -> torch.dtype:
     return torch.promote_types(parameter.dtype, torch.float32)
 
 
+def zeros_for(parameter: Tensor) -> Tensor:
+    """Returns zeros of the parameter's shape, contiguous and in its compute dtype."""
+    return torch.zeros_like(parameter, dtype=compute_dtype(parameter), memory_format=torch.contiguous_format)
+
+
 def to_compute_dtype(tensors: Iterable[Tensor]) -> list[Tensor]:
     """Returns the tensors contiguous and in their compute dtype; copies only where needed."""
     return [_converted(tensor, compute_dtype(tensor)) for tensor in tensors]

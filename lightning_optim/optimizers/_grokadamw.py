@@ -9,18 +9,17 @@ from __future__ import annotations
 import math
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor
 
 from lightning_optim._compat import kernels
 from lightning_optim.optimizers._adamw import adamw_update
 from lightning_optim.optimizers._base import (
     OwnOptimizer,
-    compute_dtype,
     gradients,
     hyperparameters,
     to_compute_dtype,
     write_back,
+    zeros_for,
 )
 
 
@@ -84,11 +83,7 @@ class GrokAdamW(OwnOptimizer):
         self._positions = {p: index for group in self.param_groups for index, p in enumerate(group["params"])}
 
     def _initial_state(self, parameter: Tensor, group: dict[str, Any]) -> dict[str, Any]:
-        dtype = compute_dtype(parameter)
-        return {
-            name: torch.zeros_like(parameter, dtype=dtype, memory_format=torch.contiguous_format)
-            for name in ("exp_avg", "exp_avg_sq", "grok_ema")
-        }
+        return {name: zeros_for(parameter) for name in ("exp_avg", "exp_avg_sq", "grok_ema")}
 
     def _update(self, parameters: list[Tensor], step: int, group: dict[str, Any]) -> None:
         states = [self.state[parameter] for parameter in parameters]

@@ -347,6 +347,7 @@ def test_operations_over_lists_equal_those_of_each_tensor() -> None:
             ("add", [b], lambda x, y, z: x + 0.5 * y),
             ("lerp", [b, 0.25], lambda x, y, z: torch.lerp(x, y, 0.25)),
             ("neg", [], lambda x, y, z: -x),
+            ("div", [b], lambda x, y, z: x / y),
             ("sqrt", [], lambda x, y, z: x.sqrt()),
             ("norm", [], lambda x, y, z: torch.linalg.vector_norm(x)),
         ):
@@ -358,6 +359,8 @@ def test_operations_over_lists_equal_those_of_each_tensor() -> None:
             ("sub_", [b], {}, lambda x, y, z: x - y),
             ("mul_", [2.0], {}, lambda x, y, z: x * 2),
             ("div_", [2.0], {}, lambda x, y, z: x / 2),
+            ("clamp_max_", [2.0], {}, lambda x, y, z: x.clamp(max=2)),
+            ("clamp_min_", [2.0], {}, lambda x, y, z: x.clamp(min=2)),
             ("lerp_", [b, 0.25], {}, lambda x, y, z: torch.lerp(x, y, 0.25)),
             ("addcmul_", [b, c, 0.5], {}, lambda x, y, z: torch.addcmul(x, y, z, value=0.5)),
             ("addcdiv_", [b, c, 0.5], {}, lambda x, y, z: torch.addcdiv(x, y, z, value=0.5)),

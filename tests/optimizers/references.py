@@ -149,6 +149,65 @@ def grokadamw(weight: Tensor, gradients: Gradients, group: Group) -> Tensor:
     return weight
 
 
+def adopt(weight: Tensor, gradients: Gradients, group: Group) -> Tensor:
+    """https://arxiv.org/abs/2411.02853, algorithm 2, with AdamW's decay."""
+    (beta1, beta2), first, second = group.betas, torch.zeros_like(weight), gradients[0] ** 2
+    for t, gradient in enumerate(gradients[1:], start=1):
+        normed = gradient / second.sqrt().clamp(min=group.eps)
+        if group.clip_exp is not None:
+            normed = normed.clamp(-(t**group.clip_exp), t**group.clip_exp)
+        first = beta1 * first + (1 - beta1) * normed
+        weight = weight - group.lr * group.weight_decay * weight - group.lr * first
+        second = beta2 * second + (1 - beta2) * gradient**2
+    return weight
+
+
+def adan(weight: Tensor, gradients: Gradients, group: Group) -> Tensor:
+    """https://arxiv.org/abs/2208.06677, algorithm 1 with bias correction, and betas for 1 - betas."""
+    first = difference = second = torch.zeros_like(weight)
+    (beta1, beta2, beta3), previous = group.betas, gradients[0]
+    for t, gradient in enumerate(gradients, start=1):
+        first = beta1 * first + (1 - beta1) * gradient
+        difference = beta2 * difference + (1 - beta2) * (gradient - previous)
+        second = beta3 * second + (1 - beta3) * (gradient + beta2 * (gradient - previous)) ** 2
+        rate = group.lr / ((second / (1 - beta3**t)).sqrt() + group.eps)
+        update = rate * (first / (1 - beta1**t) + beta2 * difference / (1 - beta2**t))
+        if group.no_prox:
+            weight = weight - group.lr * group.weight_decay * weight - update
+        else:
+            weight = (weight - update) / (1 + group.lr * group.weight_decay)
+        previous = gradient
+    return weight
+
+
+def lamb(weight: Tensor, gradients: Gradients, group: Group) -> Tensor:
+    """https://arxiv.org/abs/1904.00962, algorithm 2, whose phi is the identity."""
+    first = second = torch.zeros_like(weight)
+    beta1, beta2 = group.betas
+    for t, gradient in enumerate(gradients, start=1):
+        first = beta1 * first + (1 - beta1) * gradient
+        second = beta2 * second + (1 - beta2) * gradient**2
+        normed = first / (1 - beta1**t) / ((second / (1 - beta2**t)).sqrt() + group.eps)
+        update = normed + group.weight_decay * weight
+        if group.adapt == "all" or (group.adapt == "matrices" and weight.ndim > 1):
+            trust = weight.norm() / update.norm()
+            update = update * (trust.clamp(max=1) if group.trust_clip else trust)
+        weight = weight - group.lr * update
+    return weight
+
+
+def lars(weight: Tensor, gradients: Gradients, group: Group) -> Tensor:
+    """https://arxiv.org/abs/1708.03888, algorithm 1, with the rate outside of the momentum."""
+    velocity = torch.zeros_like(weight)
+    for gradient in gradients:
+        update = gradient + group.weight_decay * weight
+        if group.adapt == "all" or (group.adapt == "matrices" and weight.ndim > 1):
+            update *= group.trust_coeff * weight.norm() / (gradient.norm() + group.weight_decay * weight.norm())
+        velocity = group.momentum * velocity + update
+        weight = weight - group.lr * (update + group.momentum * velocity if group.nesterov else velocity)
+    return weight
+
+
 def newton_schulz(matrix: Tensor, group: Group) -> Tensor:
     """https://kellerjordan.github.io/posts/muon/"""
     a, b, c = group.ns_coefficients

@@ -29,12 +29,16 @@ EXPECTED = {
     "adafactor",
     "adalomo",
     "adamw_anyprecision",
+    "adan",
+    "adopt",
     "apollo_adamw",
     "apollo_mini",
     "galore_adafactor",
     "galore_adamw",
     "galore_adamw_8bit",
     "grokadamw",
+    "lamb",
+    "lars",
     "lomo",
     "muon",
     "normuon",
@@ -74,6 +78,9 @@ def build(name: str, parameters: list[Tensor], **options: Any) -> Optimizer:
         groups = [{"params": rest}, {"params": other, "stack_dims": 1, "state_dtype": "parameter"}][: 1 + bool(other)]
     if name == "galore_adamw_8bit":
         options = {"min_8bit_size": 64, **options}
+    if name == "lars":
+        # The rate below is a small one for it.
+        options = {"trust_coeff": 1.0, **options}
     if spec.takes != "all":
         # Every other stack of matrices as one.
         other = [p for index, p in enumerate(parameters) if index % 2 and p.ndim > 2]
@@ -442,6 +449,8 @@ def test_a_closure_runs_with_gradients_and_its_loss_comes_back(name: str) -> Non
 
     with torch.no_grad():
         assert optimizer.step(closure).item() == 16.0
+        # ADOPT only looks in its first step.
+        optimizer.step(closure)
     assert not torch.equal(weight, torch.ones(4, 4))
     assert optimizer.step() is None
 

@@ -1,4 +1,4 @@
-"""Rows of our own AdamW variants, whose original packages cannot be wrapped."""
+"""Rows of our own variants of AdamW."""
 
 from __future__ import annotations
 
@@ -52,6 +52,30 @@ class AnyPrecisionAdamWOptions(AdamOptions):
         check_epsilon(self.eps, self.variance_dtype)
 
 
+@dataclass(frozen=True)
+class AdoptOptions(Options):
+    """Options of :class:`~lightning_optim.optimizers.Adopt`."""
+
+    betas: tuple[float, float] = option(
+        (0.9, 0.9999), "decay rates of the normalized gradients' average and of the second moment", UNIT
+    )
+    eps: float = option(1e-6, "smallest root of a second moment to divide by", NON_NEGATIVE)
+    clip_exp: float | None = option(
+        0.25, "a normalized gradient is at most (step - 1) ** clip_exp; None: no bound", NON_NEGATIVE
+    )
+
+
+@dataclass(frozen=True)
+class AdanOptions(Options):
+    """Options of :class:`~lightning_optim.optimizers.Adan`."""
+
+    betas: tuple[float, float, float] = option(
+        (0.98, 0.92, 0.99), "decay rates of the gradients' average, their differences' and the second moment", UNIT
+    )
+    eps: float = option(1e-8, "added to the denominator", NON_NEGATIVE)
+    no_prox: bool = option(False, "decay as AdamW does, before the update, not by a division after it")
+
+
 def _bytes(dtype: str) -> int:
     size: int = getattr(torch, dtype).itemsize
     return size
@@ -93,6 +117,40 @@ ROWS = (
                     element_size=lambda o: _bytes(o.compensation_buffer_dtype),
                 ),
             ),
+        ),
+        sharded=True,
+        half_weights=True,
+    ),
+    OptimizerSpec(
+        name="adopt",
+        target="lightning_optim.optimizers:Adopt",
+        summary="Adam that divides a gradient by the second moment of those before it; any beta2 converges",
+        source="ADOPT: Modified Adam Can Converge with Any beta2 with the Optimal Rate, "
+        "https://arxiv.org/abs/2411.02853; lightning_optim.optimizers.Adopt",
+        options=AdoptOptions,
+        state_format="Adopt/1",
+        default_lr=1e-3,
+        default_weight_decay=0.0,
+        state=StateLayout(buffers=tuple(Buffer(name, float32=True) for name in ("exp_avg", "exp_avg_sq"))),
+        sharded=True,
+        half_weights=True,
+        note="the first step of a parameter sets its second moment and does not move it",
+    ),
+    OptimizerSpec(
+        name="adan",
+        target="lightning_optim.optimizers:Adan",
+        summary="Adam with Nesterov momentum, estimated from the differences of successive gradients",
+        source="Adan: Adaptive Nesterov Momentum Algorithm for Faster Optimizing Deep Models, "
+        "https://arxiv.org/abs/2208.06677; lightning_optim.optimizers.Adan",
+        options=AdanOptions,
+        state_format="Adan/1",
+        default_lr=1e-3,
+        default_weight_decay=0.0,
+        state=StateLayout(
+            buffers=tuple(
+                Buffer(name, float32=True)
+                for name in ("exp_avg", "exp_avg_diff", "exp_avg_ahead_sq", "previous_gradient")
+            )
         ),
         sharded=True,
         half_weights=True,

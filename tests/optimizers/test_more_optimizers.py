@@ -1,0 +1,72 @@
+"""What the references of these algorithms leave out: first steps, zeros, lengths of steps, and what is refused."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from lightning_optim import REGISTRY, InvalidOption
+
+
+def stepped(name: str, start: torch.Tensor, gradient: torch.Tensor, steps: int = 1, **options: Any) -> torch.Tensor:
+    weight = nn.Parameter(start.clone())
+    optimizer = REGISTRY[name].load()([weight], **options)
+    for _ in range(steps):
+        weight.grad = gradient.clone()
+        optimizer.step()
+    return weight.detach()
+
+
+def test_adopt_bounds_what_a_small_first_gradient_would_make_long() -> None:
+    weight = nn.Parameter(torch.zeros(2))
+    optimizer = REGISTRY["adopt"].load()([weight], lr=1.0, betas=(0.0, 0.5))
+    for value in (1e-4, 1.0):
+        weight.grad = torch.full((2,), value)
+        optimizer.step()
+    assert torch.equal(weight.detach(), torch.full((2,), -1.0))
+
+
+@pytest.mark.parametrize(("name", "fraction"), [("lamb", 0.1), ("lars", 0.1 * 1e-3)])
+@pytest.mark.parametrize("size", [1e-3, 1.0, 1e3])
+def test_a_layer_moves_by_a_fraction_of_its_norm(name: str, fraction: float, size: float) -> None:
+    start = torch.randn(8, 12)
+    moved = stepped(name, start, torch.randn(8, 12) * size, lr=0.1, weight_decay=0.0) - start
+    torch.testing.assert_close(moved.norm(), start.norm() * fraction, rtol=1e-2, atol=0)
+
+
+@pytest.mark.parametrize("name", ["lamb", "lars"])
+def test_zero_weights_move_and_zero_gradients_decay_without_nan(name: str) -> None:
+    moved = stepped(name, torch.zeros(4, 4), torch.ones(4, 4), lr=0.1, weight_decay=0.1)
+    torch.testing.assert_close(moved, torch.full((4, 4), -0.1), rtol=1e-4, atol=0)
+    kept = stepped(name, torch.ones(4, 4), torch.zeros(4, 4), lr=0.1, weight_decay=0.0)
+    assert torch.equal(kept, torch.ones(4, 4))
+    decayed = stepped(name, torch.ones(4, 4), torch.zeros(4, 4), lr=0.1, weight_decay=0.1)
+    assert (decayed < 1).all()
+
+
+def test_vectors_are_adapted_only_if_asked() -> None:
+    start, gradient = torch.ones(4), torch.full((4,), 2.0)
+    plain = stepped("lars", start, gradient, lr=0.1)
+    assert torch.equal(plain, torch.full((4,), 0.8))
+    adapted = stepped("lars", start, gradient, lr=0.1, trust_coeff=0.5, adapt="all")
+    torch.testing.assert_close(adapted, torch.full((4,), 0.95))
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "text"),
+    [
+        ("adopt", {"clip_exp": -1.0}, "clip_exp=-1.0 of Adopt is out of range"),
+        ("adan", {"betas": (0.9, 1.0, 0.9)}, "betas=.* of Adan is out of range"),
+        ("lamb", {"adapt": "layers"}, "adapt='layers' of Lamb is unknown; use one of 'matrices', 'all', 'none'"),
+        ("lars", {"momentum": 1.0}, "momentum=1.0 of Lars is out of range"),
+        ("lars", {"trust_coeff": 0.0}, "trust_coeff=0.0 of Lars is out of range"),
+        ("lars", {"momentum": 0.0, "nesterov": True}, "nesterov=True needs momentum"),
+    ],
+    ids=str,
+)
+def test_refusals(name: str, options: dict[str, Any], text: str) -> None:
+    with pytest.raises(InvalidOption, match=text):
+        REGISTRY[name].load()([torch.zeros(2, 2, requires_grad=True)], **options)

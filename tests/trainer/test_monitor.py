@@ -164,6 +164,23 @@ def test_logs_at_the_steps_of_self_log_and_the_largest_norm_between_them(name: s
     assert run.callback_metrics["optim/grad_norm"] == pytest.approx(norms[5], rel=2e-5)
 
 
+LEAN = ["lr", "grad_norm", "update_ratio", "skipped_steps"]  # what looks at the steps that are logged only
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_only_what_asks_for_every_step_looks_at_the_gradients_of_every_step(name: str) -> None:
+    def norms_taken(**options: Any) -> tuple[Noted, int]:
+        with torch.profiler.profile() as profile:
+            noted, _ = fit(tokens(name), OptimizerMonitor(**options), log_every_n_steps=3)
+        return noted, sum(event.count for event in profile.key_averages() if event.key == "aten::_foreach_norm")
+
+    noted, taken = norms_taken(metrics=["grad_norm", "grad_norm_max"])
+    lean, rarely = norms_taken(metrics=["grad_norm"])
+    assert lean.of("optim/grad_norm") == noted.of("optim/grad_norm")
+    assert "optim/grad_norm_max" not in lean.rows[0][1]
+    assert 0 < 3 * rarely == taken
+
+
 def test_a_part_of_large_weights_stands_for_all() -> None:
     torch.manual_seed(0)
 
@@ -212,6 +229,15 @@ def test_under_a_scaler_norms_are_unscaled_and_skipped_steps_counted(name: str) 
     # Nothing moved; the kernel of a fused step is run, and moves nothing.
     assert noted.rows[2][1].get("optim/update_ratio", 0.0) == 0.0
     assert noted.of("optim/skipped_steps/decay")[-1] == 1
+
+
+@pytest.mark.parametrize("name", SCALED)
+def test_skipped_steps_between_the_logs_are_counted_without_norms(name: str) -> None:
+    torch.manual_seed(0)
+    module = Overflowing((1,), optim=name, lr=LR, optim_args=SCALED[name])
+    noted, _ = fit(module, OptimizerMonitor(every_n_steps=3, metrics=LEAN), plugins=fp16_mixed())
+    assert noted.of("optim/skipped_steps") == [1, 1]
+    assert "optim/nonfinite_steps" not in noted.rows[0][1]
 
 
 def test_a_bucket_that_overflows_is_the_only_one_that_is_skipped() -> None:

@@ -34,7 +34,8 @@ class OptimizerMonitor(Callback):
 
     - ``lr``: the rate that the last step used, of each group; for all where the groups agree.
     - ``grad_norm``: 2-norm of the last step's gradients, before clipping and without loss scaling, also where they
-      are freed during backward; ``grad_norm_max``: the largest finite one since the last time.
+      are freed during backward.
+    - ``grad_norm_max``: the largest finite norm since the last time.
     - ``update_ratio``: norm of what the last step changed, by the norm of the weights before it.
     - ``momentum_norm``: norm of the first moments; of projected parameters, in their subspace.
     - ``nonfinite_steps``: steps with a gradient that was NaN or infinite, since training began.
@@ -46,6 +47,9 @@ class OptimizerMonitor(Callback):
     - ``state_bytes``: bytes of the state that this process holds.
 
     What is not known is left out. Between the steps that are logged nothing waits for the device.
+
+    ``grad_norm_max`` and ``nonfinite_steps`` look at the gradients of every step, the others only at those of the steps
+    that are logged: where a model is many small tensors, leave these two out of ``metrics`` for the least overhead.
 
     Args:
         every_n_steps: Optimizer steps between two logs; ``None`` takes the Trainer's ``log_every_n_steps``, so that the

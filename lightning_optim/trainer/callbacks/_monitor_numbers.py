@@ -19,6 +19,7 @@ from lightning_optim.trainer.callbacks._monitor_units import group_names, state_
 METRICS = (
     "lr",
     "grad_norm",
+    "grad_norm_max",
     "update_ratio",
     "momentum_norm",
     "nonfinite_steps",
@@ -74,6 +75,8 @@ class Numbers:
         if steps.gradients:
             reduced, histograms = self._reduced()
             values.update(self._of_gradients(reduced))
+        if "skipped_steps" in self._metrics:
+            values.update(self._counted("skipped_steps", self._skipped()))
         values.update(self._of_groups())
         if "state_bytes" in self._metrics:
             values.update(self._bytes())
@@ -85,10 +88,10 @@ class Numbers:
     def state_dict(self) -> dict[str, dict[str, int]]:
         """Returns what was counted, also since the last :meth:`collect`; of shards, then, by this process alone."""
         counts = {metric: dict(of_units) for metric, of_units in self.counts.items()}
-        if self.steps.gradients:
-            rows = self._rows()
-            for metric, counted in self._counted(*_count(rows), self._skipped()):
-                _count_up(counts.setdefault(metric, {}), counted)
+        if "skipped_steps" in self._metrics:
+            _count_up(counts.setdefault("skipped_steps", {}), self._skipped())
+        if "nonfinite_steps" in self._metrics and self.steps.gradients:
+            _count_up(counts.setdefault("nonfinite_steps", {}), self._nonfinite(_count(self._rows())[-1]))
         return counts
 
     # Inside.
@@ -125,14 +128,12 @@ class Numbers:
         if "grad_norm" in self._metrics:
             for unit, name in self._named(steps.reached_last):
                 yield ("grad_norm", name), last[unit]
+        if "grad_norm_max" in self._metrics:
             for unit, name in self._named(steps.reached):
                 if largest[unit] >= 0:
                     yield ("grad_norm_max", name), largest[unit]
-        for metric, counted in self._counted(last, largest, nonfinite, self._skipped()):
-            counts = self.counts.setdefault(metric, {})
-            _count_up(counts, counted)
-            for _, name in self._named(steps.reached):
-                yield (metric, name), counts.get(name, 0)
+        if "nonfinite_steps" in self._metrics:
+            yield from self._counted("nonfinite_steps", self._nonfinite(nonfinite))
         for metric, one, other, root in (
             ("update_ratio", "updates", "weights", True),
             ("projection/energy", "captured", "projected", False),
@@ -145,15 +146,16 @@ class Numbers:
             if name or not steps.unknown_momenta:
                 yield ("momentum_norm", name), math.sqrt(host["momenta"][unit])
 
-    def _counted(
-        self, last: list[float], largest: list[float], nonfinite: list[float], skipped: dict[str, int]
-    ) -> Iterator[tuple[str, dict[str, int]]]:
-        """Yields the counts of the steps that were noted, by metric."""
-        if "nonfinite_steps" in self._metrics:
-            named = self._named(self.steps.reached)
-            yield "nonfinite_steps", {name: int(nonfinite[unit]) for unit, name in named if nonfinite[unit]}
-        if "skipped_steps" in self._metrics:
-            yield "skipped_steps", skipped
+    def _counted(self, metric: str, added: dict[str, int]) -> Iterator[tuple[tuple[str, str], float]]:
+        """Counts steps, and yields how many there are by now."""
+        counts = self.counts.setdefault(metric, {})
+        _count_up(counts, added)
+        for _, name in self._named(self.steps.reached):
+            yield (metric, name), counts.get(name, 0)
+
+    def _nonfinite(self, nonfinite: list[float]) -> dict[str, int]:
+        named = self._named(self.steps.reached)
+        return {name: int(nonfinite[unit]) for unit, name in named if nonfinite[unit]}
 
     def _skipped(self) -> dict[str, int]:
         steps, counts = self.steps, dict[str, int]()

@@ -23,6 +23,8 @@ from lightning_optim.stepping import prepare_step
 from lightning_optim.trainer.callbacks._monitor_histograms import Histograms
 from lightning_optim.trainer.callbacks._monitor_units import Per, Units, local, momentum, norms, used_rate
 
+# What the gradients of every step are looked at for; all else is known from the steps that are measured.
+_OF_EVERY_STEP = frozenset(("grad_norm_max", "nonfinite_steps"))
 # A tensor with more elements may be represented by a part of them.
 _SMALL = 2**16
 # So many orders in which gradients arrive are kept.
@@ -33,7 +35,8 @@ class Steps:
     """Hooks into an optimizer and notes what its steps do, until :meth:`detach`.
 
     Gradients are seen before they are clipped: in :meth:`before_step`, or bucket by bucket where they are stepped
-    during backward. Every step costs the norms of its gradients; the rest is measured while :attr:`measures` is true.
+    during backward. Every step costs the norms of its gradients if ``"grad_norm_max"`` or ``"nonfinite_steps"`` is
+    logged; all else is measured while :attr:`measures` is true.
 
     Args:
         optimizer: The optimizer.
@@ -64,9 +67,10 @@ class Steps:
         self.measures = False
         #: Whether there was a step since this was set to false.
         self.stepped = False
-        #: Of each step since :meth:`clear`: the squared gradient norms by unit; and the units of parameters that had a
-        #: gradient and were not stepped, or a flag on the device that tells whether all were skipped.
+        #: The squared gradient norms by unit, of each step since :meth:`clear` that was looked at.
         self.gradients: list[Tensor] = []
+        #: Of each step since :meth:`clear`: the units of parameters that had a gradient and were not stepped, or a flag
+        #: on the device that tells whether all were skipped.
         self.skipped: list[set[int] | Tensor] = []
         #: The units that had gradients since :meth:`clear`, and in the last step.
         self.reached: set[int] = set()
@@ -83,6 +87,7 @@ class Steps:
         self.sampled = False
 
         self._metrics = metrics
+        self._looks_always = not _OF_EVERY_STEP.isdisjoint(metrics)
         self._copy_bytes = copy_bytes
         self._begun = False
         # Of the step that is under way, by id: Tensor.__hash__ is a Python function.
@@ -131,9 +136,9 @@ class Steps:
         self._note_rates()
         if not self._handles:
             return
-        alive = [p for group in self.optimizer.param_groups for p in group["params"] if p.grad is not None]
         scaled = scaler is not None and not has_unscaled(scaler, self.optimizer)
-        self.see_gradients(alive, scaler if scaled else None)
+        parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
+        self.see_gradients(parameters, scaler if scaled else None)
 
     def end_skipped(self) -> None:
         """Ends a step that was begun and never taken, because a scaler has skipped it."""
@@ -147,14 +152,15 @@ class Steps:
         Args:
             overflow: Tells on the device whether the kernel has skipped the step.
         """
-        if self._norms:
+        if self._parameters:
             self.stepped = True
             unit = self.units.unit
             parameters = list(self._parameters.values())
-            self.gradients.append(self._by_unit(tuple(self._norms), list(self._norms.values())))
-            skipped: set[int] | Tensor = {unit[key] for key in self._norms.keys() - self._prepared}
+            if self._norms:
+                self.gradients.append(self._by_unit(tuple(self._norms), list(self._norms.values())))
+            skipped: set[int] | Tensor = {unit[key] for key in self._parameters.keys() - self._prepared}
             self.skipped.append(overflow if overflow is not None and not skipped else skipped)
-            self.reached_last = self._orders[tuple(self._norms)].units
+            self.reached_last = {unit[key] for key in self._parameters}
             self.reached |= self.reached_last
             self._note_subspaces(parameters)
             if self.measures:
@@ -167,25 +173,23 @@ class Steps:
 
     @torch.no_grad()
     def see_gradients(self, parameters: Sequence[Tensor], scaler: GradScaler | None = None) -> None:
-        """Takes the norms of gradients that were not seen in this step; the scaler is given if they are scaled."""
-        fresh: dict[int, Tensor] = {}
-        gradients: list[Tensor] = []
+        """Takes gradients that were not seen in this step; the scaler is given if they are scaled."""
         # Lean, as all that happens in every step.
-        for parameter in parameters:
-            gradient, key = parameter.grad, id(parameter)
-            if gradient is not None and key not in self._norms:
-                fresh[key] = parameter
-                gradients.append(gradient if type(gradient) is Tensor and not gradient.is_sparse else local(gradient))
+        seen = self._parameters
+        fresh = {id(p): p for p in parameters if p.grad is not None and id(p) not in seen}
         if not fresh:
             return
         if not fresh.keys() <= self.units.unit.keys():
             self.units.update(self.optimizer)
+        seen.update(fresh)
+        if not (self.measures or self._looks_always):
+            return
+        gradients = [local(p.grad) for p in fresh.values() if p.grad is not None]
         found, factor = norms(gradients), None
         if scaler is not None:
             scale: Tensor = scaler.scale(torch.ones((), device=found[0].device))
             factor = scale.reciprocal()
             found = [norm * factor.to(norm.device) for norm in found]
-        self._parameters.update(fresh)
         self._norms.update(zip(fresh, found, strict=True))
         if self.measures and self.histograms is not None:
             for key, gradient in zip(fresh, gradients, strict=True):
@@ -221,7 +225,7 @@ class Steps:
         if Layerwise.of(optimizer) is not None:
             return  # its parts come one by one
         if optimizer is self.optimizer and self._begun and not self.measures:
-            self._prepared.update(self._norms)
+            self._prepared.update(self._parameters)
             return
         parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
         self.see_gradients(parameters)  # of a step that Lightning knows nothing of

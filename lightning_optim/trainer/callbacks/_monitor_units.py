@@ -87,6 +87,8 @@ def used_rate(optimizer: Optimizer, group: dict[str, Any]) -> float | Tensor:
 
 def local(tensor: Tensor) -> Tensor:
     """Returns the numbers that this process has of a tensor, outside of autograd; of a sparse one those it stores."""
+    if type(tensor) is Tensor and not tensor.requires_grad and not tensor.is_sparse:
+        return tensor
     tensor = tensor.detach()
     if is_sharded(tensor):
         shard: Any = tensor

@@ -18,7 +18,7 @@ from lightning_optim.choose._estimate import (
     compare_memory,
     estimate_memory,
 )
-from lightning_optim.choose._evidence import EVIDENCE, Evidence, Source, Task
+from lightning_optim.choose._evidence import CHOOSING, EVIDENCE, Evidence, Source, Task
 from lightning_optim.choose._fake_run import lightning_says
 from lightning_optim.choose._fakes import PRECISIONS
 from lightning_optim.choose._rankings import CLAIMS, RANKED, Claim
@@ -27,6 +27,7 @@ from lightning_optim.choose._shapes import SHAPES, Shape, Transformer, find_shap
 from lightning_optim.choose._tracker import MemoryTracker
 
 __all__ = [
+    "CHOOSING",
     "CLAIMS",
     "EVIDENCE",
     "PRECISIONS",

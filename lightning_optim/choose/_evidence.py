@@ -16,7 +16,7 @@ class Source:
     """Where a claim is made."""
 
     name: str
-    link: str | None = None
+    link: str
 
 
 @dataclass(frozen=True)
@@ -59,29 +59,31 @@ class Evidence:
         return tuple(name for name, holds in given.items() if holds)
 
 
-_CHOOSING = Source("choosing guide of the project")
+_PAGES = "https://github.com/lightning-optim/lightning-optim/blob/main/docs"
+#: Whose rows are the table of docs/choosing.md.
+CHOOSING = Source("choosing guide of the project", f"{_PAGES}/choosing.md#the-guides-table")
 _LANGUAGE: tuple[Task, ...] = ("pretrain", "finetune")
 # Of a large model, or a language model, they say what saves memory; where there is plenty they say nothing.
 _NOT_PLENTY: tuple[Room | None, ...] = (None, "little", "hardly any")
 
 EVIDENCE = (
-    Evidence(("adamw_torch", "adamw_torch_fused"), "for models below 1B parameters", _CHOOSING, below=1e9),
-    Evidence(("adamw_8bit", "lion_32bit"), "for models of 1B to 7B parameters", _CHOOSING, (), 1e9, 6.5e9, _NOT_PLENTY),
+    Evidence(("adamw_torch", "adamw_torch_fused"), "for models below 1B parameters", CHOOSING, below=1e9),
+    Evidence(("adamw_8bit", "lion_32bit"), "for models of 1B to 7B parameters", CHOOSING, (), 1e9, 6.5e9, _NOT_PLENTY),
     Evidence(
         ("galore_adamw", "paged_adamw_8bit"),
         "for models of 7B parameters and up",
-        _CHOOSING,
+        CHOOSING,
         (),
         6.5e9,
         rooms=_NOT_PLENTY,
     ),
-    Evidence(("adamw_torch_fused", "adamw_apex_fused"), "for plenty of memory", _CHOOSING, rooms=("plenty",)),
-    Evidence(("adamw_8bit", "lion_8bit"), "for little memory", _CHOOSING, rooms=("little",)),
-    Evidence(("galore_adamw_8bit_layerwise", "lomo"), "for hardly any memory", _CHOOSING, rooms=("hardly any",)),
-    Evidence(("galore_adamw", "adamw_8bit"), "for language models", _CHOOSING, _LANGUAGE, rooms=_NOT_PLENTY),
-    Evidence(("adamw_torch", "lion_32bit"), "for vision", _CHOOSING, tasks=("vision",)),
-    Evidence(("adagrad",), "for recommenders and sparse data", _CHOOSING, tasks=("sparse",)),
-    Evidence(("adamw_torch",), "the first choice", _CHOOSING),
+    Evidence(("adamw_torch_fused", "adamw_apex_fused"), "for plenty of memory", CHOOSING, rooms=("plenty",)),
+    Evidence(("adamw_8bit", "lion_8bit"), "for little memory", CHOOSING, rooms=("little",)),
+    Evidence(("galore_adamw_8bit_layerwise", "lomo"), "for hardly any memory", CHOOSING, rooms=("hardly any",)),
+    Evidence(("galore_adamw", "adamw_8bit"), "for language models", CHOOSING, _LANGUAGE, rooms=_NOT_PLENTY),
+    Evidence(("adamw_torch", "lion_32bit"), "for vision", CHOOSING, tasks=("vision",)),
+    Evidence(("adagrad",), "for recommenders and sparse data", CHOOSING, tasks=("sparse",)),
+    Evidence(("adamw_torch",), "the first choice", CHOOSING),
     Evidence(
         ("adagrad",),
         "rates of each coordinate's own, for features that are rare",
@@ -138,4 +140,4 @@ EVIDENCE = (
 )
 
 #: Where the suffix is explained: the same optimizer, for which the claims hold as well.
-LAYERWISE = Source("docs/layerwise.md: the same steps, taken during backward")
+LAYERWISE = Source("docs/layerwise.md: the same steps, taken during backward", f"{_PAGES}/layerwise.md")

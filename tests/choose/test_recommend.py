@@ -11,9 +11,10 @@ import pytest
 import torch
 
 from lightning_optim import InvalidOption, OptimCallback, OptimCLI, OptimConfig, Shape, recommend
-from lightning_optim.choose import EVIDENCE, Estimator, MemoryEstimate, Recommendation, rank
+from lightning_optim.choose import CHOOSING, EVIDENCE, Estimator, MemoryEstimate, Recommendation, rank
 from lightning_optim.table import REGISTRY
 from tests.models import ForeignTokens, LitTokens
+from tests.processes import ROOT
 
 GIB = 2**30
 #: Few and wide layers, which are soon run: 0.3 million parameters, 1.3 billion and 7.4 billion.
@@ -102,8 +103,17 @@ def test_each_claim_has_a_source_and_names_that_exist() -> None:
     for claim in EVIDENCE:
         assert claim.says
         assert claim.source.name
-        assert claim.source.link is None or claim.source.link.startswith("https://")
+        assert claim.source.link.startswith("https://")
         assert all(REGISTRY.find(name) for name in claim.optims)
+
+
+def test_the_page_has_the_guide_that_claims_link_to() -> None:
+    page = (ROOT / "docs" / "choosing.md").read_text(encoding="utf-8")
+    rows = [claim for claim in EVIDENCE if claim.source == CHOOSING]
+    table = [f"| {claim.says} | {', '.join(f'`{name}`' for name in claim.optims)} |" for claim in rows]
+    assert "\n".join(table) in page
+    assert CHOOSING.link.endswith("docs/choosing.md#the-guides-table")
+    assert "## The guide's table" in page
 
 
 def test_a_missing_package_is_told() -> None:

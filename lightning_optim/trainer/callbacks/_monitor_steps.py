@@ -23,8 +23,8 @@ from lightning_optim.stepping import prepare_step
 from lightning_optim.trainer.callbacks._monitor_histograms import Histograms
 from lightning_optim.trainer.callbacks._monitor_units import Per, Units, local, momentum, norms, used_rate
 
-# What the gradients of every step are looked at for; all else is known from the steps that are measured.
-_OF_EVERY_STEP = frozenset(("grad_norm_max", "nonfinite_steps"))
+#: What the gradients of every step are looked at for; all else is known from the steps that are measured.
+OF_EVERY_STEP = frozenset(("grad_norm_max", "nonfinite_steps"))
 # A tensor with more elements may be represented by a part of them.
 _SMALL = 2**16
 # So many orders in which gradients arrive are kept.
@@ -87,7 +87,7 @@ class Steps:
         self.sampled = False
 
         self._metrics = metrics
-        self._looks_always = not _OF_EVERY_STEP.isdisjoint(metrics)
+        self._looks_always = not OF_EVERY_STEP.isdisjoint(metrics)
         self._copy_bytes = copy_bytes
         self._begun = False
         # Of the step that is under way, by id: Tensor.__hash__ is a Python function.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from typing import Any
@@ -168,6 +168,54 @@ def per_parameter(task: Task, model: nn.Module) -> Callable[[], None]:
     return lambda: model(task.batch)["loss"].backward()
 
 
+def by_hand(limit: int) -> Variant:
+    """Steps fixed buckets of at least ``limit`` bytes in hooks: the least that stepping during backward takes.
+
+    It knows nothing of accumulation, clipping, checkpoints, parameters without gradients and all else that is not here.
+    """
+
+    def attach(task: Task, model: nn.Module) -> Callable[[], None]:
+        def hook(parameter: Tensor) -> None:
+            bucket = awaited[parameter]
+            bucket.missing -= 1
+            if not bucket.missing:
+                bucket.missing = bucket.size
+                bucket.optimizer.step()
+                bucket.optimizer.zero_grad()
+
+        awaited: dict[Tensor, Fixed] = {}
+        for parameters in fixed_buckets(reversed(list(model.parameters())), limit):
+            optimizer = task.optimizer(parameters, lr=LR, foreach=True)
+            awaited.update(dict.fromkeys(parameters, Fixed(optimizer, len(parameters), len(parameters))))
+        for parameter in awaited:
+            register: Any = parameter.register_post_accumulate_grad_hook
+            register(hook)
+        return lambda: model(task.batch)["loss"].backward()
+
+    return loop(attach)
+
+
+@dataclass
+class Fixed:
+    """A bucket of :func:`by_hand`, and how many gradients are missing."""
+
+    optimizer: Optimizer
+    size: int
+    missing: int
+
+
+def fixed_buckets(parameters: Iterable[Tensor], limit: int) -> Iterator[list[Tensor]]:
+    """Yields parameters in their order, in lists of at least ``limit`` bytes."""
+    bucket: list[Tensor] = []
+    for parameter in parameters:
+        bucket.append(parameter)
+        if sum(member.nbytes for member in bucket) >= limit:
+            yield bucket
+            bucket = []
+    if bucket:
+        yield bucket
+
+
 class LitNet(OptimMixin, LightningModule):
     """Lightning's view of a model; takes the seconds of its steps."""
 
@@ -255,6 +303,8 @@ def rows_of(task: Task) -> list[Row]:
         add("default", None, kernel)
     for bucket_mb in (*task.buckets_mb, 0.0):
         add(f"{bucket_mb:g} MiB", bucket_mb, "foreach")
+    limit = Layerwise(task.optimizer(task.build().parameters())).bucket_bytes
+    rows.append(Row("default buckets by hand", by_hand(limit), "plain foreach"))
     rows.append(Row("per parameter in hooks", per_parameter, "plain foreach"))
     if task.trainers:
         trainers = [("Lightning", lightning, "adamw_torch_layerwise")]

@@ -40,7 +40,7 @@ LOOKS_INSIDE = {("table.rows", "optimizers")}
 #: The room for what is not ours.
 COMPAT = "_compat"
 LIGHTNING = "_compat.lightning"
-PUBLIC = ("", "optimizers", "layerwise")
+PUBLIC = ("", "optimizers", "layerwise", "testing")
 OPTIONAL = {"bitsandbytes", "torchao", "schedulefree", "optimi", "torch_xla", "torch_npu", "apex", "amp_C"}
 # Where an optional package is imported at all: an adapter, at its top; or a function that cannot do without.
 MAY_IMPORT_OPTIONAL = (

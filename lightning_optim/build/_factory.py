@@ -263,15 +263,7 @@ def _build(
     # Imported late: importing an accelerator's package may initialize the device.
     optimizer_class = spec.load(nearest)
     names = {parameter.parameter: parameter.name for parameter in parameters}
-    arguments = {"lr": lr, **options.select("group", "constructor"), **spec.fixed}
-    if spec.projects:
-        # It is set per group; groups added later (by finetuning callbacks) are not projected.
-        del arguments["rank"]
-    if spec.decays:
-        arguments["weight_decay"] = weight_decay
-    if spec.warmup == "optimizer":
-        arguments["warmup_steps"] = warmup_steps
-    optimizer = optimizer_class(groups, **arguments)
+    optimizer = optimizer_class(groups, **constructor_arguments(spec, options, lr, weight_decay, warmup_steps))
     keep_kernel(optimizer)
     say_if_not_finite(optimizer)
     state_format = optimizer_class.format() if issubclass(optimizer_class, OwnOptimizer) else spec.format
@@ -296,6 +288,21 @@ def _build(
         policy=policy,
         request=part,
     )
+
+
+def constructor_arguments(
+    spec: OptimizerSpec, options: Options, lr: float, weight_decay: float, warmup_steps: int = 0
+) -> dict[str, Any]:
+    """Returns what the class of a row is called with, besides param groups."""
+    arguments = {"lr": lr, **options.select("group", "constructor"), **spec.fixed}
+    if spec.projects:
+        # It is set per group; groups added later (by finetuning callbacks) are not projected.
+        del arguments["rank"]
+    if spec.decays:
+        arguments["weight_decay"] = weight_decay
+    if spec.warmup == "optimizer":
+        arguments["warmup_steps"] = warmup_steps
+    return arguments
 
 
 def settle(config: OptimConfig) -> tuple[Options, GroupPolicy]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from typing import Any
 
 from torch import Tensor
@@ -89,16 +89,17 @@ def _number(value: int | str, options: Options) -> int:
     return int(getattr(options, value)) if isinstance(value, str) else value
 
 
-def measured_bytes(state_dict: dict[str, Any]) -> int:
-    """Returns the bytes of all distinct tensors in an optimizer's ``state_dict()["state"]``."""
+def measured_bytes(state_dict: dict[str, Any], without: Collection[str] = ()) -> int:
+    """Returns the bytes of all distinct tensors in an optimizer's ``state_dict()["state"]`` but for some keys."""
     storages: dict[int, int] = {}
 
     def visit(value: Any) -> None:
         if isinstance(value, Tensor):
             storages[value.data_ptr()] = value.numel() * value.element_size()
         elif isinstance(value, dict):
-            for item in value.values():
-                visit(item)
+            for key, item in value.items():
+                if key not in without:
+                    visit(item)
 
     visit(state_dict["state"])
     return sum(storages.values())

@@ -9,7 +9,8 @@ from __future__ import annotations
 from lightning_optim.layerwise._clipping import Clipping
 from lightning_optim.layerwise._engine import Layerwise
 from lightning_optim.layerwise._passes import Observer
+from lightning_optim.layerwise._probe import Probe, probe
 from lightning_optim.layerwise._replicas import Replicas
 from lightning_optim.layerwise._scaling import OuterScaler
 
-__all__ = ["Clipping", "Layerwise", "Observer", "OuterScaler", "Replicas"]
+__all__ = ["Clipping", "Layerwise", "Observer", "OuterScaler", "Probe", "Replicas", "probe"]

@@ -13,6 +13,7 @@ from lightning_optim.stepping._finite import say_if_not_finite
 from lightning_optim.stepping._fused import HALF, FusedStep, fused_class, is_packed
 from lightning_optim.stepping._kernels import keep_kernel, laid_out_as
 from lightning_optim.stepping._preparing import preparations, prepare_step
+from lightning_optim.stepping._random import seed, undisturbed
 from lightning_optim.stepping._sharding import is_sharded
 from lightning_optim.stepping._state_marks import FORMAT, IDENTIFIER, MARKS, MEMBERS, check_state, refuse_foreign
 from lightning_optim.stepping._uncompiled import StepsUncompiled, uncompiled
@@ -42,5 +43,7 @@ __all__ = [
     "prepare_step",
     "refuse_foreign",
     "say_if_not_finite",
+    "seed",
     "uncompiled",
+    "undisturbed",
 ]

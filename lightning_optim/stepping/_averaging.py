@@ -45,6 +45,7 @@ class KeepsTrainingPoint(StepsUncompiled):
         for parameter, state, _ in self._moved(train_mode=True):
             state[_POINT] = parameter.detach().clone()
         super().eval()  # type: ignore[misc]
+        self._drop_empty()
 
     @uncompiled
     @torch.no_grad()
@@ -52,6 +53,7 @@ class KeepsTrainingPoint(StepsUncompiled):
         """Puts the training point into the parameters, if it is not there yet."""
         moved = list(self._moved(train_mode=False))
         super().train()  # type: ignore[misc]
+        self._drop_empty()
         for parameter, state, _ in moved:
             if _POINT in state:
                 parameter.copy_(state.pop(_POINT))
@@ -85,6 +87,11 @@ class KeepsTrainingPoint(StepsUncompiled):
         for group in state_dict["param_groups"]:
             group["train_mode"] = False
         return state_dict
+
+    def _drop_empty(self) -> None:
+        """Removes the states that upstream makes by looking: ``torch.distributed.checkpoint`` takes them for whole."""
+        for parameter in [parameter for parameter, state in self.state.items() if not state]:
+            del self.state[parameter]
 
     def _moved(self, train_mode: bool) -> Iterator[tuple[Tensor, dict[str, Any], dict[str, Any]]]:
         """Yields (parameter, state, group) in this mode where average and training point differ."""

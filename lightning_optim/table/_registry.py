@@ -9,6 +9,7 @@ import importlib.util
 import inspect
 import sys
 from collections.abc import Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import make_dataclass
 from types import MappingProxyType
 from typing import Any
@@ -71,6 +72,23 @@ class Registry(Mapping[str, OptimizerSpec]):
                     f"{name!r} is already registered ({self._specs[name].implementation}); choose another name"
                 )
         self._specs.update(dict.fromkeys(names, spec))
+
+    @contextmanager
+    def knowing(self, spec: OptimizerSpec) -> Iterator[None]:
+        """Has a row registered inside, unless it is already.
+
+        Raises:
+            DuplicateOptimizer: If another row has one of its names.
+        """
+        if self.plain.get(spec.name) is spec:
+            yield
+            return
+        self.register(spec)
+        try:
+            yield
+        finally:
+            for name in (spec.name, *spec.aliases):
+                del self._specs[name]
 
     def __getitem__(self, name: str) -> OptimizerSpec:
         """Returns the row of the identifier ``name``.

@@ -67,6 +67,7 @@ class Quantization:
         min_size: Parameters with fewer elements stay unquantized; a number or the name of an option.
         whole_blocks: True if a parameter whose size is not a multiple of the block size stays unquantized.
         table_bytes: Bytes of the lookup table stored with each tensor (0 if it is shared).
+        tables: Keys of lookup tables that all parameters share, which are not counted.
     """
 
     bits: int
@@ -74,6 +75,7 @@ class Quantization:
     min_size: int | str
     whole_blocks: bool = False
     table_bytes: int = 0
+    tables: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

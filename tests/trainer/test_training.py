@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.cases import BY_NAME, NAMES, in_modes
+from tests.cases import BY_NAME, in_modes
 from tests.models import LitTokens, fp16_mixed, loader, trainer
 
 MODES: dict[str, dict[str, Any]] = {
@@ -25,7 +25,7 @@ MODES: dict[str, dict[str, Any]] = {
         "gradient_clip_algorithm": "value",
     },
 }
-# In 32-true all are trained by their defaults, below.
+# In 32-true tests/testing trains all by their defaults.
 FOR_ALL = ("bf16-true", "16-mixed clip_norm")
 
 
@@ -42,12 +42,3 @@ def test_thirty_steps_lower_the_loss(name: str, mode: str) -> None:
     assert all(torch.isfinite(parameter).all() for parameter in model.parameters())
     first, last = sum(model.losses[:5]) / 5, sum(model.losses[-5:]) / 5
     assert last < 0.8 * first, f"{first:.3f} -> {last:.3f}"
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_defaults_train(name: str) -> None:
-    """The defaults are usable: a run that names nothing but the optimizer learns."""
-    model = LitTokens(optim=name)
-    trainer(max_steps=60).fit(model, loader())
-    first, last = sum(model.losses[:5]) / 5, sum(model.losses[-5:]) / 5
-    assert last < first, f"{first:.3f} -> {last:.3f}"

@@ -19,7 +19,10 @@ from lightning_optim.stepping import StepsUncompiled
 
 with quietly():
     from bitsandbytes import optim
+    from bitsandbytes.functional import GlobalPageManager
 
+# What its constructor sets and Optimizer.__getstate__ leaves out.
+_ATTRIBUTES = ("initialized", "name2qmap", "is_paged", "non_castable_tensor_keys", "args", "optimizer_name")
 # Upstream get_config's defaults for keys that a group lacks.
 _GROUP_DEFAULTS = {"betas": (0.9, 0.999), "eps": 1e-8, "alpha": 0.0, "t_alpha": None, "t_beta3": None}
 
@@ -36,6 +39,16 @@ class _BitsPerGroup(StepsUncompiled):
         override = _override(group["params"][pindex])
         config["optim_bits"] = override.get("optim_bits", group.get("optim_bits", config["optim_bits"]))
         return config
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Returns what a copy needs; upstream's would fail in its first step."""
+        return {**super().__getstate__(), **{name: getattr(self, name) for name in _ATTRIBUTES}}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        # One of each in a process.
+        self.mng = optim.GlobalOptimManager.get_instance()
+        self.page_mng = GlobalPageManager.get_instance()
 
     def check_overrides(self) -> None:
         """Refuses, in the first step, overrides that cannot be taken over from ``GlobalOptimManager``.

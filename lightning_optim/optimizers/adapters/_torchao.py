@@ -11,6 +11,7 @@ As in torchao, the learning rate is a 0-dim float32 tensor, but floats assigned 
 
 from __future__ import annotations
 
+from collections import defaultdict
 from typing import Any, ClassVar
 
 import torch
@@ -23,6 +24,8 @@ from lightning_optim._compat.torchao import AdamBase
 from lightning_optim.stepping import StepsUncompiled, uncompiled
 
 _PACKED = "torchao_quantized"
+# What its constructor sets and Optimizer.__getstate__ leaves out.
+_ATTRIBUTES = ("block_size", "bf16_stochastic_round", "is_adamw")
 _DTYPES = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float16", "float64")}
 
 
@@ -53,6 +56,11 @@ def unpack(packed: Any, device: torch.device) -> Any:
     return OptimState8bit(codes, scale, qmap, signed, dtype=dtype)
 
 
+def _packed(state: Any) -> Any:
+    """Returns one parameter's state in plain tensors; what belongs to no parameter may be anything."""
+    return {name: pack(value) for name, value in state.items()} if isinstance(state, dict) else state
+
+
 class _PlainCheckpoints(StepsUncompiled, AdamBase):
     """torchao's AdamW with plain state dicts, float learning rates and full-precision groups."""
 
@@ -61,10 +69,7 @@ class _PlainCheckpoints(StepsUncompiled, AdamBase):
 
     def state_dict(self) -> dict[str, Any]:
         state_dict = super().state_dict()
-        state_dict["state"] = {
-            index: {name: pack(value) for name, value in state.items()} if isinstance(state, dict) else state
-            for index, state in state_dict["state"].items()
-        }
+        state_dict["state"] = {index: _packed(state) for index, state in state_dict["state"].items()}
         return state_dict
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -84,6 +89,18 @@ class _PlainCheckpoints(StepsUncompiled, AdamBase):
             for name in reserved:
                 if name in saved.get(index, {}):
                     self.state[parameter][name] = self._restored(saved[index][name], parameter)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Returns what a copy needs, in plain tensors: quantized ones cannot be cloned."""
+        packed = {key: _packed(state) for key, state in self.state.items()}
+        return {**super().__getstate__(), "state": packed, **{name: getattr(self, name) for name in _ATTRIBUTES}}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        packed, self.state = self.state, defaultdict(dict)
+        for key, own in packed.items():
+            whole = isinstance(own, dict) and isinstance(key, Tensor)
+            self.state[key] = {name: unpack(value, key.device) for name, value in own.items()} if whole else own
 
     @staticmethod
     def _restored(value: Any, parameter: Tensor) -> Tensor:

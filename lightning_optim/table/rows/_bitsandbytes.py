@@ -23,7 +23,7 @@ REQUIREMENTS = (
 )
 DEVICES = frozenset({"cpu", "cuda", "xpu"})
 _PAGED_ON = frozenset({"cuda"})
-QUANTIZATION = Quantization(bits=8, block_size=256, min_size="min_8bit_size")
+QUANTIZATION = Quantization(bits=8, block_size=256, min_size="min_8bit_size", tables=("qmap1", "qmap2"))
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,203 @@
+"""Asks a class that nobody vouches for whether it steps each parameter on its own, by a few steps of small ones."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from lightning_optim._compat.torch import bare_optimizer
+from lightning_optim.errors import IncompatibleTrainer
+from lightning_optim.layerwise._coupled import differ
+from lightning_optim.layerwise._split_step import SplitStep
+from lightning_optim.stepping import seed, undisturbed
+
+# D-Adaptation's estimate moves in the second step, a common counter shows in the second one, too.
+_STEPS = 4
+_GROUPS, _DIMENSIONS = 2, 2
+# Of a parameter's whole way. Stacks of equal shapes are rounded otherwise than single ones; coupling changes far more.
+_ROUNDING = 1e-4
+# A schedule may begin at 0, where nothing would move.
+_LEAST_RATE = 1e-2
+
+Verdict = Literal["alone", "random", "coupled", "unknown"]
+
+
+@dataclass(frozen=True)
+class Probe:
+    """What the steps of small parameters show.
+
+    Attributes:
+        verdict: ``"alone"`` if each parameter is stepped on its own; ``"random"`` if it is, but by random numbers that
+            depend on the order of the parameters; ``"coupled"`` if one depends on the others; ``"unknown"`` if the
+            class does not step such parameters.
+        reason: What was seen, for the last two.
+    """
+
+    verdict: Verdict
+    reason: str = ""
+
+
+def probe(optimizer: Optimizer) -> Probe:
+    """Compares a step over all parameters with steps over single ones; the optimizer itself is left alone.
+
+    A parameter that comes first in both meets the same random numbers whatever the others draw. If it still differs, it
+    depends on the others. The last parameter of another order tells whether numbers depend on the order.
+    """
+    if type(torch.empty(0, device="cpu")) is not Tensor:
+        return Probe("unknown", "inside a fake tensor mode nothing can be compared")
+    reason = ""
+    devices = dict.fromkeys(("cpu", *(p.device.type for group in optimizer.param_groups for p in group["params"])))
+    for make in (_copied, _rebuilt):
+        for device in devices:
+            if device == "meta":
+                continue
+            try:
+                with undisturbed():
+                    return _Probing(optimizer, make, device).verdict()
+            except Exception as error:  # whatever a class does with parameters that are not its own
+                reason = reason or f"{type(error).__name__}: {error}"
+    return Probe("unknown", reason)
+
+
+@dataclass
+class _Outcome:
+    """What a run ends with: the parameters, their states, and what the state holds besides."""
+
+    parameters: list[Tensor]
+    states: list[dict[str, Any]]
+    common: dict[Any, Any]
+
+
+class _Probing:
+    """The runs of one probe; every run begins with the same parameters and gets the same gradients."""
+
+    def __init__(self, optimizer: Optimizer, make: Callable[[Optimizer, Any], Optimizer], device: str) -> None:
+        self._optimizer, self._make, self._device = optimizer, make, device
+        self._members = [(number, shape) for number, shapes in _shapes(optimizer) for shape in shapes]
+        self._begin = [_normal(shape, index).to(device) for index, (_, shape) in enumerate(self._members)]
+
+    def verdict(self) -> Probe:
+        everyone = range(len(self._members))
+        plain = self._run(everyone)
+        # One of each kind in each group comes first in turn.
+        first = {(number, len(shape)): index for index, (number, shape) in reversed(list(enumerate(self._members)))}
+        for index in first.values():
+            shape, group = self._members[index][1], self._members[index][0]
+            order = sorted(everyone, key=lambda i: (i != index, self._members[i][0] != group))
+            together = plain if index == 0 else self._run(order)
+            try:
+                apart = self._run(order, order)
+            except IncompatibleTrainer as error:
+                return Probe("coupled", str(error))
+            shared = next((key for key in together.common if differ(together.common[key], apart.common.get(key))), None)
+            if shared is not None:
+                return Probe(
+                    "coupled", f"the state has {shared!r}, which is no parameter's: every part would advance it"
+                )
+            if self._differ(together, apart, index):
+                return Probe("coupled", f"a parameter of shape {shape} moves otherwise when others are stepped with it")
+        backwards = self._run(everyone, everyone[::-1])
+        if not any(self._differ(plain, backwards, index) for index in everyone):
+            return Probe("alone")
+        otherwise = self._run(everyone, draw=1)
+        if any(self._differ(plain, otherwise, index) for index in everyone):
+            return Probe("random")
+        return Probe("coupled", "a parameter moves otherwise when others are stepped before it")
+
+    def _differ(self, one: _Outcome, other: _Outcome, index: int) -> bool:
+        moved = one.parameters[index] - self._begin[index], other.parameters[index] - self._begin[index]
+        return _far(*moved) or _far(one.states[index], other.states[index])
+
+    def _run(self, order: Sequence[int], apart: Sequence[int] = (), draw: int = 0) -> _Outcome:
+        """Takes some steps over all parameters in ``order``; with ``apart`` over one after the other in that order."""
+        parameters = [begin.clone().requires_grad_() for begin in self._begin]
+        grouped: dict[int, list[Tensor]] = defaultdict(list)
+        for index in order:
+            grouped[self._members[index][0]].append(parameters[index])
+        groups = [{**_settings(self._optimizer.param_groups[n]), "params": members} for n, members in grouped.items()]
+        optimizer = self._make(self._optimizer, groups)
+        if callable(getattr(optimizer, "train", None)):
+            optimizer.train()  # type: ignore[attr-defined]
+        for step in range(_STEPS):
+            for index, parameter in enumerate(parameters):
+                # Norms far from each other and from 1: what clips or adapts all together has something to do.
+                scale = 4.0 ** (index % 3 - 1)
+                parameter.grad = _normal(parameter.shape, 1000 * step + index + 100).to(self._device) * scale
+            seed(1000 * draw + step, optimizer)
+            if not apart:
+                optimizer.step()
+                continue
+            split = SplitStep(optimizer)
+            for index in apart:
+                split.inner([parameters[index]]).step()
+                if apart == order:
+                    # The next to come meets what it would meet as the first, too.
+                    seed(1000 * draw + step, optimizer)
+            split.commit()
+        state: Any = optimizer.state
+        common = {key: value for key, value in state.items() if not isinstance(key, Tensor)}
+        return _Outcome([p.detach() for p in parameters], [dict(state.get(p, {})) for p in parameters], common)
+
+
+def _far(one: Any, other: Any) -> bool:
+    """Whether two values differ by more than rounding."""
+    if isinstance(one, Tensor) and isinstance(other, Tensor):
+        if one.shape != other.shape:
+            return True
+        if not one.is_floating_point():
+            return bool((one != other).any())
+        largest = torch.nan_to_num(one.detach().abs()).max() if one.numel() else 0.0
+        return not torch.allclose(one, other, rtol=0.0, atol=_ROUNDING * float(largest), equal_nan=True)
+    if isinstance(one, dict) and isinstance(other, dict):
+        return one.keys() != other.keys() or any(_far(one[key], other[key]) for key in one)
+    if isinstance(one, (list, tuple)) and isinstance(other, (list, tuple)):
+        return len(one) != len(other) or any(map(_far, one, other))
+    return isinstance(one, (bool, int, float, str)) and one != other
+
+
+def _shapes(optimizer: Optimizer) -> Iterator[tuple[int, list[tuple[int, ...]]]]:
+    """Yields groups by number, each with shapes for small parameters that have as many dimensions as its own."""
+    for number, group in enumerate(optimizer.param_groups[:_GROUPS]):
+        found = list(dict.fromkeys(p.ndim for p in group["params"]))
+        matrices_first = sorted(found, key=lambda dimensions: (dimensions != 2, dimensions))[:_DIMENSIONS]
+        yield number, [(6, 4, 3, 2, 2)[:d] for d in matrices_first] + [(5, 4, 2, 2, 2)[:d] for d in matrices_first]
+
+
+def _settings(group: dict[str, Any]) -> dict[str, Any]:
+    """Returns a group without what belongs to its own parameters."""
+    own = ("params", "param_names", "name")
+    settings = {key: copy.deepcopy(value) for key, value in group.items() if key not in own}
+    if "lr" in settings and settings["lr"] < _LEAST_RATE:
+        settings["lr"] = (
+            torch.full_like(settings["lr"], _LEAST_RATE) if isinstance(settings["lr"], Tensor) else _LEAST_RATE
+        )
+    return settings
+
+
+def _copied(optimizer: Optimizer, groups: list[dict[str, Any]]) -> Optimizer:
+    """Returns an optimizer with these groups and the attributes of another, its settings and its settings only."""
+    attributes = {k: copy.deepcopy(v) for k, v in vars(optimizer).items() if k not in ("state", "param_groups")}
+    made = bare_optimizer(type(optimizer), attributes)
+    made.state = defaultdict(dict)
+    made.param_groups = groups
+    return made
+
+
+def _rebuilt(optimizer: Optimizer, groups: list[dict[str, Any]]) -> Optimizer:
+    """Returns an optimizer of the same class, for one whose constructor prepares states."""
+    known = {**vars(optimizer), **optimizer.defaults}
+    taken = list(inspect.signature(type(optimizer)).parameters)[1:]
+    return type(optimizer)(groups, **{name: copy.deepcopy(known[name]) for name in taken if name in known})
+
+
+def _normal(shape: Sequence[int], seed: int) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(tuple(shape), generator=generator, dtype=torch.float32, device="cpu")

@@ -140,6 +140,8 @@ CASES = (
     _own("grokadamw", "optimizers:GrokAdamW", lr=3e-3, options={"betas": (0.8, 0.95), "gamma": 0.05}),
     _own("adopt", "optimizers:Adopt", options={"betas": (0.8, 0.95)}),
     _own("adan", "optimizers:Adan", options={"betas": (0.9, 0.8, 0.95)}),
+    _own("adam_mini", "optimizers:AdamMini", options=_BETAS),
+    _own("came", "optimizers:CAME", lr=3e-3, options={"betas": (0.8, 0.95, 0.99)}),
     _own("lamb", "optimizers:Lamb", options=_BETAS),
     _own("lars", "optimizers:Lars", lr=1.0, options={"momentum": 0.8, "trust_coeff": 1e-2}),
     _own("muon", "optimizers:Muon", lr=2e-2, options={"momentum": 0.9, "ns_steps": 4}),

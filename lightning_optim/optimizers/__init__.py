@@ -11,11 +11,13 @@ from typing import TYPE_CHECKING, Any
 from lightning_optim.errors import MissingDependency
 from lightning_optim.optimizers._adafactor import Adafactor
 from lightning_optim.optimizers._adalomo import AdaLomo
+from lightning_optim.optimizers._adam_mini import AdamMini
 from lightning_optim.optimizers._adan import Adan
 from lightning_optim.optimizers._adopt import Adopt
 from lightning_optim.optimizers._anyprecision import AnyPrecisionAdamW
 from lightning_optim.optimizers._apollo import ApolloAdamW
 from lightning_optim.optimizers._base import OwnOptimizer
+from lightning_optim.optimizers._came import CAME
 from lightning_optim.optimizers._galore import GaLoreAdamW
 from lightning_optim.optimizers._galore_adafactor import GaLoreAdafactor
 from lightning_optim.optimizers._grokadamw import GrokAdamW
@@ -30,9 +32,11 @@ if TYPE_CHECKING:
     from lightning_optim.optimizers.adapters._galore import GaLoreAdamW8bit
 
 __all__ = [
+    "CAME",
     "LOMO",
     "AdaLomo",
     "Adafactor",
+    "AdamMini",
     "Adan",
     "Adopt",
     "AnyPrecisionAdamW",

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from lightning_optim.errors import InvalidOption
-from lightning_optim.optimizers._base import OwnOptimizer, compute_dtype, hyperparameters, to_compute_dtype, write_back
+from lightning_optim.optimizers._base import OwnOptimizer, compute_dtype, hyperparameters
 from lightning_optim.optimizers._factored import factored_update, moment_shapes, rms
-from lightning_optim.optimizers._stacks import batches, stack, stacked, unstack
+from lightning_optim.optimizers._stacks import batches, stacked, stacked_weights
 
 
 def default_lr(relative_step: bool) -> float:
@@ -81,17 +81,12 @@ class Adafactor(OwnOptimizer):
 
     def _update(self, parameters: list[Tensor], step: int, group: dict[str, Any]) -> None:
         for batch in batches(parameters, _shapes):
-            (values,) = to_compute_dtype([stack(batch)])
-            gradients = stack([p.grad for p in batch if p.grad is not None]).to(values.dtype).contiguous()
-            rate = self._rate(values, step, group)
-            update = self._moved(batch, gradients, rate, step, group)
-            if group["weight_decay"]:
-                values.mul_(1 - rate * group["weight_decay"])
-            values.sub_(update)
-            if len(batch) > 1:
-                unstack(values, batch)
-            else:
-                write_back(batch, values.unbind())
+            with stacked_weights(batch) as (values, gradients):
+                rate = self._rate(values, step, group)
+                update = self._moved(batch, gradients, rate, step, group)
+                if group["weight_decay"]:
+                    values.mul_(1 - rate * group["weight_decay"])
+                values.sub_(update)
 
     def _rate(self, parameters: Tensor | None, step: int, group: dict[str, Any]) -> float | Tensor:
         """Returns the learning rate for each of a stack of parameters ``[B, *shape]``, or one for all.

@@ -58,18 +58,41 @@ def factored_update(
     Returns:
         The updates, a new tensor of the gradients' shape and dtype.
     """
-    weight = step**decay_rate
-    update = gradients.square()
-    if _FULL in moments:
-        full = moments[_FULL].lerp_(update.add_(eps), weight)
-        torch.rsqrt(full, out=update).mul_(gradients)
-    else:
-        # The mean of squares plus epsilon: epsilon is added to few numbers, not to all.
-        row = moments[_ROW].lerp_(update.mean(-1).add_(eps), weight)
-        column = moments[_COLUMN].lerp_(update.mean(-2).add_(eps), weight)
-        row_factor = (row / row.mean(-1, keepdim=True)).rsqrt_().unsqueeze(-1)
-        torch.mul(gradients, row_factor, out=update).mul_(column.rsqrt().unsqueeze(-2))
+    update = over_root(gradients, gradients.square(), moments, weight=step**decay_rate, eps=eps)
     return update.mul_(scale / (rms(update) / clip_threshold).clamp_(min=1.0))
+
+
+def over_root(
+    values: Tensor,
+    squares: Tensor,
+    moments: Mapping[str, Tensor],
+    *,
+    weight: float,
+    eps: float,
+    names: tuple[str, str, str] = TENSORS,
+) -> Tensor:
+    """Advances a second moment by squares, and divides values by its root.
+
+    Args:
+        values: A stack ``[B, *shape]``.
+        squares: What the moment averages, of the same shape; overwritten with the result.
+        moments: Stacks of the moment's tensors; changed in place.
+        weight: Weight of ``squares`` in the moment.
+        eps: Added to the squares.
+        names: What the moment's tensors are called, in the order of :data:`TENSORS`.
+
+    Returns:
+        The quotients, in the memory of ``squares``.
+    """
+    row_name, column_name, full_name = names
+    if full_name in moments:
+        full = moments[full_name].lerp_(squares.add_(eps), weight)
+        return torch.rsqrt(full, out=squares).mul_(values)
+    # The mean of squares plus epsilon: epsilon is added to few numbers, not to all.
+    row = moments[row_name].lerp_(squares.mean(-1).add_(eps), weight)
+    column = moments[column_name].lerp_(squares.mean(-2).add_(eps), weight)
+    row_factor = (row / row.mean(-1, keepdim=True)).rsqrt_().unsqueeze(-1)
+    return torch.mul(values, row_factor, out=squares).mul_(column.rsqrt().unsqueeze(-2))
 
 
 def rms(stack: Tensor) -> Tensor:

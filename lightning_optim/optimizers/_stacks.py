@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from lightning_optim._compat import kernels
+from lightning_optim.optimizers._base import to_compute_dtype, write_back
 
 # Larger tensors keep the machine busy by themselves, and stacking would copy them.
 _LARGEST = 2**15
@@ -47,6 +48,20 @@ def unstack(stacked: Tensor, tensors: Sequence[Tensor]) -> None:
     """Writes a changed :func:`stack` back into its tensors."""
     if len(tensors) > 1:
         kernels.foreach_copy_(list(tensors), list(stacked.unbind()))
+
+
+@contextmanager
+def stacked_weights(batch: Sequence[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yields stacks of equally shaped parameters and of their gradients; writes the changed parameters back.
+
+    Both are contiguous and in the compute dtype. Only the first is to be changed.
+    """
+    (values,) = to_compute_dtype([stack(batch)])
+    yield values, stack([p.grad for p in batch if p.grad is not None]).to(values.dtype).contiguous()
+    if len(batch) > 1:
+        unstack(values, batch)
+    else:
+        write_back(batch, values.unbind())
 
 
 @contextmanager

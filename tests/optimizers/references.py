@@ -77,6 +77,30 @@ def adalomo(weight: Tensor, gradients: Gradients, group: Group) -> Tensor:
     return weight
 
 
+def came(weight: Tensor, gradients: Gradients, group: Group) -> Tensor:
+    """https://arxiv.org/abs/2307.02047, algorithm 2; a vector has the update's average alone."""
+    row = column = full = scatter_row = scatter_column = torch.zeros(())
+    (beta1, beta2, beta3), average = group.betas, torch.zeros_like(weight)
+    for gradient in gradients:
+        squares = gradient**2 + group.eps[0]
+        if gradient.ndim < 2:
+            full = beta2 * full + (1 - beta2) * squares
+            update = gradient / full.sqrt()
+        else:
+            row = beta2 * row + (1 - beta2) * squares.sum(-1, keepdim=True)
+            column = beta2 * column + (1 - beta2) * squares.sum(-2, keepdim=True)
+            update = gradient / (row * column / row.sum(-2, keepdim=True)).sqrt()
+        update = update / max(1.0, rms(update) / group.clip_threshold)
+        average = beta1 * average + (1 - beta1) * update
+        scatter, moved = (update - average) ** 2 + group.eps[1], average
+        if gradient.ndim > 1:
+            scatter_row = beta3 * scatter_row + (1 - beta3) * scatter.sum(-1, keepdim=True)
+            scatter_column = beta3 * scatter_column + (1 - beta3) * scatter.sum(-2, keepdim=True)
+            moved = average / (scatter_row * scatter_column / scatter_row.sum(-2, keepdim=True)).sqrt()
+        weight = weight - group.lr * group.weight_decay * weight - group.lr * moved
+    return weight
+
+
 def galore_adamw(weight: Tensor, gradients: Gradients, group: Group) -> Tensor:
     """https://arxiv.org/abs/2403.03507, algorithm 2, with AdamW's decay."""
     first = second = torch.zeros(())
@@ -159,6 +183,19 @@ def adopt(weight: Tensor, gradients: Gradients, group: Group) -> Tensor:
         first = beta1 * first + (1 - beta1) * normed
         weight = weight - group.lr * group.weight_decay * weight - group.lr * first
         second = beta2 * second + (1 - beta2) * gradient**2
+    return weight
+
+
+def adam_mini(weight: Tensor, gradients: Gradients, group: Group) -> Tensor:
+    """https://arxiv.org/abs/2406.16793, algorithm 1, whose blocks are rows, or as many as the group says."""
+    first, second, (beta1, beta2) = torch.zeros_like(weight), torch.zeros(()), group.betas
+    blocks = group.blocks or (len(weight) if weight.ndim > 1 else 1)
+    for t, gradient in enumerate(gradients, start=1):
+        first = beta1 * first + (1 - beta1) * gradient
+        means = torch.stack([block.square().mean() for block in gradient.flatten().chunk(blocks)])
+        second = beta2 * second + (1 - beta2) * means
+        normed = first.reshape(blocks, -1) / (1 - beta1**t) / ((second / (1 - beta2**t)).sqrt() + group.eps)[:, None]
+        weight = weight - group.lr * group.weight_decay * weight - group.lr * normed.view_as(weight)
     return weight
 
 

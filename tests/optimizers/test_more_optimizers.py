@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_optim import REGISTRY, InvalidOption
+from lightning_optim import REGISTRY, InvalidOption, InvalidParamGroups
 
 
 def stepped(name: str, start: torch.Tensor, gradient: torch.Tensor, steps: int = 1, **options: Any) -> torch.Tensor:
@@ -27,6 +27,24 @@ def test_adopt_bounds_what_a_small_first_gradient_would_make_long() -> None:
         weight.grad = torch.full((2,), value)
         optimizer.step()
     assert torch.equal(weight.detach(), torch.full((2,), -1.0))
+
+
+def test_a_block_of_adam_mini_has_one_rate() -> None:
+    gradient = torch.randn(6, 4)
+    for blocks, rows in ((None, 1), (3, 2), (24, 0)):
+        moved = stepped("adam_mini", torch.zeros(6, 4), gradient, lr=0.1, weight_decay=0.0, blocks=blocks)
+        pieces = gradient.view(-1, rows * 4 or 1)
+        expected = -0.1 * pieces / pieces.square().mean(1, keepdim=True).sqrt()
+        torch.testing.assert_close(moved, expected.view(6, 4), rtol=1e-4, atol=0)
+    with pytest.raises(InvalidParamGroups, match="blocks=5 does not divide the 24 elements of a parameter of shape"):
+        stepped("adam_mini", torch.zeros(6, 4), gradient, blocks=5)
+
+
+def test_adam_mini_with_a_block_per_weight_is_adamw() -> None:
+    start, gradient = torch.randn(24), torch.randn(24)
+    options: dict[str, Any] = {"lr": 0.1, "weight_decay": 0.1}
+    expected = stepped("adamw_torch", start, gradient, steps=5, **options)
+    torch.testing.assert_close(stepped("adam_mini", start, gradient, steps=5, blocks=24, **options), expected)
 
 
 @pytest.mark.parametrize(("name", "fraction"), [("lamb", 0.1), ("lars", 0.1 * 1e-3)])
@@ -60,6 +78,7 @@ def test_vectors_are_adapted_only_if_asked() -> None:
     [
         ("adopt", {"clip_exp": -1.0}, "clip_exp=-1.0 of Adopt is out of range"),
         ("adan", {"betas": (0.9, 1.0, 0.9)}, "betas=.* of Adan is out of range"),
+        ("adam_mini", {"blocks": 0}, "blocks=0 of AdamMini is not a whole number"),
         ("lamb", {"adapt": "layers"}, "adapt='layers' of Lamb is unknown; use one of 'matrices', 'all', 'none'"),
         ("lars", {"momentum": 1.0}, "momentum=1.0 of Lars is out of range"),
         ("lars", {"trust_coeff": 0.0}, "trust_coeff=0.0 of Lars is out of range"),

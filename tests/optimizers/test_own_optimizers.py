@@ -29,11 +29,13 @@ OWN = tuple(row.name for row in ROWS if row.availability() and issubclass(row.lo
 EXPECTED = {
     "adafactor",
     "adalomo",
+    "adam_mini",
     "adamw_anyprecision",
     "adan",
     "adopt",
     "apollo_adamw",
     "apollo_mini",
+    "came",
     "galore_adafactor",
     "galore_adamw",
     "galore_adamw_8bit",

@@ -1,11 +1,14 @@
-"""Rows of optimizers with little or no state: Adafactor, LOMO and AdaLomo, our own implementations."""
+"""Rows of optimizers with little or no state: Adafactor, CAME, LOMO and AdaLomo, our own implementations."""
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 from lightning_optim.errors import InvalidOption
+from lightning_optim.optimizers._came import RESIDUAL, state_shapes
 from lightning_optim.optimizers._factored import TENSORS, elements
 from lightning_optim.table._layerwise import stepped_in_backward
 from lightning_optim.table._options import POSITIVE, UNIT, Options, Range, option
@@ -45,11 +48,30 @@ class AdafactorOptions(AdaLomoOptions):
 
 
 @dataclass(frozen=True)
+class CAMEOptions(Options):
+    """Options of :class:`~lightning_optim.optimizers.CAME`."""
+
+    betas: tuple[float, float, float] = option(
+        (0.9, 0.999, 0.9999),
+        "decay rates of the updates' average, of the gradients' second moment and of the residuals'",
+        UNIT,
+    )
+    eps: tuple[float, float] = option((1e-30, 1e-16), "added to squared gradients; to squared residuals", POSITIVE)
+    clip_threshold: float = option(1.0, "largest root mean square of an update before it is averaged", POSITIVE)
+
+
+@dataclass(frozen=True)
 class LOMOOptions(Options):
     """Options of :class:`~lightning_optim.optimizers.LOMO`: none."""
 
 
 _SECOND_MOMENT = tuple(Buffer(name, float32=True, elements=partial(elements, name)) for name in TENSORS)
+
+
+def _came_elements(name: str, shape: tuple[int, ...], options: Any) -> int:
+    # Empty parameters are never stepped and have no state.
+    return math.prod(state_shapes(shape).get(name, (0,))) if math.prod(shape) else 0
+
 
 ROWS = (
     OptimizerSpec(
@@ -64,6 +86,26 @@ ROWS = (
         default_weight_decay=0.0,
         state=StateLayout((*_SECOND_MOMENT, Buffer("exp_avg", float32=True, when=lambda o: o.beta1 is not None))),
         half_weights=True,
+    ),
+    OptimizerSpec(
+        name="came",
+        target="lightning_optim.optimizers:CAME",
+        summary="Adafactor with momentum, divided by how far updates scatter around it",
+        source="CAME: Confidence-guided Adaptive Memory Efficient Optimization, https://arxiv.org/abs/2307.02047; "
+        "lightning_optim.optimizers.CAME",
+        options=CAMEOptions,
+        state_format="CAME/1",
+        default_lr=2e-4,
+        default_weight_decay=0.0,
+        state=StateLayout(
+            (
+                Buffer("exp_avg", float32=True),
+                *_SECOND_MOMENT,
+                *(Buffer(name, float32=True, elements=partial(_came_elements, name)) for name in RESIDUAL),
+            )
+        ),
+        half_weights=True,
+        note="the first steps are about ten times as long as lr says: warm up",
     ),
     stepped_in_backward(
         OptimizerSpec(

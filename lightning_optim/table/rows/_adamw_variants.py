@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
 
 from lightning_optim.errors import InvalidOption
+from lightning_optim.optimizers._adam_mini import block_count
 from lightning_optim.optimizers._anyprecision import StateDtype, check_epsilon
-from lightning_optim.table._options import NON_NEGATIVE, UNIT, Options, Range, option
+from lightning_optim.table._options import AT_LEAST_ONE, NON_NEGATIVE, UNIT, Options, Range, option
 from lightning_optim.table._spec import Buffer, OptimizerSpec, StateLayout
 from lightning_optim.table.rows._torch_optim import AdamOptions
 
@@ -74,6 +76,21 @@ class AdanOptions(Options):
     )
     eps: float = option(1e-8, "added to the denominator", NON_NEGATIVE)
     no_prox: bool = option(False, "decay as AdamW does, before the update, not by a division after it")
+
+
+@dataclass(frozen=True)
+class AdamMiniOptions(AdamOptions):
+    """Options of :class:`~lightning_optim.optimizers.AdamMini`."""
+
+    bound_to_state: ClassVar[frozenset[str]] = frozenset({"blocks"})
+
+    blocks: int | None = option(
+        None, "equal blocks of a parameter with one second moment each; None: its rows, a vector as one", AT_LEAST_ONE
+    )
+
+
+def _blocks(shape: tuple[int, ...], options: Any) -> int:
+    return block_count(shape, options.blocks)
 
 
 def _bytes(dtype: str) -> int:
@@ -154,5 +171,21 @@ ROWS = (
         ),
         sharded=True,
         half_weights=True,
+    ),
+    OptimizerSpec(
+        name="adam_mini",
+        target="lightning_optim.optimizers:AdamMini",
+        summary="AdamW with one second moment per row, or per head: half of its state",
+        source="Adam-mini: Use Fewer Learning Rates To Gain More, https://arxiv.org/abs/2406.16793; "
+        "lightning_optim.optimizers.AdamMini",
+        options=AdamMiniOptions,
+        state_format="AdamMini/1",
+        default_lr=1e-3,
+        default_weight_decay=0.0,
+        state=StateLayout(
+            buffers=(Buffer("exp_avg", float32=True), Buffer("exp_avg_sq_block", float32=True, elements=_blocks))
+        ),
+        half_weights=True,
+        note="the paper has one per head for queries and keys: param_groups={'.*[qk]_proj.*': {'blocks': heads}}",
     ),
 )

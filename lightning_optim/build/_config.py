@@ -82,7 +82,7 @@ class OptimConfig(Arguments):
             return
         self._absorb_weight_decay()
         object.__setattr__(self, "parts", self._make_parts(spec.layerwise))
-        if spec.takes == "hidden matrices":
+        if spec.takes != "all":
             object.__setattr__(self, "others", self._part("optim_args", others_arguments(self, spec)))
         options = parse(spec.options, self.optim_args, self.optim)
         rules.check_config(rules.Request(spec, self, options, self.parts))

@@ -9,7 +9,7 @@ from lightning_optim.build._config import OptimConfig
 from lightning_optim.build._parts import leaving_options
 from lightning_optim.build._resume import overridable
 from lightning_optim.errors import InvalidParamGroups, listing
-from lightning_optim.groups import NamedParameter, first_matches, hidden_matrices
+from lightning_optim.groups import NamedParameter, all_matrices, first_matches, hidden_matrices
 from lightning_optim.table import SUFFIX
 
 
@@ -54,19 +54,20 @@ def divide(parameters: Sequence[NamedParameter], config: OptimConfig) -> list[Pa
         override_on_resume=[name for name in config.overrides if name in overridable(config.spec)] or None,
     )
     parts = [Part(_plain_name(config.optim), main, rest)]
-    if config.spec.takes == "hidden matrices":
-        parts = _hidden_and_others(rest, main, pattern_of)
+    if config.spec.takes != "all":
+        parts = _matrices_and_others(rest, main, pattern_of)
     return parts + [Part(pattern, config.parts[pattern], members) for pattern, members in taken.items()]
 
 
-def _hidden_and_others(
+def _matrices_and_others(
     parameters: Sequence[NamedParameter], config: OptimConfig, pattern_of: Mapping[int, str]
 ) -> list[Part]:
-    """Returns the hidden matrices for the main optimizer, and the others for the one in its option ``others``."""
-    hidden = hidden_matrices(parameters, config.optim_target_modules)
-    own = [p for p in parameters if id(p.parameter) in hidden.stack_dims]
-    left = [p for p in parameters if id(p.parameter) not in hidden.stack_dims]
-    main = Part(_plain_name(config.optim), _with_patterns_of(own, config, pattern_of), own, remark=hidden.remark)
+    """Returns the matrices that the main optimizer takes, and the others for the one in its option ``others``."""
+    hidden_only = config.spec.takes == "hidden matrices"
+    found = hidden_matrices(parameters, config.optim_target_modules) if hidden_only else all_matrices(parameters)
+    own = [p for p in parameters if id(p.parameter) in found.stack_dims]
+    left = [p for p in parameters if id(p.parameter) not in found.stack_dims]
+    main = Part(_plain_name(config.optim), _with_patterns_of(own, config, pattern_of), own, remark=found.remark)
     if not left:
         return [main]
     assert config.others is not None, "the request has made it"

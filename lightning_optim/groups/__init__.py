@@ -5,7 +5,7 @@ What decays, what is projected, which learning rate a layer gets. No optimizer i
 
 from __future__ import annotations
 
-from lightning_optim.groups._hidden import Hidden, hidden_matrices
+from lightning_optim.groups._hidden import Hidden, all_matrices, hidden_matrices
 from lightning_optim.groups._param_groups import GroupPolicy, first_matches, make_groups, make_unique, override_keys
 from lightning_optim.groups._parameters import NamedParameter, Target, device_types, named_parameters
 from lightning_optim.groups._target_modules import TargetModules, check_target_modules, left_out
@@ -16,6 +16,7 @@ __all__ = [
     "NamedParameter",
     "Target",
     "TargetModules",
+    "all_matrices",
     "check_target_modules",
     "device_types",
     "first_matches",

@@ -1,37 +1,43 @@
 """Which matrices of a model are hidden: the weights between its embeddings and its output layer.
 
 Optimizers that orthogonalize an update (Muon) are for these. Embeddings are lookup tables, of which a batch touches a
-few rows, and the rows of an output layer are classes: both are left to an elementwise optimizer, as are vectors.
+few rows, and the rows of an output layer are classes: both are left to an elementwise optimizer, as are vectors. Others
+(SCALE) step all matrices, but treat those two in a way of their own.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch import nn
 
 from lightning_optim.errors import InvalidParamGroups
 from lightning_optim.groups._parameters import NamedParameter
 from lightning_optim.groups._target_modules import TargetModules, matrices
+from lightning_optim.table import Role
 
 # What output layers are called.
 _NAMES = frozenset(
     {"head", "heads", "lm_head", "classifier", "fc", "score", "output", "out", "logits", "embed_out", "to_logits"}
 )
 
+_SETTLES = "optim_target_modules settles it"
+
 
 @dataclass(frozen=True)
 class Hidden:
-    """The hidden matrices of a model.
+    """The matrices of a model that an optimizer takes.
 
     Attributes:
         stack_dims: The number of leading dimensions that only count matrices, by the parameter's id.
         remark: How the output layer was found, for the report.
+        roles: Which of them are not hidden, by id.
     """
 
     stack_dims: dict[int, int]
     remark: str
+    roles: dict[int, Role] = field(default_factory=dict)
 
 
 def hidden_matrices(parameters: Sequence[NamedParameter], target_modules: TargetModules) -> Hidden:
@@ -64,11 +70,40 @@ def hidden_matrices(parameters: Sequence[NamedParameter], target_modules: Target
     return Hidden(found, remark)
 
 
+def all_matrices(parameters: Sequence[NamedParameter]) -> Hidden:
+    """Returns the hidden matrices, the embeddings and the output layer, which is found as above.
+
+    A weight tied to an embedding is an output layer.
+
+    Raises:
+        InvalidParamGroups: If there is no matrix.
+    """
+    found = matrices(parameters)
+    output, remark = _output_layer(parameters, found)
+    roles: dict[int, Role] = {}
+    for parameter in parameters:
+        if parameter is output or _is_tied(parameter):
+            roles[id(parameter.parameter)] = "output"
+        elif parameter.is_embedding:
+            roles[id(parameter.parameter)] = "embedding"
+    taken = {id(p.parameter): found.get(id(p.parameter), 0) for p in parameters if id(p.parameter) in {*found, *roles}}
+    if not taken:
+        raise InvalidParamGroups(
+            "the model has no matrix: no weight of a linear layer, a convolution or an embedding. Use an optimizer for "
+            "all parameters, such as optim='adamw_torch'"
+        )
+    return Hidden(taken, remark.replace(f"; {_SETTLES}", ""), roles)
+
+
+def _is_tied(parameter: NamedParameter) -> bool:
+    return parameter.is_embedding and any(isinstance(owner, nn.Linear) for owner in parameter.owners)
+
+
 def _output_layer(parameters: Sequence[NamedParameter], found: dict[int, int]) -> tuple[NamedParameter | None, str]:
     declared = [p for p in parameters if p.is_output]
     if declared:
         return declared[-1], f"the output layer is {declared[-1].name!r}, says get_output_embeddings()"
-    if any(p.is_embedding and any(isinstance(owner, nn.Linear) for owner in p.owners) for p in parameters):
+    if any(map(_is_tied, parameters)):
         return None, "the output layer is tied to an embedding"
     linear = [p for p in parameters if id(p.parameter) in found and isinstance(_owner(p), nn.Linear)]
     rows = max((p.parameter.shape[0] for p in parameters if p.is_embedding), default=None)
@@ -81,8 +116,7 @@ def _output_layer(parameters: Sequence[NamedParameter], found: dict[int, int]) -
             others = [p.name for p in candidates[:-1]]
             rivals = f", and so have {', '.join(map(repr, others))}, which are taken for hidden" if others else ""
             return candidates[-1], (
-                f"{candidates[-1].name!r} is taken for the output layer: {reason}{rivals}; optim_target_modules "
-                "settles it"
+                f"{candidates[-1].name!r} is taken for the output layer: {reason}{rivals}; {_SETTLES}"
             )
     return None, "no output layer is found"
 

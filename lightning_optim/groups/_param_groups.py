@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lightning_optim.errors import InvalidOption, InvalidParamGroups, close_names, listing
+from lightning_optim.groups._hidden import all_matrices
 from lightning_optim.groups._layer_decay import layer_depths
 from lightning_optim.groups._parameters import NamedParameter, compiled
 from lightning_optim.groups._target_modules import TargetModules, matrices, projected
@@ -67,7 +68,8 @@ def make_groups(
     among = policy.among or parameters
     depths = layer_depths(among, policy.layer_pattern) if policy.layer_decay is not None else {}
     targets = projected(parameters, policy.target_modules) if spec.projects else {}
-    stacks = matrices(parameters, policy.target_modules) if spec.takes == "hidden matrices" else {}
+    stacks = matrices(parameters, policy.target_modules) if spec.takes != "all" else {}
+    roles = all_matrices(parameters).roles if spec.takes == "matrices" else {}
     _check_projected(parameters, pattern_of, overrides, targets, options)
     groups: dict[tuple[Any, ...], dict[str, Any]] = {}
     for parameter in parameters:
@@ -79,6 +81,9 @@ def make_groups(
         if identity in depths:
             labels.append(f"layer_{depths[identity].layer}")
             group["lr"] = policy.lr * (policy.layer_decay or 1.0) ** depths[identity].from_top
+        if identity in roles:
+            labels.append(roles[identity])
+            group.update(options.for_role(roles[identity]))
         if spec.decays:
             group["weight_decay"] = policy.weight_decay if parameter.decays else 0.0
             labels += [] if "weight_decay" in override else ["decay" if parameter.decays else "no_decay"]

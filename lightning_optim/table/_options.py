@@ -24,6 +24,8 @@ from lightning_optim.table._misnomers import refuse_option
 _SEPARATOR = re.compile(r"([;\s])\s*[A-Za-z_]\w*\s*=")
 _OPENING, _CLOSING, _QUOTES = "([{", ")]}", "'\""
 
+#: What a matrix is to a model if it is not hidden.
+Role = Literal["embedding", "output"]
 Scope = Literal["group", "constructor", "policy", "layerwise"]
 OptionsT = TypeVar("OptionsT", bound="Options")
 
@@ -74,6 +76,10 @@ class Options:
     def default_lr(self, default: float | None) -> float | None:
         """Returns the default learning rate; ``default`` is the row's."""
         return default
+
+    def for_role(self, role: Role) -> dict[str, Any]:
+        """Returns what an optimizer for all matrices sets for those of a role."""
+        return {}
 
     def settled(self) -> Self:
         """Returns the options with defaults that depend on other options filled in, for the report."""

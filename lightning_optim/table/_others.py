@@ -1,4 +1,4 @@
-"""Options of optimizers for hidden matrices, which leave all other parameters to another optimizer."""
+"""Options of optimizers for matrices, which leave all other parameters to another optimizer."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _FACTOR = re.compile(r"(\d+(?:[.]\d*)?(?:e[+-]?\d+)?|[.]\d+)x", re.IGNORECASE)
 
 @dataclass(frozen=True)
 class LeavesOthers(Options):
-    """Who steps the parameters that are not hidden matrices, and at which learning rate."""
+    """Who steps the parameters that are left, and at which learning rate."""
 
     others: str = option(
         "adamw",

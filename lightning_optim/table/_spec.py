@@ -141,7 +141,7 @@ class OptimizerSpec:
         lists_layerwise: True if ``lightning-optim list`` shows its ``_layerwise`` form, which is also a Hugging Face
             name.
         takes: ``"hidden matrices"`` if it steps only these and leaves the other parameters to the identifier in its
-            option ``others``.
+            option ``others``; ``"matrices"`` if it also takes embeddings and the output layer.
         projects: True if it projects the gradients of chosen matrices (``optim_target_modules``) to a ``rank``.
         coupled: Why one parameter cannot be stepped without the others, or empty if it can.
         xla: Why it cannot run on XLA devices, or empty if it can.
@@ -179,7 +179,7 @@ class OptimizerSpec:
     compiles: bool = False
     layerwise: bool = False
     lists_layerwise: bool = False
-    takes: Literal["all", "hidden matrices"] = "all"
+    takes: Literal["all", "hidden matrices", "matrices"] = "all"
     projects: bool = False
     coupled: str = ""
     xla: str = ""

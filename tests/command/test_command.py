@@ -279,7 +279,7 @@ def test_the_python_example_runs(command: Command, name: str) -> None:
     assert type(parts_of(optimizer)[0]) is spec.load()
     decayed = "decay/low_rank" if spec.projects else "decay"
     # The others of an optimizer for hidden matrices are a part of their own.
-    others = "adamw/" if spec.takes == "hidden matrices" else ""
+    others = "adamw/" if spec.takes != "all" else ""
     assert [group["name"] for group in optimizer.param_groups] == [decayed, f"{others}no_decay"]
     for group in optimizer.param_groups:
         assert float(group["lr"]) == pytest.approx(spec.default_lr)

@@ -18,7 +18,7 @@ from lightning_optim import (
     build_optimizer,
 )
 from lightning_optim.build import resolve
-from lightning_optim.groups import hidden_matrices, named_parameters
+from lightning_optim.groups import all_matrices, hidden_matrices, named_parameters
 from lightning_optim.trainer import _report as report
 
 
@@ -155,3 +155,52 @@ def test_what_cannot_be_hidden_or_stepped_is_refused() -> None:
         build_optimizer(nn.Sequential(nn.Embedding(4, 4), nn.LayerNorm(4)), "muon")
     with pytest.raises(InvalidParamGroups, match="sets 'betas', which 'muon' cannot vary"):
         build_optimizer(Classifier("head"), "muon", param_groups={"blocks.*": {"betas": (0.8, 0.9)}})
+
+
+class Tied(nn.Module):
+    """Its output layer is the embedding's transpose."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(20, 8)
+        self.hidden = nn.Linear(8, 8)
+        self.head = nn.Linear(8, 20, bias=False)
+        self.head.weight = self.embed.weight
+
+
+@pytest.mark.parametrize(
+    ("model", "roles"),
+    [
+        (
+            Classifier("head", tables=(6,)),
+            {"tables.0.weight": "embedding", "head.weight": "output", **dict.fromkeys(BODY)},
+        ),
+        (Tied(), {"embed.weight": "output", "hidden.weight": None}),
+    ],
+)
+def test_all_matrices_know_the_ends_of_a_model(model: nn.Module, roles: dict[str, str | None]) -> None:
+    parameters = named_parameters(model)
+    found = all_matrices(parameters)
+    names = {id(p.parameter): p.name for p in parameters}
+    assert {names[identity]: found.roles.get(identity) for identity in found.stack_dims} == roles
+    optimizer = build_optimizer(model, "scale", lr=0.01, optim_args={"output_momentum": 0.8})
+    settings = {
+        name: (group["momentum"], group["outputs"])
+        for group in optimizer.param_groups
+        for name in (group["members"] if group["part"] == "scale" else ())
+    }
+    of_role = {None: (0.0, "rows"), "embedding": (0.0, "columns"), "output": (0.8, "rows")}
+    assert settings == {name: of_role[role] for name, role in roles.items()}
+    assert {group["lr"] for group in optimizer.param_groups} == {0.01}
+
+
+def test_a_pattern_settles_what_an_end_of_a_model_is() -> None:
+    optimizer = build_optimizer(
+        Classifier("head", "aux"), "scale", param_groups={"(head|aux)[.]weight": {"momentum": 0.7}}
+    )
+    momenta = {name: group["momentum"] for group in optimizer.param_groups[:-1] for name in group["members"]}
+    assert {name for name, momentum in momenta.items() if momentum} == {"head.weight", "aux.weight"}
+    with pytest.raises(IncompatibleTrainer, match=r"optim_target_modules=.* together with optim='scale'"):
+        OptimConfig("scale", optim_target_modules=["head"])
+    with pytest.raises(InvalidParamGroups, match="no matrix"):
+        build_optimizer(nn.LayerNorm(4), "scale")

@@ -45,6 +45,7 @@ EXPECTED = {
     "lomo",
     "muon",
     "normuon",
+    "scale",
 }
 
 # From 0 to 5 dimensions, none of them empty; stacks of equal shapes that are batched, and odd ones that are not.
@@ -84,6 +85,8 @@ def build(name: str, parameters: list[Tensor], **options: Any) -> Optimizer:
     if name == "lars":
         # The rate below is a small one for it.
         options = {"trust_coeff": 1.0, **options}
+    if name == "scale":
+        options = {"momentum": 0.9, **options}
     if spec.takes != "all":
         # Every other stack of matrices as one.
         other = [p for index, p in enumerate(parameters) if index % 2 and p.ndim > 2]
@@ -105,7 +108,7 @@ LEAST_DIMENSIONS = 0
 @pytest.fixture(autouse=True)
 def only_what_it_takes(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     name = request.node.callspec.params.get("name") if hasattr(request.node, "callspec") else None
-    if name in REGISTRY and REGISTRY[name].takes == "hidden matrices":
+    if name in REGISTRY and REGISTRY[name].takes != "all":
         monkeypatch.setattr(sys.modules[__name__], "LEAST_DIMENSIONS", 2)
 
 

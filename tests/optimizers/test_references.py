@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,7 +10,6 @@ import pytest
 import torch
 
 from lightning_optim import REGISTRY
-from lightning_optim.optimizers import Scale
 from tests.optimizers import references
 from tests.optimizers.test_own_optimizers import EXPECTED
 
@@ -64,8 +62,6 @@ CASES: tuple[tuple[str, tuple[tuple[int, ...], ...], dict[str, Any]], ...] = (
     ("scale", MATRICES, {"momentum": 0.8}),
     ("scale", MATRICES, {"momentum": 0.8, "outputs": "columns"}),
 )
-#: Classes that no row has as its target: those of a composite's hidden matrices.
-CLASSES: dict[str, Callable[..., Any]] = {"scale": Scale}
 #: A test of its own, bit for bit, for every combination of dtypes: test_anyprecision.py.
 ELSEWHERE = {"adamw_anyprecision"}
 #: No reference of its own: galore_adamw's moments in fewer bits, which test_galore.py compares with those.
@@ -83,8 +79,7 @@ def test_equals_the_reference(
     starts = [torch.randn(shape, dtype=dtype) for shape in shapes * 2]
     gradients = [[torch.randn_like(start) * (1 + step % 3) for step in range(STEPS)] for start in starts]
     params = [start.clone().requires_grad_() for start in starts]
-    load = CLASSES.get(name) or REGISTRY[name].load()
-    optimizer = load([{"params": params, "lr": 1e-2, "weight_decay": 0.1, **options}])
+    optimizer = REGISTRY[name].load()([{"params": params, "lr": 1e-2, "weight_decay": 0.1, **options}])
     for step in range(STEPS):
         for parameter, own in zip(params, gradients, strict=True):
             parameter.grad = own[step]
@@ -98,7 +93,7 @@ def test_equals_the_reference(
 
 
 def test_every_algorithm_that_we_own_has_a_reference() -> None:
-    assert {name for name, *_ in CASES} | ELSEWHERE | QUANTIZED | DEFAULTS == EXPECTED | CLASSES.keys()
+    assert {name for name, *_ in CASES} | ELSEWHERE | QUANTIZED | DEFAULTS == EXPECTED
     assert all(hasattr(references, name) for name in EXPECTED - QUANTIZED - DEFAULTS)
 
 

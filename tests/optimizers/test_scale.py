@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from typing import Any
 
 import pytest
@@ -10,11 +9,8 @@ import torch
 from torch import nn
 
 from lightning_optim import InvalidOption, InvalidParamGroups
-from lightning_optim.layerwise._split_step import SplitStep
 from lightning_optim.optimizers import Scale
-from tests.optimizers.test_muon import assert_same
 from tests.optimizers.test_own_optimizers import give_gradients, parameters, train
-from tests.trainer.test_resume import assert_equal, assert_plain
 
 SHAPES = ((16, 16), (16, 16), (33, 17), (1, 40), (40, 1), (64, 96), (8, 4, 3, 3), (3, 5))
 
@@ -58,57 +54,6 @@ def test_a_stack_is_stepped_as_its_matrices(options: dict[str, Any]) -> None:
         one.step()
         other.step()
     torch.testing.assert_close(experts.detach(), torch.stack([piece.detach() for piece in pieces]), rtol=1e-6, atol=0)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
-@pytest.mark.parametrize("buckets", [2, len(SHAPES)])
-def test_any_partition_steps_to_the_same_bits(buckets: int, dtype: torch.dtype) -> None:
-    together, apart = parameters(dtype, SHAPES), parameters(dtype, SHAPES)
-    one, other = (Scale(params, lr=0.1, momentum=0.9, weight_decay=0.1) for params in (together, apart))
-    for step in range(3):
-        for params in (together, apart):
-            give_gradients(params, step)
-        one.step()
-        split = SplitStep(other)
-        for start in range(buckets):
-            split.inner(apart[start::buckets]).step()
-        split.commit()
-    assert_equal(other.state_dict(), one.state_dict(), "state")
-    assert_same(together, apart)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_resume_is_exact(dtype: torch.dtype) -> None:
-    straight, resumed = parameters(dtype, SHAPES), parameters(dtype, SHAPES)
-    one, other = Scale(straight, momentum=0.9), Scale(resumed, momentum=0.9)
-    train(one, straight, range(4))
-    train(other, resumed, range(2))
-    file = io.BytesIO()
-    torch.save({"optimizer": other.state_dict(), "weights": resumed}, file)
-    file.seek(0)
-    saved = torch.load(file, weights_only=True)
-    assert_plain(saved["optimizer"], "scale")
-    fresh = [weight.detach().clone().requires_grad_() for weight in saved["weights"]]
-    third = Scale(fresh)
-    third.load_state_dict(saved["optimizer"])
-    assert {state["momentum_buffer"].dtype for state in third.state.values()} == {torch.float32}
-    train(third, fresh, range(2, 4))
-    assert_equal(third.state_dict(), one.state_dict(), "continued")
-    assert_same(fresh, straight)
-
-
-def test_other_layouts_and_empty_tensors() -> None:
-    plain = parameters(shapes=((12, 20), (6, 8, 4, 4)))
-    last = parameters(shapes=((12, 20), (6, 8, 4, 4)))
-    last[0] = last[0].detach().T.contiguous().T.requires_grad_()
-    last[1] = last[1].detach().to(memory_format=torch.channels_last).requires_grad_()
-    for params in (plain, last):
-        train(Scale(params, momentum=0.9), params, range(3))
-    assert_same(plain, last)
-    empty = parameters(shapes=((0, 4), (4, 0, 3), (4, 4)))
-    optimizer = Scale(empty)
-    train(optimizer, empty, range(2))
-    assert list(optimizer.state) == empty[2:]
 
 
 def test_refusals() -> None:

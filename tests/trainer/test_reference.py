@@ -34,13 +34,18 @@ def upstream_groups(case: Case, model: TokenModel) -> list[dict[str, Any]]:
 
 
 def in_two(case: Case, model: TokenModel) -> Optimizer:
-    """An optimizer for hidden matrices, and torch's AdamW with its own rate for all others, as two optimizers."""
-    lr = case.lr if "lr_scale" in case.options else 1e-3
-    ends = [model.embedding.weight, model.head.weight]
+    """An optimizer for matrices, and torch's AdamW for all others, with its own rate or the same, as two optimizers."""
     vectors = [model.linear.bias, model.norm.weight, model.norm.bias, model.head.bias]
-    others = [{"params": ends, "weight_decay": WEIGHT_DECAY}, {"params": vectors, "weight_decay": 0.0}]
-    hidden = [{"params": [model.linear.weight], "weight_decay": WEIGHT_DECAY}]
-    return Composite({"hidden": upstream(case, hidden), "others": torch.optim.AdamW(others, lr=lr, fused=True)})
+    others = [{"params": vectors, "weight_decay": 0.0}]
+    layers = model.linear, model.embedding, model.head
+    hidden, embedding, head = ({"params": [layer.weight], "weight_decay": WEIGHT_DECAY} for layer in layers)
+    own = [hidden]
+    if case.row.takes == "hidden matrices":
+        others += [embedding, head]
+    else:
+        own += [{**embedding, "outputs": "columns"}, {**head, "momentum": 0.9}]
+    lr = case.lr if "lr_scale" in case.options or case.name == "scale" else 1e-3
+    return Composite({"own": upstream(case, own), "others": torch.optim.AdamW(others, lr=lr, fused=True)})
 
 
 def upstream(case: Case, groups: list[dict[str, Any]]) -> Optimizer:

@@ -12,7 +12,6 @@ from __future__ import annotations
 from lightning_optim.choose._estimate import (
     Accelerator,
     Estimator,
-    MemoryEstimate,
     Setting,
     Strategy,
     compare_memory,
@@ -21,6 +20,7 @@ from lightning_optim.choose._estimate import (
 from lightning_optim.choose._evidence import CHOOSING, EVIDENCE, Evidence, Source, Task
 from lightning_optim.choose._fake_run import lightning_says
 from lightning_optim.choose._fakes import PRECISIONS
+from lightning_optim.choose._memory_estimate import MemoryEstimate
 from lightning_optim.choose._rankings import CLAIMS, RANKED, Claim
 from lightning_optim.choose._recommend import Preference, Recommendation, rank, recommend
 from lightning_optim.choose._shapes import SHAPES, Shape, Transformer, find_shape

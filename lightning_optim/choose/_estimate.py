@@ -3,19 +3,32 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from functools import cached_property
 from types import MappingProxyType
 from typing import Any, Literal, TypedDict, get_args
 
 from typing_extensions import Unpack
 
-from lightning_optim.build import OptimConfig, OptimizerArguments, Part, divide, settle, state_bytes, takes_arguments
+from lightning_optim._compat.fake import tensors_in
+from lightning_optim._compat.shards import absent_processes, has_processes
+from lightning_optim.build import (
+    OptimConfig,
+    OptimizerArguments,
+    Part,
+    divide,
+    rules,
+    settle,
+    state_bytes,
+    takes_arguments,
+)
 from lightning_optim.choose._fake_run import FakeTraining, Loss, quiet
 from lightning_optim.choose._fakes import find_precision
+from lightning_optim.choose._memory_estimate import MemoryEstimate
 from lightning_optim.choose._model import Model, as_batch, as_module, name_of
 from lightning_optim.choose._replay import Replay, Stepping, replay
+from lightning_optim.choose._sharded import ShardedTraining, run_sharded
 from lightning_optim.choose._temporaries import StepTemporaries
 from lightning_optim.choose._tracker import Moment
 from lightning_optim.errors import IncompatibleTrainer, InvalidOption, InvalidParamGroups, MissingDependency, listing
@@ -23,8 +36,10 @@ from lightning_optim.groups import NamedParameter, make_groups, named_parameters
 from lightning_optim.layerwise import Clipping
 from lightning_optim.table import REGISTRY, SUFFIX, OptimizerSpec, Options, layerwise_row, refuse_unknown
 
-Strategy = Literal["auto", "ddp", "layerwise", "layerwise_ddp"]
+Strategy = Literal["auto", "ddp", "fsdp2", "layerwise", "layerwise_ddp", "layerwise_fsdp2"]
 Accelerator = Literal["cuda", "cpu"]
+#: Those that shard parameters.
+SHARDS = ("fsdp2", "layerwise_fsdp2")
 #: What cannot be trained so, and is left out of a comparison.
 REFUSALS = (IncompatibleTrainer, InvalidOption, InvalidParamGroups, MissingDependency)
 
@@ -42,62 +57,6 @@ class Setting(TypedDict, total=False):
     gradient_clip_val: float | None
     gradient_clip_algorithm: Literal["norm", "value"]
     activation_checkpointing: bool
-
-
-@dataclass(frozen=True)
-class MemoryEstimate:
-    """Bytes of a training step on one device, from the second step on.
-
-    Attributes:
-        optim: The identifier that was asked for.
-        built: The identifier that is built; another one if ``optim`` stands for several.
-        model: What is trained.
-        precision: The Trainer's precision.
-        accelerator: What it is trained on.
-        strategy: ``"auto"`` for one device that steps after backward.
-        devices: Number of devices, each of which holds this much.
-        parameters: All parameters.
-        buffers: All buffers.
-        state: The optimizer's state.
-        gradients: Most bytes of gradients; stepped layer by layer, those of a bucket and what arrives.
-        communication: Buffers in which gradients are averaged.
-        activations: Most bytes of what forward keeps for backward, backward's own tensors and the batch; ``None`` if no
-            batch was given.
-        temporaries: Most bytes that stepping takes while it runs; ``None`` if nobody knows, and then it counts as none.
-        pageable: Bytes of the state that go to the host's memory where the device is full.
-        peak: Most bytes alive at once.
-        moment: When that is: in ``"forward"``, ``"backward"`` or ``"step"``; layer by layer, a step is in backward.
-        at_peak: What is alive then, by the names above.
-    """
-
-    optim: str
-    built: str
-    model: str
-    precision: str
-    accelerator: str
-    strategy: str
-    devices: int
-    parameters: int
-    buffers: int
-    state: int
-    gradients: int
-    communication: int
-    activations: int | None
-    temporaries: int | None
-    pageable: int
-    peak: int
-    moment: str
-    at_peak: Mapping[str, int]
-
-    @property
-    def resident(self) -> int:
-        """The peak without what can be paged out."""
-        return self.peak - self.pageable
-
-    def as_dict(self) -> dict[str, Any]:
-        """Returns the attributes as plain values."""
-        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        return values | {"at_peak": dict(self.at_peak)}
 
 
 class Estimator:
@@ -126,15 +85,19 @@ class Estimator:
                 raise InvalidOption(f"{name}={number!r} is no whole number of at least 1")
         if strategy == "layerwise" and devices > 1:
             raise InvalidOption(f"strategy='layerwise' is for one device, and devices={devices}: use 'layerwise_ddp'")
+        self._sharded = strategy in SHARDS
+        if self._sharded and devices == 1:
+            raise InvalidOption(f"strategy={strategy!r} shards over devices, and devices=1: say over how many")
         self._strategy, self._devices, self._accumulate = strategy, devices, accumulate_grad_batches
         self._clip, self._clip_algorithm = gradient_clip_val, gradient_clip_algorithm
         self._name = name_of(model)
         self._has_batch = batch is not None
         module = as_module(model, activation_checkpointing)
         found = find_precision(precision)
-        self._training = FakeTraining(module, as_batch(batch, module), loss, found, accelerator)
-        self._replays: dict[Stepping, Replay] = {}
-        self._temporaries: dict[str, StepTemporaries] = {}
+        self._given = module, as_batch(batch, module), loss, found, accelerator
+        # Sharded, it is there between opening and closing.
+        self._made: FakeTraining | None = None if self._sharded else FakeTraining(*self._given)
+        self._forget()
 
     def estimate(self, config: OptimConfig) -> MemoryEstimate:
         """Returns the estimate of a request.
@@ -142,6 +105,40 @@ class Estimator:
         Raises:
             IncompatibleTrainer, InvalidOption, InvalidParamGroups, MissingDependency: For what cannot be trained so.
         """
+        with self.opened():
+            return self._estimated(config)
+
+    @contextmanager
+    def opened(self) -> Iterator[None]:
+        """Inside, estimates share what cannot outlive them: shards live in a process group of their own.
+
+        Raises:
+            IncompatibleTrainer: If parameters are to be sharded, and there is a process group or the module does not
+                say how.
+        """
+        if self._made is not None:
+            yield
+            return
+        if has_processes():
+            raise IncompatibleTrainer(
+                f"strategy={self._strategy!r} is estimated in a process group of its own, and this process has one "
+                "already. Estimate before it is made, or after torch.distributed.destroy_process_group()"
+            )
+        with absent_processes(self._devices) as mesh:
+            try:
+                with quiet():
+                    self._made = ShardedTraining(mesh, *self._given)
+                yield
+            finally:
+                self._made = None
+                self._forget()
+
+    def _forget(self) -> None:
+        self._replays: dict[Stepping, Replay] = {}
+        self._temporaries: dict[str, StepTemporaries] = {}
+        self.__dict__.pop("_parameters", None)
+
+    def _estimated(self, config: OptimConfig) -> MemoryEstimate:
         accelerator = self._training.accelerator
         parts = [self._chosen(part) for part in divide(self._parameters, config)]
         built, spec = parts[0].config, parts[0].config.spec
@@ -153,9 +150,10 @@ class Estimator:
         taken: list[tuple[Moment, int | None]] = [(moment, 0) for moment in replayed.passes]
         # One part is stepped after the other.
         taken += [(moment, _most(own.of(parameters) for own in temporaries)) for parameters, moment in replayed.steps]
-        communication = replayed.gradients if strategy == "ddp" else 0
+        buckets = replayed.gradients if strategy == "ddp" else 0
         moment, extra = max(taken, key=lambda pair: pair[0].total + (pair[1] or 0))
-        at_peak = _named(moment) | {"state": state, "communication": communication, "temporaries": extra or 0}
+        at_peak = _named(moment) | {"state": state, "temporaries": extra or 0}
+        at_peak["communication"] += buckets
         known = [most for _, most in taken if most is not None]
         return MemoryEstimate(
             optim=config.optim,
@@ -169,7 +167,7 @@ class Estimator:
             buffers=moment.live["buffers"],
             state=state,
             gradients=replayed.gradients,
-            communication=communication,
+            communication=replayed.communication + buckets,
             activations=replayed.activations + moment.live["batch"] if self._has_batch else None,
             temporaries=max(known) if len(known) == len(taken) else None,
             pageable=sum(
@@ -184,7 +182,7 @@ class Estimator:
         """Returns the estimates of many identifiers, those with the lowest peak first."""
         found = []
         # Whoever is quiet already need not change the level of loggers again, which forgets what they cached.
-        with quiet():
+        with quiet(), self.opened():
             for name in _all_names(self._training.accelerator) if names is None else names:
                 try:
                     found.append(self.estimate(OptimConfig(name)))
@@ -195,7 +193,13 @@ class Estimator:
 
     def count_parameters(self) -> int:
         """Returns how many elements the parameters have."""
-        return sum(parameter.numel() for _, parameter in self._training.module.named_parameters())
+        with self.opened():
+            return sum(parameter.numel() for parameter in self._training.parameters)
+
+    @property
+    def _training(self) -> FakeTraining:
+        assert self._made is not None, "not opened"
+        return self._made
 
     @cached_property
     def _parameters(self) -> list[NamedParameter]:
@@ -211,21 +215,28 @@ class Estimator:
             raise IncompatibleTrainer(
                 f"optim={config.optim!r} runs on {listing(sorted(spec.devices or ()))}, not on {listing(accelerator)}"
             )
+        refusal = rules.sharded_parameters(config.optim, spec, part.parameters)
+        if refusal:
+            raise IncompatibleTrainer(refusal)
         return dataclasses.replace(part, config=config.replace(optim=chosen))
 
     def _state_of(self, part: Part, temporaries: StepTemporaries) -> int:
         options, policy = settle(part.config)
         policy = dataclasses.replace(policy, among=self._parameters)
-        state = state_bytes(part.config.spec, options, make_groups(part.parameters, part.config.spec, options, policy))
+        groups = make_groups(part.parameters, part.config.spec, options, policy)
+        # Of a sharded parameter the shard.
+        groups = [{**group, "params": tensors_in(group["params"])} for group in groups]
+        state = state_bytes(part.config.spec, options, groups)
         return temporaries.state() if state is None else state
 
     def _strategy_of(self, spec: OptimizerSpec, name: str) -> str:
-        several = self._devices > 1
+        several, given = self._devices > 1, self._strategy
         fitting = ("layerwise_ddp" if several else "layerwise") if spec.layerwise else ("ddp" if several else "auto")
-        given = self._strategy
+        if self._sharded:
+            fitting = "layerwise_fsdp2" if spec.layerwise else "fsdp2"
         if given == "auto" or (given == "layerwise" and fitting in ("auto", "layerwise")):
             return fitting
-        if given in ("ddp", "layerwise_ddp") and given != fitting and several:
+        if given in ("ddp", "layerwise_ddp", *SHARDS) and given != fitting and several:
             raise IncompatibleTrainer(f"strategy={given!r} cannot step optim={name!r}: use strategy={fitting!r}")
         return fitting if not several else given
 
@@ -244,7 +255,9 @@ class Estimator:
 
     def _replayed(self, stepping: Stepping) -> Replay:
         if stepping not in self._replays:
-            self._replays[stepping] = replay(self._training, stepping)
+            training = self._training
+            run = run_sharded if isinstance(training, ShardedTraining) else replay
+            self._replays[stepping] = run(training, stepping)
         return self._replays[stepping]
 
     def _temporaries_of(self, part: Part) -> StepTemporaries:
@@ -288,7 +301,9 @@ def estimate_memory(
         loss: Computes the loss from the module and the batch, where neither of the two does.
         precision: The Trainer's.
         accelerator: ``"cuda"`` or ``"cpu"``.
-        strategy: The Trainer's; ``"auto"`` takes the one that the identifier needs for ``devices``.
+        strategy: The Trainer's; ``"auto"`` takes the one that the identifier needs for ``devices``. ``"fsdp2"``
+            (Lightning's ``ModelParallelStrategy``) and ``"layerwise_fsdp2"`` shard as ``configure_model`` says, a shape
+            block by block.
         devices: Number of devices.
         accumulate_grad_batches: The Trainer's.
         gradient_clip_val: The Trainer's.
@@ -356,6 +371,7 @@ def _named(moment: Moment) -> dict[str, int]:
         "parameters": live["parameters"],
         "buffers": live["buffers"],
         "gradients": live["gradients"],
+        "communication": live["communication"],
         "activations": live["other"] + live["batch"],
     }
 

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
@@ -22,9 +22,11 @@ from lightning_optim.choose._cuda import LikeCuda
 from lightning_optim.choose._fakes import Precision, fake_batch, fake_module
 from lightning_optim.choose._tracker import MemoryTracker
 from lightning_optim.errors import IncompatibleTrainer, InvalidOption
+from lightning_optim.stepping import is_sharded
 
 #: Computes the loss of a batch.
 Loss = Callable[[Any, Any], Tensor]
+Recorded = TypeVar("Recorded")
 
 
 @dataclass(frozen=True)
@@ -83,12 +85,16 @@ class FakeTraining:
         with self._mode:
             self.module = fake_module(module, precision)
             self.batch = fake_batch(batch, precision)
-            if isinstance(self.module, LightningModule):
-                with torch.device("cpu"):
-                    self.module.configure_model()
+            self._configure()
         self.module.train()
         self._loss = _no_batch if batch is None else loss or _loss_of(self.module)
         self._timelines: dict[bool, Timeline] = {}
+
+    def _configure(self) -> None:
+        if not isinstance(self.module, LightningModule):
+            return
+        with torch.device("cpu"), _default_dtype(self.precision.weights or torch.get_default_dtype()):
+            self.module.configure_model()
 
     @cached_property
     def parameters(self) -> list[Tensor]:
@@ -103,7 +109,7 @@ class FakeTraining:
             parameters: Those that are used inside; ``None`` for all.
         """
         with quiet(), self._mode, torch.compiler.set_stance("force_eager"), MemoryTracker(True) as tracker:
-            tracker.add(self.parameters if parameters is None else parameters, "parameters")
+            tracker.add(tensors_in(self.parameters if parameters is None else parameters), "parameters")
             yield tracker
 
     def timeline(self, retain_graph: bool = False) -> Timeline:
@@ -117,23 +123,31 @@ class FakeTraining:
             InvalidOption: If no loss comes out.
         """
         if retain_graph not in self._timelines:
-            with quiet(), _attached(self.module):
-                try:
-                    self._timelines[retain_graph] = self._recorded(retain_graph)
-                except NEEDS_VALUES as error:
-                    raise IncompatibleTrainer(
-                        f"the training step of {type(self.module).__name__} does what depends on values ({error}), and "
-                        "memory is estimated without any. Estimate with loss=lambda module, batch: ... that leaves it "
-                        "out, or with batch=None, which counts all but activations"
-                    ) from error
-                finally:
-                    self.module.zero_grad(set_to_none=True)
+            self._timelines[retain_graph] = self.run(lambda tracker: _record(self, tracker, retain_graph))
         return self._timelines[retain_graph]
 
-    def _recorded(self, retain_graph: bool) -> Timeline:
+    def run(self, record: Callable[[MemoryTracker], Recorded]) -> Recorded:
+        """Returns what is recorded of the module's step, for which it has a Trainer; gradients are dropped after it.
+
+        Raises:
+            IncompatibleTrainer: If the step depends on values.
+        """
+        with quiet(), _attached(self.module):
+            try:
+                return self._recorded(record)
+            except NEEDS_VALUES as error:
+                raise IncompatibleTrainer(
+                    f"the training step of {type(self.module).__name__} does what depends on values ({error}), and "
+                    "memory is estimated without any. Estimate with loss=lambda module, batch: ... that leaves it "
+                    "out, or with batch=None, which counts all but activations"
+                ) from error
+            finally:
+                self.module.zero_grad(set_to_none=True)
+
+    def _recorded(self, record: Callable[[MemoryTracker], Recorded]) -> Recorded:
         try:
             with self.without_memory() as tracker:
-                return _record(self, tracker, retain_graph)
+                return self._record(record, tracker)
         except CheckpointError:
             if not self._like_cuda:
                 raise
@@ -141,7 +155,12 @@ class FakeTraining:
             self._like_cuda = False
             self.module.zero_grad(set_to_none=True)
             with self.without_memory() as tracker:
-                return _record(self, tracker, retain_graph)
+                return self._record(record, tracker)
+
+    def _record(self, record: Callable[[MemoryTracker], Recorded], tracker: MemoryTracker) -> Recorded:
+        tracker.add(self.module.buffers(), "buffers")
+        tracker.add(tensors_in(self.batch), "batch")
+        return record(tracker)
 
     def loss(self) -> Tensor:
         """Runs forward; returns the loss."""
@@ -160,8 +179,6 @@ class FakeTraining:
 
 
 def _record(training: FakeTraining, tracker: MemoryTracker, retain_graph: bool) -> Timeline:
-    tracker.add(training.module.buffers(), "buffers")
-    tracker.add(tensors_in(training.batch), "batch")
     fixed = dict(tracker.live)
     arrivals: list[Arrival] = []
 
@@ -236,7 +253,8 @@ def _as_loss(module: Any, output: Any, method: str) -> Tensor:
 
 def _no_batch(module: Any, batch: Any) -> Tensor:
     """Has gradients arrive from the last parameter to the first, without activations."""
-    return torch.stack([parameter.sum().float() for parameter in module.parameters() if parameter.requires_grad]).sum()
+    shards = (parameter.to_local() if is_sharded(parameter) else parameter for parameter in module.parameters())
+    return torch.stack([shard.sum().float() for shard in shards if shard.requires_grad]).sum()
 
 
 @contextmanager

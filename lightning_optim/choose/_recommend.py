@@ -11,8 +11,9 @@ from typing import Any, Literal, get_args
 from typing_extensions import Unpack
 
 from lightning_optim.build import OptimConfig
-from lightning_optim.choose._estimate import REFUSALS, Estimator, MemoryEstimate, Setting, one_of
+from lightning_optim.choose._estimate import REFUSALS, SHARDS, Estimator, Setting, one_of
 from lightning_optim.choose._evidence import EVIDENCE, LAYERWISE, Evidence, Room, Task
+from lightning_optim.choose._memory_estimate import MemoryEstimate
 from lightning_optim.choose._model import Model
 from lightning_optim.choose._rankings import CLAIMS
 from lightning_optim.errors import IncompatibleTrainer, InvalidOption, listing
@@ -118,14 +119,14 @@ def rank(
     """
     one_of("task", task, (None, *get_args(Task)))
     one_of("prefer", prefer, get_args(Preference))
-    estimates = _estimates(estimator)
+    with estimator.opened():
+        estimates, parameters = _estimates(estimator), estimator.count_parameters()
     if not estimates:
         raise IncompatibleTrainer("no identifier that the evidence names can be trained so: see estimate_memory")
     fitting = {name: found for name, found in estimates.items() if memory is None or found.resident <= memory}
     if not fitting:
         raise InvalidOption(_nothing_fits(memory, estimates, setting))
     room = None if memory is None else _room(memory, estimates)
-    parameters = estimator.count_parameters()
     found = []
     for name, estimate in fitting.items():
         plain = name.removesuffix(SUFFIX)
@@ -196,12 +197,13 @@ def _room(memory: int, estimates: dict[str, MemoryEstimate]) -> Room | None:
 def _nothing_fits(memory: int | None, estimates: dict[str, MemoryEstimate], setting: Setting) -> str:
     least = min(estimates.values(), key=lambda estimate: estimate.resident)
     remedies = ["fewer sequences", "a precision of 16 bits", "a smaller model"]
+    sharded = least.strategy in SHARDS
+    shard = "more devices" if sharded else "shard the parameters over devices (strategy='fsdp2', devices=8)"
     if not setting.get("activation_checkpointing"):
         remedies.insert(0, "activation checkpointing")
     return (
         f"nothing fits into {(memory or 0) / _GIB:.2f} GiB: {least.optim!r} needs the least, "
-        f"{least.resident / _GIB:.2f} GiB. Take {', '.join(remedies)}, or shard the parameters over more devices with "
-        "strategy='layerwise_fsdp2', which is not estimated"
+        f"{least.resident / _GIB:.2f} GiB. Take {', '.join(remedies)}, or {shard}"
     )
 
 
@@ -218,7 +220,15 @@ def _recommendation(
         for key in ("accumulate_grad_batches", "gradient_clip_val", "gradient_clip_algorithm")
         if setting.get(key) is not None
     }
-    shown = ", ".join(f"{key}={value!r}" for key, value in flags.items())
+    written = {key: repr(value) for key, value in flags.items()}
+    if estimate.strategy == "fsdp2":
+        # Lightning has no flag for it.
+        sizes = {"data_parallel_size": estimate.devices, "tensor_parallel_size": 1}
+        given = ", ".join(f"{key}={value}" for key, value in sizes.items())
+        written["strategy"] = f"L.pytorch.strategies.ModelParallelStrategy({given})"
+        flags["strategy"] = "lightning.pytorch.strategies.ModelParallelStrategy"
+        flags |= {f"strategy.{key}": value for key, value in sizes.items()}
+    shown = ", ".join(f"{key}={value}" for key, value in written.items())
     words = ["--optim", name, *(word for key, value in flags.items() for word in (f"--trainer.{key}", str(value)))]
     return Recommendation(
         optim=name,

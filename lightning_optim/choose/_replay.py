@@ -18,7 +18,8 @@ from torch.optim import Optimizer
 
 from lightning_optim.choose._fake_run import FakeTraining, Timeline, on_gradient
 from lightning_optim.choose._tracker import MemoryTracker, Moment
-from lightning_optim.layerwise import Clipping, Layerwise, Replicas
+from lightning_optim.layerwise import Clipping, Layerwise, Replicas, Watches
+from lightning_optim.stepping import parts_of
 
 #: What is stepped at once, with what is alive then.
 Steps = Sequence[tuple[tuple[Tensor, ...], Moment]]
@@ -52,12 +53,14 @@ class Replay:
         steps: What is stepped at once, with what is alive then.
         gradients: Most bytes of gradients.
         activations: Most bytes of activations and of what backward works with.
+        communication: Most bytes of gathered parameters and of gradients on their way, where parameters are sharded.
     """
 
     passes: Sequence[Moment]
     steps: Steps
     gradients: int
     activations: int
+    communication: int = 0
 
 
 def replay(training: FakeTraining, stepping: Stepping) -> Replay:
@@ -71,7 +74,8 @@ def _plain(training: FakeTraining, stepping: Stepping) -> Replay:
     total = sum(sizes)
     # Those of the micro-batches before are alive from the start; the last one's are added to them.
     accumulated = total if stepping.accumulate > 1 else 0
-    moments = [_moment(timeline, "forward", timeline.forward, accumulated)]
+    # In a first micro-batch, Lightning drops those of the step before when forward is over.
+    moments = [_moment(timeline, "forward", timeline.forward, total)]
     alive = 0
     for arrival, size in zip(timeline.arrivals, sizes, strict=True):
         moments.append(_moment(timeline, "backward", arrival.before, accumulated or alive))
@@ -110,7 +114,7 @@ class _Engine:
         # Before the engine's, which free what arrives.
         hooks = [on_gradient(parameter, self._arrived) for parameter in self._order]
         replicas = _Absent(self._stepping.replicas) if self._stepping.replicas > 1 else None
-        engine = _Unwatched(_Noting(self._order, self._note), self._stepping.bucket_mb, replicas=replicas)
+        engine = Unwatched(Noting(self._order, self._note), self._stepping.bucket_mb, replicas=replicas)
         try:
             if replicas is not None:
                 # Processes agree on an order in their first step.
@@ -148,14 +152,20 @@ class _Engine:
         return self._tracker.live["gradients"] + self._tracker.live["other"]
 
 
-class _Unwatched(Layerwise):
+class Unwatched(Layerwise):
     """Does not look for couplings, as after the first steps."""
 
-    def _watch(self) -> None:
-        return None
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self._watches = _AllHavePassed()
 
 
-class _Noting(Optimizer):
+class _AllHavePassed(Watches):
+    def begin(self, optimizer: Optimizer) -> list[Any]:
+        return [None for _ in parts_of(optimizer)]
+
+
+class Noting(Optimizer):
     """Says what it is asked to step."""
 
     def __init__(self, parameters: Sequence[Tensor], note: Callable[[Sequence[Tensor]], None]) -> None:

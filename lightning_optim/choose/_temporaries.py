@@ -15,7 +15,7 @@ from lightning_optim.choose._fake_run import FakeTraining
 from lightning_optim.choose._tracker import MemoryTracker
 from lightning_optim.groups import NamedParameter
 from lightning_optim.optimizers import OwnOptimizer
-from lightning_optim.stepping import KeepsTrainingPoint
+from lightning_optim.stepping import KeepsTrainingPoint, is_sharded
 
 #: A group's index, a shape and a dtype: parameters that are alike to an optimizer.
 Kind = tuple[int, tuple[int, ...], torch.dtype]
@@ -83,8 +83,9 @@ class StepTemporaries:
                 optimizer.train()
         for group in optimizer.param_groups:
             if "foreach" in group and group["foreach"] is None and not group.get("fused"):
-                # What torch chooses by the device.
-                group["foreach"] = self._training.accelerator == "cuda"
+                # What torch chooses by the device; for shards it does not choose lists.
+                sharded = any(map(is_sharded, group["params"]))
+                group["foreach"] = self._training.accelerator == "cuda" and not sharded
             if group.get("update_proj_gap"):
                 # The step that counts is one of those that look for subspaces.
                 group["update_proj_gap"] = 1
@@ -141,7 +142,7 @@ class StepTemporaries:
 def _give_gradients(parameters: Sequence[Tensor], tracker: MemoryTracker) -> None:
     for parameter in parameters:
         parameter.grad = torch.empty_like(parameter)
-        tracker.add([parameter.grad], "gradients")
+        tracker.add(tensors_in(parameter.grad), "gradients")
 
 
 def _in_a_part(kind: Kind, count: int, everything: int) -> int:

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Iterable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from torch import Tensor
 
 from lightning_optim._compat.fake import DispatchMode, FakeTensor, answer_attribute, answer_without_values, tensors_in
+from lightning_optim._compat.shards import COMMUNICATES, watch_resizes
 
-Category = Literal["parameters", "buffers", "gradients", "state", "batch", "other"]
-CATEGORIES: tuple[Category, ...] = ("parameters", "buffers", "gradients", "state", "batch", "other")
+Category = Literal["parameters", "buffers", "gradients", "state", "batch", "communication", "other"]
+CATEGORIES: tuple[Category, ...] = get_args(Category)
 
 
 @dataclass(frozen=True)
@@ -38,7 +40,8 @@ class MemoryTracker(DispatchMode):  # type: ignore[misc]
     """While it is entered, sees every tensor that an operation makes, until it dies.
 
     Bytes are those of storages, each counted once whatever views there are of it. What an operation takes and gives
-    back inside of its kernel is not seen, and neither is what the allocator rounds up or keeps.
+    back inside of its kernel is not seen, and neither is what the allocator rounds up or keeps. What shards are
+    gathered into, and gradients on their way to be reduced, are ``"communication"``.
 
     Args:
         without_values: Whether to answer code that reads values, where tensors have none.
@@ -59,7 +62,17 @@ class MemoryTracker(DispatchMode):  # type: ignore[misc]
         self.phase = ""
         self.live: dict[str, int] = dict.fromkeys(CATEGORIES, 0)
         self._known: dict[int, tuple[str, int]] = {}
+        self._watching = ExitStack()
         self.restart()
+
+    def __enter__(self) -> MemoryTracker:
+        self._watching.enter_context(watch_resizes(self._resized))
+        super().__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        self._watching.close()
 
     def restart(self) -> None:
         """Forgets the peaks until now."""
@@ -76,19 +89,31 @@ class MemoryTracker(DispatchMode):  # type: ignore[misc]
         """Counts tensors; those that are known already move to the category."""
         for tensor in tensors:
             storage = tensor.untyped_storage()
-            key = id(storage)
-            if key in self._known:
-                before, size = self._known[key]
-                if category in ("other", before):
-                    continue
-                self.live[before] -= size
-            else:
-                size = storage.nbytes()
-                weakref.finalize(storage, self._drop, key).atexit = False
-            self._known[key] = category, size
-            self.live[category] += size
-            self.most[category] = max(self.most[category], self.live[category])
+            known = self._known.get(id(storage))
+            if known is None:
+                self._count(storage, category)
+            elif category not in ("other", known[0]):
+                self.live[known[0]] -= known[1]
+                self._set(id(storage), category, known[1])
         self._note()
+
+    def rename(self, before: Category, category: Category) -> None:
+        """Counts all that is alive of one category among another."""
+        for key, (found, size) in self._known.items():
+            if found == before:
+                self._known[key] = category, size
+        self.live[category] += self.live[before]
+        self.live[before] = 0
+        self.most[category] = max(self.most[category], self.live[category])
+
+    def _count(self, storage: Any, category: str) -> None:
+        weakref.finalize(storage, self._drop, id(storage)).atexit = False
+        self._set(id(storage), category, storage.nbytes())
+
+    def _set(self, key: int, category: str, size: int) -> None:
+        self._known[key] = category, size
+        self.live[category] += size
+        self.most[category] = max(self.most[category], self.live[category])
 
     def _note(self) -> None:
         total = sum(self.live.values())
@@ -102,6 +127,21 @@ class MemoryTracker(DispatchMode):  # type: ignore[misc]
         category, size = self._known.pop(key)
         self.live[category] -= size
 
+    def _resized(self, storage: Any) -> None:
+        known = self._known.get(id(storage))
+        if known is None:
+            # Made before this was entered.
+            self._count(storage, "communication")
+        else:
+            self.live[known[0]] -= known[1]
+            self._set(id(storage), known[0], storage.nbytes())
+        self._note()
+
+    def _communicated(self, tensors: Iterable[Tensor]) -> None:
+        # Shards that are sent stay parameters.
+        unclaimed = [t for t in tensors if self._known.get(id(t.untyped_storage()), ("other", 0))[0] == "other"]
+        self.add(unclaimed, "communication")
+
     def __torch_dispatch__(self, operation: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if operation.namespace == "prim":
             return answer_attribute(operation, args)
@@ -111,4 +151,6 @@ class MemoryTracker(DispatchMode):  # type: ignore[misc]
                 return answer
         result = operation(*args, **(kwargs or {}))
         self.add((result,) if type(result) is FakeTensor else tensors_in(result))
+        if operation.namespace in COMMUNICATES:
+            self._communicated(tensors_in((args, kwargs)))
         return result

@@ -12,7 +12,7 @@ from lightning_optim.build import OptimConfig
 from lightning_optim.choose import PRECISIONS, SHAPES, Accelerator, Estimator, MemoryEstimate, Strategy
 from lightning_optim.command import _render as render
 from lightning_optim.command._machine import CommandError, Facts
-from lightning_optim.command._model import BadRequest, batch_of, model_of, read_config
+from lightning_optim.command._model import BadRequest, batch_of, model_of, read_config, strategy_in
 from lightning_optim.command._picture import stacked_bars
 
 _GIB = 2**30
@@ -114,7 +114,7 @@ def setting_of(arguments: argparse.Namespace, request: Mapping[str, Any]) -> tup
     trainer = request.get("trainer", {})
     given = {
         "precision": (arguments.precision, trainer.get("precision"), "bf16-true" if is_shape else None),
-        "strategy": (arguments.strategy, trainer.get("strategy")),
+        "strategy": (arguments.strategy, strategy_in(trainer)),
         "devices": (arguments.devices, trainer.get("devices")),
         "accumulate_grad_batches": (arguments.accumulate, trainer.get("accumulate_grad_batches")),
         "gradient_clip_val": (arguments.clip, trainer.get("gradient_clip_val")),

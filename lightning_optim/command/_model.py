@@ -15,6 +15,14 @@ from torch import Tensor, nn
 
 from lightning_optim.choose import SHAPES, Shape, find_shape
 
+# What the estimate calls the strategies that a file may name by their class.
+_STRATEGIES = {
+    "DDPStrategy": "ddp",
+    "ModelParallelStrategy": "fsdp2",
+    "LayerwiseStrategy": "layerwise",
+    "LayerwiseDDPStrategy": "layerwise_ddp",
+    "LayerwiseFSDP2Strategy": "layerwise_fsdp2",
+}
 _SIZES = ("hidden", "layers", "heads", "intermediate", "vocab")
 
 
@@ -69,6 +77,13 @@ def model_of(arguments: argparse.Namespace, request: Mapping[str, Any]) -> tuple
         return find_shape(name), True
     given = in_file.get("init_args", in_file if not class_path else {}) if isinstance(in_file, Mapping) else {}
     return _module(name, {**(given or {}), **_init_args(arguments.init_args)}), False
+
+
+def strategy_in(trainer: Mapping[str, Any]) -> Any:
+    """Returns the strategy of a file's ``trainer:``, which may be a flag or a class; ``None`` if there is none."""
+    given = trainer.get("strategy")
+    name = given.get("class_path") if isinstance(given, Mapping) else given
+    return _STRATEGIES.get(str(name).rpartition(".")[2], name)
 
 
 def batch_of(arguments: argparse.Namespace, model: nn.Module | Shape, is_shape: bool) -> Any:

@@ -12,5 +12,6 @@ from lightning_optim.layerwise._passes import Observer
 from lightning_optim.layerwise._probe import Probe, probe
 from lightning_optim.layerwise._replicas import Replicas
 from lightning_optim.layerwise._scaling import OuterScaler
+from lightning_optim.layerwise._split_parts import Watches
 
-__all__ = ["Clipping", "Layerwise", "Observer", "OuterScaler", "Probe", "Replicas", "probe"]
+__all__ = ["Clipping", "Layerwise", "Observer", "OuterScaler", "Probe", "Replicas", "Watches", "probe"]

@@ -14,7 +14,7 @@ from lightning_optim.stepping._fused import HALF, FusedStep, fused_class, is_pac
 from lightning_optim.stepping._kernels import keep_kernel, laid_out_as
 from lightning_optim.stepping._preparing import preparations, prepare_step
 from lightning_optim.stepping._random import seed, undisturbed
-from lightning_optim.stepping._sharding import is_sharded
+from lightning_optim.stepping._sharding import is_sharded, without_reduction
 from lightning_optim.stepping._state_marks import FORMAT, IDENTIFIER, MARKS, MEMBERS, check_state, refuse_foreign
 from lightning_optim.stepping._uncompiled import StepsUncompiled, uncompiled
 from lightning_optim.stepping._valid_groups import only_valid_groups
@@ -46,4 +46,5 @@ __all__ = [
     "seed",
     "uncompiled",
     "undisturbed",
+    "without_reduction",
 ]

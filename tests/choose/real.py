@@ -18,8 +18,9 @@ from lightning_optim.choose import MemoryTracker
 from tests.models import trainer
 
 VOCABULARY, LENGTH = 512, 64
-# Which of the steps are measured: those after the ones in which couplings are looked for.
-TRACKED, PROFILED, STEPS = 4, 5, 6
+# Which of the steps are measured: those after the ones in which couplings are looked for. The profile begins a step
+# earlier than it counts, with the gradients that Lightning drops after the forward of the step that counts.
+TRACKED, PROFILED, STEPS = 4, 5, 7
 # What bitsandbytes keeps once for all parameters.
 SHARED = {"qmap1", "qmap2"}
 
@@ -89,6 +90,9 @@ class _Watch(L.Callback):
             self.state = self.tracker.live["state"]
             self.tracker.add([batch], "batch")
             self.before = self.tracker.now().total
+            old = [parameter.grad for parameter in pl_module.parameters() if parameter.grad is not None]
+            self.tracker.add(old, "gradients")
+            del old
             self.tracker.__enter__()
         if index == PROFILED * self.accumulate:
             self.profiler.__enter__()
@@ -97,14 +101,14 @@ class _Watch(L.Callback):
         index = args[2]
         if index + 1 == (TRACKED + 1) * self.accumulate:
             self.tracker.__exit__(None, None, None)
-        if index + 1 == (PROFILED + 1) * self.accumulate:
+        if index + 1 == STEPS * self.accumulate:
             self.profiler.__exit__(None, None, None)
 
 
 def measure(
     module: L.LightningModule, batch: Tensor, precision: str = "32-true", accumulate: int = 1, **settings: Any
 ) -> Measured:
-    """Trains on a CPU and measures one step by each of the two."""
+    """Trains on a CPU and measures by each of the two."""
     watch = _Watch(accumulate)
     quiet = trainer(
         max_steps=STEPS, precision=precision, accumulate_grad_batches=accumulate, callbacks=[watch], **settings

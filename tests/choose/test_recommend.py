@@ -9,6 +9,7 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
+from lightning.pytorch.strategies import ModelParallelStrategy
 
 from lightning_optim import InvalidOption, OptimCallback, OptimCLI, OptimConfig, Shape, recommend
 from lightning_optim.choose import CHOOSING, EVIDENCE, Estimator, MemoryEstimate, Recommendation, rank
@@ -138,6 +139,24 @@ class Words(torch.utils.data.Dataset[Any]):
 
     def __getitem__(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
         return torch.zeros(4, dtype=torch.int64), torch.ones(4, dtype=torch.int64)
+
+
+def test_shards_are_recommended_with_the_lines_to_paste(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    shape = Shape("llama", hidden=64, layers=1, heads=4, intermediate=96, vocab=128, length=8)
+    setting: Any = {"batch": (1, 8), "strategy": "fsdp2", "devices": 2, "accelerator": "cpu"}
+    first = recommend(shape, **setting)[0]
+    assert first.optim == "adamw_torch"
+    names: dict[str, Any] = {"L": L, "OptimCallback": OptimCallback}
+    exec(first.python, names)
+    cli = OptimCLI(LitTokens, args=shlex.split(first.command_line)[3:], run=False)
+    for trainer in (names["trainer"], cli.trainer):
+        assert type(trainer.strategy) is ModelParallelStrategy
+        assert (trainer.strategy._data_parallel_size, trainer.strategy._tensor_parallel_size) == (2, 1)
+    with pytest.raises(InvalidOption, match=r"smaller model, or more devices"):
+        recommend(shape, memory=1, **setting)
+    with pytest.raises(InvalidOption, match=r"shard the parameters over devices \(strategy='fsdp2'"):
+        recommend(shape, memory=1)
 
 
 def test_the_lines_run(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:

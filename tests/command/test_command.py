@@ -495,6 +495,17 @@ def test_memory_tells_one_identifier_in_detail(command: Command) -> None:
     assert re.search(r"^ +peak +\d+\.\d\d MiB +in (forward|backward|the step)$", text, re.MULTILINE)
 
 
+def test_memory_of_shards(command: Command) -> None:
+    shape = ("--hidden", "64", "--layers", "1", "--heads", "4", "--intermediate", "96", "--vocab", "128")
+    shards = ("--batch", "1", "--length", "8", "--strategy", "fsdp2", "--devices", "2")
+    text = command("memory", *shape, *shards, "--optim", "sgd")
+    assert "memory of each of 2 devices (fsdp2)" in text
+    assert "communication" in text
+    assert "Use optim='adamw_torch'" in unwrapped(
+        command("memory", *shape, *shards, "--optim", "apollo_adamw", status=2)
+    )
+
+
 def test_memory_compares_all_filters_and_draws(command: Command, tmp_path: Path) -> None:
     picture = tmp_path / "memory.svg"
     shape = (
@@ -560,6 +571,10 @@ def test_memory_takes_a_module_and_a_config(command: Command, tmp_path: Path, mo
     (read,) = command.json("memory", "--config", "run.yaml", *batch)["estimates"]
     assert typed == read
     assert (read["parameters"], read["state"]) == (2 * (32 * 32 + 32), 2 * (32 * 32 + 32))
+    # A strategy that has no flag stands there by its class.
+    strategy = "{class_path: lightning.pytorch.strategies.ModelParallelStrategy, init_args: {data_parallel_size: 2}}"
+    Path("run.yaml").write_text(CONFIG.replace("devices: auto", f"devices: 2, strategy: {strategy}"))
+    assert "Lit is not sharded: no parameter is a DTensor" in command("memory", "--config", "run.yaml", status=2)
     assert "memory_lit.Loads() could not be made on the meta device" in command("memory", "memory_lit.Loads", status=2)
 
 

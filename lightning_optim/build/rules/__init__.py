@@ -10,7 +10,7 @@ from __future__ import annotations
 from lightning_optim.build.rules._fused import FUSED_RULES, Fusing
 from lightning_optim.build.rules._layerwise import LAYERWISE_RULES, STEPPING_STRATEGIES, Stepping, gradient_is_gone
 from lightning_optim.build.rules._request import CONFIG_RULES, Request
-from lightning_optim.build.rules._run import RUN_RULES, Run, TrainerFacts, cpp_compiler
+from lightning_optim.build.rules._run import RUN_RULES, Run, TrainerFacts, cpp_compiler, sharded_parameters
 from lightning_optim.errors import IncompatibleTrainer
 
 __all__ = [
@@ -26,6 +26,7 @@ __all__ = [
     "TrainerFacts",
     "cpp_compiler",
     "gradient_is_gone",
+    "sharded_parameters",
 ]
 
 

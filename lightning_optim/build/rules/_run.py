@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -158,12 +158,17 @@ def _half_weights(run: Run) -> str | None:
 
 
 def _sharded_parameters(run: Run) -> str | None:
-    found = [parameter for parameter in run.parameters if is_sharded(parameter.parameter)]
-    if not found or run.spec.sharded:
+    return sharded_parameters(run.name, run.spec, run.parameters)
+
+
+def sharded_parameters(name: str, spec: OptimizerSpec, parameters: Sequence[NamedParameter]) -> str | None:
+    """Returns why an identifier cannot step these parameters, if they are sharded and it cannot step shards."""
+    found = [parameter for parameter in parameters if is_sharded(parameter.parameter)]
+    if not found or spec.sharded:
         return None
-    ddp = "layerwise_ddp" if run.spec.layerwise else "ddp"
+    ddp = "layerwise_ddp" if spec.layerwise else "ddp"
     return (
-        f"optim={run.name!r} cannot step sharded parameters (DTensor), and {found[0].name!r} is one. Use "
+        f"optim={name!r} cannot step sharded parameters (DTensor), and {found[0].name!r} is one. Use "
         f"optim='adamw_torch' or 'adamw_torch_8bit', or Trainer(strategy={ddp!r})."
     )
 

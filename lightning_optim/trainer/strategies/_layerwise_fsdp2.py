@@ -11,6 +11,7 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 from torch.distributed.constants import default_pg_timeout
 
 from lightning_optim._compat.lightning import data_parallel_takes_the_rest
+from lightning_optim.stepping import without_reduction
 from lightning_optim.trainer.strategies._layerwise import StepsInBackward
 
 if TYPE_CHECKING:
@@ -48,17 +49,9 @@ class StepsShardsInBackward(StepsInBackward, _Base):
     @contextmanager
     def block_backward_sync(self) -> Iterator[None]:
         """Accumulates the gradients of micro-batches locally."""
-        from torch.distributed.fsdp import FSDPModule
-
         assert self.model is not None
-        sharded = [module for module in self.model.modules() if isinstance(module, FSDPModule)]
-        for module in sharded:
-            module.set_requires_gradient_sync(False, recurse=False)
-        try:
+        with without_reduction(self.model):
             yield
-        finally:
-            for module in sharded:
-                module.set_requires_gradient_sync(True, recurse=False)
 
 
 class LayerwiseFSDP2Strategy(StepsShardsInBackward, ModelParallelStrategy):

@@ -1,0 +1,69 @@
+"""Processes of torch.distributed that are not there, and what FSDP2 does with memory. All of it is in torch 2.9.
+
+torch keeps its fake process group among what its own tests use, and does not say how ``fully_shard`` frees what it has
+gathered. Without them ``lightning_optim.estimate_memory`` does not shard.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from torch import UntypedStorage
+
+if TYPE_CHECKING:
+    from lightning.pytorch import LightningModule
+    from torch.distributed.device_mesh import DeviceMesh
+
+__all__ = ["COMMUNICATES", "absent_processes", "give_mesh", "has_processes", "watch_resizes"]
+
+#: The namespaces of the operations that gather shards and reduce gradients.
+COMMUNICATES = frozenset({"fsdp", "c10d"})
+
+
+def has_processes() -> bool:
+    """Whether this process belongs to a group already."""
+    return dist.is_available() and dist.is_initialized()
+
+
+@contextmanager
+def absent_processes(count: int) -> Iterator[DeviceMesh]:
+    """Makes this process the first of so many, of which there are no others; what they send is never waited for.
+
+    Yields:
+        Their mesh, with the dimensions that Lightning's ``ModelParallelStrategy`` names.
+    """
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    assert not has_processes(), "there is a process group"
+    dist.init_process_group("fake", rank=0, world_size=count, store=FakeStore())
+    try:
+        yield init_device_mesh("cpu", (count, 1), mesh_dim_names=("data_parallel", "tensor_parallel"))
+    finally:
+        dist.destroy_process_group()
+
+
+def give_mesh(module: LightningModule, mesh: DeviceMesh) -> None:
+    """Sets ``module.device_mesh``, as ``ModelParallelStrategy`` does before ``configure_model``."""
+    module._device_mesh = mesh
+
+
+@contextmanager
+def watch_resizes(resized: Callable[[Any], None]) -> Iterator[None]:
+    """Calls a function with every storage that gets another size: FSDP2 frees what it has gathered so."""
+    before: Any = UntypedStorage.resize_
+
+    def resize_(self: UntypedStorage, size: int) -> Any:
+        result = before(self, size)
+        resized(self)
+        return result
+
+    torch.UntypedStorage.resize_ = resize_  # type: ignore[method-assign, assignment]
+    try:
+        yield
+    finally:
+        torch.UntypedStorage.resize_ = before  # type: ignore[method-assign]

@@ -35,7 +35,7 @@ import pytest
 import yaml
 from lightning_utilities.core import rank_zero
 
-import lightning_optim
+import lightning_optim.testing
 from lightning_optim import REGISTRY, command
 from lightning_optim.build import TRAINING_ARGUMENTS, rules
 from lightning_optim.build._curves import SCHEDULES
@@ -231,7 +231,9 @@ def test_api_page_documents_every_public_name() -> None:
     text = (ROOT / "docs" / "api.md").read_text(encoding="utf-8")
     documented = set(re.findall(r"^\.\. auto\w+:: (\w+)(?:\(.*\))?$", text, re.MULTILINE))
     # OptimCLI needs an optional package, so that `import *` leaves it out.
-    assert documented == {*lightning_optim.__all__, "OptimCLI"}
+    checking = {"check_optimizer", "check_results", "Result", "BrokenPromise"}
+    assert documented == {*lightning_optim.__all__, "OptimCLI", *checking}
+    assert checking <= set(lightning_optim.testing.__all__)
 
 
 def test_refusals_page_has_a_row_per_rule() -> None:

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 from lightning_optim import __version__
 from lightning_optim.command import _bench as bench
+from lightning_optim.command import _check as check
 from lightning_optim.command import _convert as convert
 from lightning_optim.command import _doctor as doctor
 from lightning_optim.command import _info as info
@@ -25,7 +26,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: The arguments after the command's name; ``None`` means ``sys.argv[1:]``.
 
     Returns:
-        The exit status: 0 on success, 1 if ``doctor`` found a problem or a plugin is broken, 2 for a usage error.
+        The exit status: 0 on success, 1 if ``doctor`` found a problem, ``check`` a broken promise, or a plugin is
+        broken, 2 for a usage error.
     """
     arguments = _parser().parse_args(argv)
     try:
@@ -79,8 +81,13 @@ def _parser() -> argparse.ArgumentParser:
     subparser = subparsers.add_parser("bench", help=f"compares {shown}", description=f"Compares {shown}. {how} {again}")
     bench.add_arguments(subparser)
 
+    shown = "identifiers and classes to the contract: training, states, stepping during backward, conventions"
+    exits = "Exits with 1 if a promise is broken."
+    subparser = subparsers.add_parser("check", help=f"holds {shown}", description=f"Holds {shown}. {exits}")
+    check.add_arguments(subparser)
+
     for module, subparser in zip(
-        (listing, info, doctor, convert, memory, recommend, bench), subparsers.choices.values(), strict=True
+        (listing, info, doctor, convert, memory, recommend, bench, check), subparsers.choices.values(), strict=True
     ):
         subparser.set_defaults(subcommand_module=module)
         subparser.add_argument("--json", action="store_true", help="print JSON for scripts instead of text")

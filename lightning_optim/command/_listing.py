@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import re
+from collections.abc import Sequence
 from fnmatch import fnmatchcase
 
 from lightning_optim.command import _machine as machine
@@ -11,7 +12,7 @@ from lightning_optim.command import _render as render
 from lightning_optim.command._machine import CommandError, Facts
 from lightning_optim.command._view import view
 from lightning_optim.errors import close_names, listing
-from lightning_optim.table import SUFFIX, layerwise_row
+from lightning_optim.table import SUFFIX, OptimizerSpec, layerwise_row
 
 # The parts of a view that are shown.
 _SHOWN = ("identifier", "alias_of", "summary", "implementation", "extra", "available", "problems")
@@ -19,7 +20,20 @@ _SHOWN = ("identifier", "alias_of", "summary", "implementation", "extra", "avail
 
 def collect(arguments: argparse.Namespace) -> Facts:
     """Describes the identifiers that match a pattern, or all; raises CommandError if a pattern matches nothing."""
-    patterns = arguments.patterns
+    return {"optimizers": [_shown(name, spec) for name, spec in matching(arguments.patterns).items()]}
+
+
+def _shown(name: str, spec: OptimizerSpec) -> Facts:
+    facts = view(name, spec)
+    return {key: facts[key] for key in _SHOWN}
+
+
+def matching(patterns: Sequence[str]) -> dict[str, OptimizerSpec]:
+    """Returns the identifiers that match a pattern, or all, with their rows; those of layerwise forms if asked for.
+
+    Raises:
+        CommandError: If a pattern matches nothing.
+    """
     # What already steps during backward under its own name needs no suffix for it.
     asked = any("layerwise" in pattern for pattern in patterns)
     specs = {}
@@ -32,12 +46,11 @@ def collect(arguments: argparse.Namespace) -> Facts:
             near = _close(pattern, list(specs))
             hint = f" Close names: {listing(near)}." if near else ""
             raise CommandError(f"no identifier matches {pattern!r}.{hint} `lightning-optim list` shows all.")
-    views = (
-        view(name, spec)
+    return {
+        name: spec
         for name, spec in specs.items()
         if not patterns or any(fnmatchcase(name, pattern) for pattern in patterns)
-    )
-    return {"optimizers": [{key: facts[key] for key in _SHOWN} for facts in views]}
+    }
 
 
 def _close(pattern: str, names: list[str]) -> list[str]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import importlib
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ import yaml  # type: ignore[import-untyped]
 from torch import Tensor, nn
 
 from lightning_optim.choose import SHAPES, Shape, find_shape
+from lightning_optim.command import _machine as machine
 
 # What the estimate calls the strategies that a file may name by their class.
 _STRATEGIES = {
@@ -117,13 +117,11 @@ def _preset(family: str, size: str) -> str:
 
 def _module(path: str, init_args: Mapping[str, Any]) -> nn.Module:
     module, _, name = path.partition(":") if ":" in path else path.rpartition(".")
-    sys.path.insert(0, str(Path.cwd()))
     try:
-        kind = getattr(importlib.import_module(module), name)
+        with machine.folder_is_searched():
+            kind = getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError) as error:
         raise BadRequest(f"there is no {path} ({error}): give package.module:Class, seen from here") from error
-    finally:
-        sys.path.remove(str(Path.cwd()))
     try:
         # Nothing is allocated; what it loads or computes in its constructor it may not find.
         with torch.device("meta"):

@@ -16,7 +16,7 @@ from lightning_optim.testing._subject import Subject
 
 
 def closure(subject: Subject) -> None:
-    """``step(closure)`` runs the closure once, with gradients enabled, and returns its loss."""
+    """``step(closure)`` runs it once, with gradients, and returns its loss."""
     closed = subject.trial()
     for step in range(2):
         losses: list[Tensor] = []
@@ -40,7 +40,7 @@ def closure(subject: Subject) -> None:
 
 
 def constructor(subject: Subject) -> None:
-    """The class takes what torch's take: iterables, named parameters, groups, and ``lr`` as a tensor or not at all."""
+    """The constructor takes what those of torch's classes take."""
     kind, arguments = subject.constructor()
     lr = arguments["lr"]
     one, other, third = (nn.Parameter(torch.ones(8, 8, device=subject.device)) for _ in range(3))

@@ -9,7 +9,7 @@ from lightning_optim.testing._subject import Subject
 
 
 def layerwise(subject: Subject) -> str | None:
-    """Stepped during backward, bucket by bucket, it gives the same bits; or it is refused because it couples."""
+    """Stepped during backward, bucket by bucket, it gives the same bits."""
     if subject.name.endswith(SUFFIX):
         other = subject.name.removesuffix(SUFFIX)
     else:

@@ -11,7 +11,7 @@ from lightning_optim.testing._trial import Shapes
 
 
 def shapes(subject: Subject) -> None:
-    """Parameters of no dimension, of five, and of no element are stepped, or refused when they are given."""
+    """Parameters of no dimension and of five are stepped, beside empty ones."""
     trial = subject.trial(Shapes)
     start = trial.weights()
     with expecting("steps of parameters of any shape"):

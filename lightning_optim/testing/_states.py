@@ -37,7 +37,7 @@ def resume(subject: Subject) -> None:
 
 
 def weights_only(subject: Subject) -> None:
-    """The state consists of tensors and plain values, which loading with ``weights_only=True`` takes."""
+    """The state is tensors and plain values, read with ``weights_only=True``."""
     trial = subject.trial()
     trial.advance(range(2))
     stray = _stray(_saved(trial, weights_only=True)["optimizer"], "state_dict")
@@ -85,7 +85,7 @@ def _copies(subject: Subject, through: Callable[[Any], Any], expected: str) -> N
 
 
 def distributed_checkpoint(subject: Subject) -> None:
-    """A state goes through ``torch.distributed.checkpoint`` and continues bit for bit."""
+    """A state continues bit for bit after ``torch.distributed.checkpoint``."""
     interrupted, resumed = subject.trial(), subject.trial()
     interrupted.advance(range(_BEFORE))
     with warnings.catch_warnings(), tempfile.TemporaryDirectory() as folder, expecting("a round trip of the state"):

@@ -20,7 +20,7 @@ STEPS = 7
 
 
 def trains(subject: Subject) -> None:
-    """The loss falls within 20 steps, by the defaults unless told otherwise."""
+    """The loss falls within 20 steps."""
     trial = subject.trial()
     before = trial.evaluate()
     trial.learn(20)
@@ -70,7 +70,7 @@ def groups(subject: Subject) -> None:
 
 
 def missing_gradients(subject: Subject) -> None:
-    """A parameter without a gradient stays as it is, and is stepped when it has one."""
+    """A parameter without a gradient stays as it is until it has one."""
     trial = subject.trial()
     start = trial.weights()
     trial.advance(range(1), lambda index, step: True)
@@ -88,7 +88,7 @@ def missing_gradients(subject: Subject) -> None:
 
 
 def accumulation(subject: Subject) -> None:
-    """A gradient that arrives in shares is stepped once, as the whole is."""
+    """A gradient that arrives in four shares is stepped once, as the whole is."""
     trial = subject.trial()
     trial.advance(range(3), micro_batches=4)
     expect_same(trial.outcome(), subject.after(3), "the same step from four backward passes as from one")

@@ -14,7 +14,13 @@ from lightning_optim.build import rules
 from lightning_optim.build._arguments import ARGUMENTS, Arguments
 from lightning_optim.build._curves import get_schedule
 from lightning_optim.build._from_transformers import convert_training_arguments
-from lightning_optim.build._parts import OPTIM, named_parts, others_arguments, part_arguments
+from lightning_optim.build._parts import (
+    OPTIM,
+    named_parts,
+    others_arguments,
+    part_arguments,
+    refuse_parts_without_optim,
+)
 from lightning_optim.build._plain import plain
 from lightning_optim.build._resume import as_overrides, overridable
 from lightning_optim.build._schedules import parse_warmup
@@ -150,6 +156,7 @@ class OptimConfig(Arguments):
         return self.optim, *(values[OPTIM] for values in named_parts(self.param_groups).values())
 
     def _make_parts(self, stepped_in_backward: bool) -> dict[str, OptimConfig]:
+        refuse_parts_without_optim(self.param_groups, self.optim)
         parts = {}
         for pattern, values in named_parts(self.param_groups).items():
             arguments = part_arguments(pattern, values, stepped_in_backward)

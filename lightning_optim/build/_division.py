@@ -6,10 +6,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from lightning_optim.build._config import OptimConfig
-from lightning_optim.build._parts import leaving_options
+from lightning_optim.build._parts import leaving_options, part_clip
 from lightning_optim.build._resume import overridable
 from lightning_optim.errors import InvalidParamGroups, listing
 from lightning_optim.groups import NamedParameter, all_matrices, first_matches, hidden_matrices
+from lightning_optim.stepping import Clipping
 from lightning_optim.table import SUFFIX
 
 
@@ -22,6 +23,7 @@ class Part:
         config: The request for it alone.
         parameters: What it steps.
         follows: Its learning rate as a factor of the main optimizer's; ``None`` if it has its own.
+        clip: How its gradients are clipped by themselves; ``None`` if with all others.
         remark: How its parameters were found, for the report.
     """
 
@@ -29,6 +31,7 @@ class Part:
     config: OptimConfig
     parameters: list[NamedParameter]
     follows: float | None = None
+    clip: Clipping | None = None
     remark: str = ""
 
 
@@ -56,7 +59,11 @@ def divide(parameters: Sequence[NamedParameter], config: OptimConfig) -> list[Pa
     parts = [Part(_plain_name(config.optim), main, rest)]
     if config.spec.takes != "all":
         parts = _matrices_and_others(rest, main, pattern_of)
-    return parts + [Part(pattern, config.parts[pattern], members) for pattern, members in taken.items()]
+    named = (
+        Part(pattern, config.parts[pattern], members, clip=part_clip(pattern, patterns[pattern]))
+        for pattern, members in taken.items()
+    )
+    return [*parts, *named]
 
 
 def _matrices_and_others(

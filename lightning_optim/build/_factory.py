@@ -214,7 +214,8 @@ def _as_one(parts: list[ResolvedOptimizer], config: OptimConfig) -> ResolvedOpti
     for part in parts[1:]:
         for group in part.optimizer.param_groups:
             group["name"] = f"{part.request.name}/{group['name']}"
-    whole = Composite({part.request.name: part.optimizer for part in parts})
+    clips = {part.request.name: part.request.clip for part in parts if part.request.clip is not None}
+    whole = Composite({part.request.name: part.optimizer for part in parts}, clips)
     make_unique(whole.param_groups)
     sizes = [part.state_bytes for part in parts]
     return dataclasses.replace(

@@ -7,13 +7,18 @@ from typing import Any
 
 from lightning_optim.build._arguments import Arguments
 from lightning_optim.build._curves import follows_the_step
-from lightning_optim.errors import IncompatibleTrainer, InvalidParamGroups
+from lightning_optim.errors import IncompatibleTrainer, InvalidOption, InvalidParamGroups, listing
+from lightning_optim.stepping import Clipping
 from lightning_optim.table import REGISTRY, SUFFIX, LeavesOthers, OptimizerSpec, parse
 
 #: What a pattern of ``param_groups`` says to name an optimizer.
 OPTIM = "optim"
 # What such a pattern may say besides the optimizer's options.
-_ARGUMENTS = ("lr", "weight_decay", "optim_target_modules", "lr_scheduler", "lr_scheduler_args", "warmup_steps")
+_CLIP = "clip"
+_OF_SCHEDULES = ("lr_scheduler", "lr_scheduler_args", "warmup_steps")
+_ARGUMENTS = ("lr", "weight_decay", "optim_target_modules", *_OF_SCHEDULES)
+# What it may say only with an optimizer.
+_OF_PARTS = (*_OF_SCHEDULES, _CLIP)
 
 
 def named_parts(patterns: Mapping[str, Any] | None) -> dict[str, Mapping[str, Any]]:
@@ -23,6 +28,21 @@ def named_parts(patterns: Mapping[str, Any] | None) -> dict[str, Mapping[str, An
         for pattern, values in (patterns or {}).items()
         if isinstance(values, Mapping) and OPTIM in values
     }
+
+
+def refuse_parts_without_optim(patterns: Mapping[str, Any] | None, optim: str) -> None:
+    """Refuses patterns that say what only an optimizer of its own can have, and name none.
+
+    Raises:
+        InvalidParamGroups: If there is one.
+    """
+    for pattern, values in (patterns or {}).items():
+        own = [key for key in _OF_PARTS if isinstance(values, Mapping) and OPTIM not in values and key in values]
+        if own:
+            raise InvalidParamGroups(
+                f"param_groups[{pattern!r}] sets {listing(own)} and names no optimizer. Parameters with {own[0]} of "
+                f"their own have an optimizer of their own: add 'optim': {optim.removesuffix(SUFFIX)!r}, or another."
+            )
 
 
 def part_arguments(pattern: str, values: Mapping[str, Any], stepped_in_backward: bool) -> dict[str, Any]:
@@ -56,8 +76,29 @@ def part_arguments(pattern: str, values: Mapping[str, Any], stepped_in_backward:
             f"{where} has lr_scheduler={schedule!r}, which is for the whole: the schedule of a part is a function of "
             "the step, such as 'cosine'. Give it to the main optimizer, whose parts follow it."
         )
-    options = {key: value for key, value in values.items() if key not in (OPTIM, *own)}
+    part_clip(pattern, values)
+    options = {key: value for key, value in values.items() if key not in (OPTIM, _CLIP, *own)}
     return {"optim": name, **own, "optim_args": options or None}
+
+
+def part_clip(pattern: str, values: Mapping[str, Any]) -> Clipping | None:
+    """Returns how a pattern says that the gradients of its part are clipped, if it does.
+
+    Raises:
+        InvalidOption: If it is not ``{"norm": limit}`` or ``{"value": limit}`` with a limit above 0.
+    """
+    given = values.get(_CLIP)
+    if given is None:
+        return None
+    if isinstance(given, Mapping) and len(given) == 1:
+        kind, limit = next(iter(given.items()))
+        number = isinstance(limit, (int, float)) and not isinstance(limit, bool)
+        if kind in ("norm", "value") and number and limit > 0:
+            return Clipping(kind, float(limit))
+    raise InvalidOption(
+        f"param_groups[{pattern!r}] has clip={given!r}. Use clip={{'norm': 1.0}} or clip={{'value': 0.5}}, with a "
+        "limit above 0."
+    )
 
 
 def others_arguments(config: Arguments, spec: OptimizerSpec) -> dict[str, Any]:

@@ -6,12 +6,12 @@ without Lightning; its drivers under Lightning live in ``trainer/``.
 
 from __future__ import annotations
 
-from lightning_optim.layerwise._clipping import Clipping
 from lightning_optim.layerwise._engine import Layerwise
 from lightning_optim.layerwise._passes import Observer
 from lightning_optim.layerwise._probe import Probe, probe
 from lightning_optim.layerwise._replicas import Replicas
 from lightning_optim.layerwise._scaling import OuterScaler
 from lightning_optim.layerwise._split_parts import Watches
+from lightning_optim.stepping import Clipping
 
 __all__ = ["Clipping", "Layerwise", "Observer", "OuterScaler", "Probe", "Replicas", "Watches", "probe"]

@@ -9,12 +9,12 @@ from torch.amp import GradScaler
 from torch.optim import Optimizer
 
 from lightning_optim.layerwise._buckets import AgreedBuckets, ArrivalBuckets, largest_shard_bytes
-from lightning_optim.layerwise._clipping import Clipping, norms_of, total_norm
+from lightning_optim.layerwise._clips import Clips
 from lightning_optim.layerwise._hooks import GradientHooks
 from lightning_optim.layerwise._passes import Observer, Step
 from lightning_optim.layerwise._replicas import AgreedOrder, Replicas, refuse_unused
 from lightning_optim.layerwise._split_parts import Watches
-from lightning_optim.stepping import uncompiled
+from lightning_optim.stepping import Clipping, norms_of, total_norm, uncompiled
 
 MIB = 2**20
 # Without bucket_mb: an eighth of all gradients, between these limits. A bucket costs the time of a hundred small
@@ -69,10 +69,8 @@ class AfterBackward:
 
     @uncompiled
     def clip_alive(self, clipping: Clipping) -> None:
-        """Clips the live gradients; whatever the kind, by the norm of this step."""
-        alive = self._alive()
-        norms = norms_of(alive)
-        clipping.apply(alive, norms, total_norm(norms))
+        """Clips the live gradients but those of parts that do so themselves; by the norm of this step."""
+        clipping.clip(Clips(self.optimizer).shared(self._alive()))
 
     def has_gradients(self) -> bool:
         """Whether there are live gradients."""
@@ -85,11 +83,14 @@ class AfterBackward:
         if alive or not self.stepped:
             if alive:
                 self.average_alive()
-            buckets = ArrivalBuckets(self.bucket_bytes)
+            clips = Clips(self.optimizer)
+            measures = "norm" in clips.kinds
             step = Step(
-                buckets,
+                ArrivalBuckets(self.bucket_bytes),
                 self._name,
                 self.optimizer,
+                clips,
+                totals=clips.totals(dict(zip(alive, norms_of(alive), strict=True)), alive) if measures else None,
                 watches=self._watches.begin(self.optimizer),
                 observers=self.observers,
             )

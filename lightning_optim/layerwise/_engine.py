@@ -17,14 +17,14 @@ from lightning_optim._compat.torch import SCALES, mark_as_stepped, mark_as_wrapp
 from lightning_optim.errors import IncompatibleTrainer, InvalidOption
 from lightning_optim.layerwise._after_backward import AfterBackward
 from lightning_optim.layerwise._buckets import AgreedBuckets, ArrivalBuckets, Buckets
-from lightning_optim.layerwise._clipping import Clipping
+from lightning_optim.layerwise._clips import Clips, Totals
 from lightning_optim.layerwise._coupled import refuse_coupled
 from lightning_optim.layerwise._hooks import GradientHooks
 from lightning_optim.layerwise._passes import Measurement, Observation, Observer, Pass, Step
 from lightning_optim.layerwise._replicas import AgreedOrder, Replicas, refuse_separate_processes, refuse_unused
 from lightning_optim.layerwise._split_parts import Watches
 from lightning_optim.layerwise._split_step import ATTACHED
-from lightning_optim.stepping import averaging_parts, parts_of, uncompiled
+from lightning_optim.stepping import Clipping, averaging_parts, parts_of, uncompiled
 
 
 class Layerwise(AfterBackward):
@@ -98,7 +98,7 @@ class Layerwise(AfterBackward):
         self._pass: Pass | None = None
         # Kept until the next step ends: a GradScaler tells the inner optimizers apart by their id().
         self._passes: list[Pass] = []
-        self._measured: Tensor | None = None
+        self._measured: Totals | None = None
         self._averaged = False
         self._watches = Watches()
         self._order = AgreedOrder()
@@ -214,7 +214,7 @@ class Layerwise(AfterBackward):
         That is so if the decision depends on all gradients (their total norm, or an overflow in one of them) and they
         are all alive anyway, after accumulation, or may be: they fit into :attr:`norm_budget_mb`.
         """
-        by_norm = clipping is not None and self._must_measure(clipping)
+        by_norm = self._must_measure(clipping)
         if (by_norm or (scaler is not None and self.skips_whole_steps)) and self.fits_budget():
             return True
         return (by_norm or scaler is not None) and (self.accumulated or self.has_gradients())
@@ -235,16 +235,17 @@ class Layerwise(AfterBackward):
             if complete:
                 self._run(Observation(ArrivalBuckets(0), self._name, self._order.arrivals), backward)
             self._order.agree(self.replicas, list(self._parameters()), self._name, complete)
-        if clipping is not None and self._must_measure(clipping):
-            self._measured = self._measure(backward, scaler)
+        clips = Clips(self.optimizer, clipping)
+        if self._must_measure(clipping):
+            self._measured = self._measure(backward, clips, scaler)
             return
-        if clipping is not None and clipping.kind == "previous":
-            self._measured = self.gradient_norm
+        if "previous" in clips.kinds and self.gradient_norm is not None:
+            self._measured = Totals.of_all(self.gradient_norm)
         if scaler is not None and self.skips_whole_steps:
-            norm = self._measure(backward, scaler)
-            if not bool(torch.isfinite(norm)):
+            totals = self._measure(backward, clips, scaler)
+            if not bool(torch.isfinite(totals.whole)):
                 # Makes the step skip.
-                self._measured = norm
+                self._measured = totals
 
     @uncompiled
     def begin(self, clipping: Clipping | None = None, scaler: GradScaler | None = None) -> None:
@@ -252,16 +253,18 @@ class Layerwise(AfterBackward):
         self._hooks.add(self._trainable())  # also what was added or unfrozen since
         if self.replicas is None:
             refuse_separate_processes(self._parameters())
-        if clipping is not None and clipping.kind in ("norm", "previous") and self._measured is None:
+        clips = Clips(self.optimizer, clipping)
+        if not clips.kinds.isdisjoint(("norm", "previous")) and self._measured is None:
+            what = "a part's own clipping by norm" if clipping is None else f"Clipping({clipping.kind!r}, ...)"
             raise IncompatibleTrainer(
-                f"Clipping({clipping.kind!r}, ...) needs the norm before the gradients are stepped: call "
-                "Layerwise.backward(loss, clipping=...) instead of a backward inside Layerwise.stepping()."
+                f"{what} needs the norm before the gradients are stepped: call Layerwise.backward(loss, clipping=...) "
+                "instead of a backward inside Layerwise.stepping()."
             )
         self._pass = Step(
             self._buckets(),
             self._name,
             self.optimizer,
-            clipping,
+            clips,
             scaler,
             self._measured,
             self.wants_norm,
@@ -340,18 +343,19 @@ class Layerwise(AfterBackward):
         self._step_alive()
         return loss
 
-    def _must_measure(self, clipping: Clipping) -> bool:
+    def _must_measure(self, clipping: Clipping | None) -> bool:
         """Whether clipping the first gradient takes a total norm that is not known yet."""
-        if clipping.kind == "previous":
-            return self.gradient_norm is None or not bool(torch.isfinite(self.gradient_norm))
-        return clipping.kind == "norm"
+        kinds = Clips(self.optimizer, clipping).kinds
+        if "previous" in kinds and (self.gradient_norm is None or not bool(torch.isfinite(self.gradient_norm))):
+            return True
+        return "norm" in kinds
 
-    def _measure(self, backward: Callable[[], Any], scaler: GradScaler | None) -> Tensor:
-        """Runs a backward that only measures; returns the total norm."""
-        measurement = Measurement(self._buckets(), self._name, self.optimizer, scaler)
+    def _measure(self, backward: Callable[[], Any], clips: Clips, scaler: GradScaler | None) -> Totals:
+        """Runs a backward that only measures; returns the total norms."""
+        measurement = Measurement(self._buckets(), self._name, self.optimizer, clips, scaler)
         self._passes.append(measurement)
         self._run(measurement, backward)
-        return measurement.norm()
+        return measurement.totals()
 
     def _run(self, run: Pass, backward: Callable[[], Any]) -> None:
         """Runs a backward that does not step."""

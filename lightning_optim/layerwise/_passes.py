@@ -12,9 +12,10 @@ from torch.optim import Optimizer
 
 from lightning_optim.errors import IncompatibleTrainer
 from lightning_optim.layerwise._buckets import Bucket, Buckets
-from lightning_optim.layerwise._clipping import Clipping, norms_of, total_norm
+from lightning_optim.layerwise._clips import Clips, Totals
 from lightning_optim.layerwise._coupled import Watch
 from lightning_optim.layerwise._split_parts import SplitParts
+from lightning_optim.stepping import norms_of
 
 
 class Observer(Protocol):
@@ -76,19 +77,25 @@ class Observation(Pass):
 
 
 class Measurement(Pass):
-    """Takes the norm of all gradients, unscaled; overflows are recorded with the scaler."""
+    """Takes the norms that ``clips`` needs, unscaled; overflows are recorded with the scaler."""
 
     def __init__(
-        self, buckets: Buckets, name: Callable[[Tensor], str], optimizer: Optimizer, scaler: GradScaler | None
+        self,
+        buckets: Buckets,
+        name: Callable[[Tensor], str],
+        optimizer: Optimizer,
+        clips: Clips,
+        scaler: GradScaler | None,
     ) -> None:
         super().__init__(buckets, name)
         self._split = SplitParts(optimizer)
+        self._clips = clips
         self._scaler = scaler
         self._norms: dict[Tensor, Tensor] = {}
 
-    def norm(self) -> Tensor:
-        """Returns the total norm, 0-dim."""
-        return total_norm(_in_order(self._norms, self._split.parameters))
+    def totals(self) -> Totals:
+        """Returns the total norms."""
+        return self._clips.totals(self._norms, self._split.parameters)
 
     def take(self, bucket: Bucket) -> None:
         if self._scaler is not None:
@@ -100,8 +107,8 @@ class Measurement(Pass):
 class Step(Pass):
     """Unscales, clips and steps.
 
-    ``total`` is the norm that ``clipping`` scales by; a non-finite one with a scaler skips the whole step. Otherwise
-    the scaler skips the buckets that overflow. ``wants_norm`` takes the norm even if ``clipping`` does not need it.
+    ``totals`` are the norms that ``clips`` scales by; a non-finite one with a scaler skips the whole step. Otherwise
+    the scaler skips the buckets that overflow. ``wants_norm`` takes the norm even if ``clips`` does not need it.
     ``watches`` undo the step if an optimizer couples its parameters, one for each part; without them nobody checks.
     ``observers`` see every bucket before and after its step.
     """
@@ -111,9 +118,9 @@ class Step(Pass):
         buckets: Buckets,
         name: Callable[[Tensor], str],
         optimizer: Optimizer,
-        clipping: Clipping | None = None,
+        clips: Clips,
         scaler: GradScaler | None = None,
-        total: Tensor | None = None,
+        totals: Totals | None = None,
         wants_norm: bool = False,
         watches: Sequence[Watch | None] = (),
         observers: Sequence[Observer] = (),
@@ -121,13 +128,14 @@ class Step(Pass):
         super().__init__(buckets, name)
         self._observers = observers
         self._split = SplitParts(optimizer, watches)
-        self._clipping = clipping
+        self._clips = clips
         self._scaler = scaler
-        self._total = total
-        self._exact = clipping is not None and clipping.kind == "norm"
-        self._skips = scaler is not None and total is not None and not bool(torch.isfinite(total))
-        self._takes_norms = not self._exact and (
-            wants_norm or (clipping is not None and clipping.kind in ("previous", "per_parameter"))
+        self._totals = totals
+        self._exact = "norm" in clips.kinds
+        self._skips = scaler is not None and totals is not None and not bool(torch.isfinite(totals.whole))
+        # Known already where they were measured.
+        self._takes_norms = "per_parameter" in clips.kinds or (
+            not self._exact and (wants_norm or "previous" in clips.kinds)
         )
         self._norms: dict[Tensor, Tensor] = {}
 
@@ -144,8 +152,8 @@ class Step(Pass):
             observer.see_gradients(bucket)
         norms = norms_of(bucket) if self._takes_norms else []
         self._norms.update(zip(bucket, norms, strict=self._takes_norms))
-        if self._clipping is not None:
-            self._clipping.apply(bucket, norms, self._total)
+        if self._clips:
+            self._clips.apply(bucket, norms, self._totals)
         for inner in inners:
             if self._scaler is not None:
                 self._scaler.step(inner)
@@ -163,10 +171,5 @@ class Step(Pass):
     def norm(self) -> Tensor | None:
         """Returns the total norm before clipping, 0-dim, or ``None`` if nobody needed it."""
         if self._exact or self._skips:
-            return self._total
-        return total_norm(_in_order(self._norms, self._split.parameters)) if self._takes_norms else None
-
-
-def _in_order(norms: dict[Tensor, Tensor], parameters: Iterable[Tensor]) -> list[Tensor]:
-    """Orders norms like the param groups, so that sums round as in torch.nn.utils.clip_grad_norm_."""
-    return [norms[parameter] for parameter in parameters if parameter in norms]
+            return self._totals.whole if self._totals is not None else None
+        return self._clips.totals(self._norms, self._split.parameters).whole if self._takes_norms else None

@@ -1,14 +1,15 @@
 """What a step needs, whoever wrote the optimizer. Pure torch.
 
-Kernels and the memory layout of states, train and eval points, what happens before a step, what torch.compile must
-leave alone, and the marks that identify a state dict's optimizer. Algorithms (``optimizers/``) do not belong here, nor
-does anything that knows the table.
+Kernels and the memory layout of states, clipping, train and eval points, what happens before a step, what torch.compile
+must leave alone, and the marks that identify a state dict's optimizer. Algorithms (``optimizers/``) do not belong here,
+nor does anything that knows the table.
 """
 
 from __future__ import annotations
 
 from lightning_optim.stepping._averaging import KeepsTrainingPoint
-from lightning_optim.stepping._composite import PART, Composite, averaging_parts, parts_of
+from lightning_optim.stepping._clipping import Clipping, norms_of, total_norm
+from lightning_optim.stepping._composite import PART, Composite, averaging_parts, own_clips, parts_of
 from lightning_optim.stepping._finite import say_if_not_finite
 from lightning_optim.stepping._fused import HALF, FusedStep, fused_class, is_packed
 from lightning_optim.stepping._kernels import keep_kernel, laid_out_as
@@ -26,6 +27,7 @@ __all__ = [
     "MARKS",
     "MEMBERS",
     "PART",
+    "Clipping",
     "Composite",
     "FusedStep",
     "KeepsTrainingPoint",
@@ -37,13 +39,16 @@ __all__ = [
     "is_sharded",
     "keep_kernel",
     "laid_out_as",
+    "norms_of",
     "only_valid_groups",
+    "own_clips",
     "parts_of",
     "preparations",
     "prepare_step",
     "refuse_foreign",
     "say_if_not_finite",
     "seed",
+    "total_norm",
     "uncompiled",
     "undisturbed",
     "without_reduction",

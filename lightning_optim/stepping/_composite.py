@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 from lightning_optim._compat.torch import load_hooks, state_dict_hooks
 from lightning_optim.errors import InvalidParamGroups
 from lightning_optim.stepping._averaging import KeepsTrainingPoint
+from lightning_optim.stepping._clipping import Clipping
 from lightning_optim.stepping._state_marks import refuse_other_groups
 from lightning_optim.stepping._uncompiled import StepsUncompiled, uncompiled
 
@@ -29,12 +30,13 @@ class Composite(StepsUncompiled):
 
     Args:
         parts: The optimizers by name.
+        clips: How the gradients of some are clipped, by themselves, in their step.
 
     Raises:
         InvalidParamGroups: If two of them have a parameter in common.
     """
 
-    def __init__(self, parts: Mapping[str, Optimizer]) -> None:
+    def __init__(self, parts: Mapping[str, Optimizer], clips: Mapping[str, Clipping] | None = None) -> None:
         for name, part in parts.items():
             for group in part.param_groups:
                 group[PART] = name
@@ -46,6 +48,8 @@ class Composite(StepsUncompiled):
             ) from None
         #: The optimizers by name.
         self.parts = dict(parts)
+        #: How parts are clipped by themselves, by name.
+        self.clips = dict(clips or {})
         first, *others = self.parts.values()
         self.defaults = {key: v for key, v in first.defaults.items() if all(key in part.defaults for part in others)}
         self._share()
@@ -63,6 +67,8 @@ class Composite(StepsUncompiled):
 
     @uncompiled
     def _step(self) -> None:
+        for clipping, parameters in own_clips(self):
+            clipping.clip(parameters)
         for part in parts_of(self):
             part.step()
 
@@ -135,7 +141,7 @@ class Composite(StepsUncompiled):
             hook(self)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "parts": self.parts}
+        return {**super().__getstate__(), "parts": self.parts, "clips": self.clips}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -171,6 +177,15 @@ def parts_of(optimizer: Optimizer) -> list[Optimizer]:
         return [optimizer]
     inside.follow_groups()
     return list(inside.parts.values())
+
+
+def own_clips(optimizer: Optimizer) -> list[tuple[Clipping, list[Tensor]]]:
+    """Returns how parts of an optimizer are clipped by themselves, each with its parameters."""
+    inside = getattr(optimizer, "optimizer", optimizer)
+    if not isinstance(inside, Composite) or not inside.clips:
+        return []
+    inside.follow_groups()
+    return [(clip, [*_parameters(inside.parts[name].param_groups)]) for name, clip in inside.clips.items()]
 
 
 def averaging_parts(optimizer: Optimizer) -> list[KeepsTrainingPoint]:

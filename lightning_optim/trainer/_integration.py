@@ -27,7 +27,7 @@ from lightning_optim.build import (
 )
 from lightning_optim.groups import Target
 from lightning_optim.layerwise import Layerwise
-from lightning_optim.stepping import averaging_parts
+from lightning_optim.stepping import averaging_parts, own_clips
 from lightning_optim.table import LayerwiseOptions, parse
 from lightning_optim.trainer import _packages as packages
 from lightning_optim.trainer._expected import Expected, OwnHook
@@ -35,6 +35,7 @@ from lightning_optim.trainer._length import Length
 from lightning_optim.trainer.callbacks._finders import AfterFinders, Built, forgetful_finder, has_finder
 from lightning_optim.trainer.callbacks._layerwise import LayerwiseCallback, steps_in_backward
 from lightning_optim.trainer.callbacks._manual_schedule import ManualSchedule
+from lightning_optim.trainer.callbacks._own_clips import OwnClips
 from lightning_optim.trainer.callbacks._plateau import PlateauCallback, lightning_config
 from lightning_optim.trainer.callbacks._report import ReportCallback
 from lightning_optim.trainer.callbacks._resume import ResumeCallback
@@ -161,6 +162,8 @@ def _resolve(
             )
     if any(part.lr for part in resolved.each):
         Standstill.watch(trainer, optimizer, asked)
+    if own_clips(optimizer):
+        OwnClips.attach(trainer)
     if any(part.spec.averages_weights for part in resolved.each):
         ScheduleFreeCallback.attach(trainer)
     if spec.layerwise or steps_in_backward(trainer):

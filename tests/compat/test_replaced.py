@@ -22,6 +22,7 @@ REPLACED = {
     "clip_gradients": "the clipping of layerwise optimizers (trainer/callbacks/_layerwise.py)",
     "configure_optimizers": "OptimCallback (trainer/_optim_callback.py)",
     "load_state_dict": "exact resume of optimizers that run no hooks (build/_resume.py)",
+    "main_params": "parts that clip their own gradients (trainer/callbacks/_own_clips.py)",
     "profile": "the warning for hooks that read gradients (trainer/callbacks/_gradient_readers.py)",
     "step": "every layerwise optimizer (layerwise/_engine.py, layerwise/_split_step.py)",
 }
@@ -79,6 +80,8 @@ class Thaws(BaseFinetuning):
         ("clip_gradients", "precision_plugin", {"plugins": fp16_mixed}),
         ("configure_optimizers", "lightning_module", {}),
         ("load_state_dict", "", {}),
+        ("main_params", "precision_plugin", {}),
+        ("main_params", "precision_plugin", {"plugins": fp16_mixed}),
         ("profile", "profiler", {}),
         ("step", "", {}),
         ("step", "", {"plugins": fp16_mixed}),

@@ -120,6 +120,16 @@ CASES = (
         optim={"optim": "sgd_layerwise", "optim_args": "norm_clipping=per_parameter"},
     ),
     Case(
+        stepping._previous_norm_is_of_all,
+        ("norm_clipping='previous' with a clip of param_groups", "Use norm_clipping='exact' or 'per_parameter'"),
+        trainer=lambda: {"gradient_clip_val": 1.0},
+        optim={
+            "optim": "sgd_layerwise",
+            "optim_args": {"norm_clipping": "previous"},
+            "param_groups": {".*head.*": {"optim": "adamw_torch", "clip": {"norm": 1.0}}},
+        },
+    ),
+    Case(
         stepping._norm_budget_needs_a_measurement,
         ("norm_budget_mb=8 would be ignored", "Trainer(gradient_clip_val=...)", "leave norm_budget_mb out"),
         optim={"optim": "sgd_layerwise", "optim_args": {"norm_budget_mb": 8}},

@@ -17,6 +17,7 @@ class Stepping:
         strategy: The rules' name for the Trainer's strategy, or the path of an unknown class.
         automatic: Whether Lightning's automatic optimization is on.
         clips_norm: Whether ``gradient_clip_val`` is set and clips by norm.
+        parts_clip: How parts clip their own gradients: ``"norm"``, ``"value"``.
         norm_clipping: How to clip by norm, if given.
         norm_budget_mb: How many MiB of gradients may wait for their norm, if given.
         own_clipping: Whether the module overrides ``configure_gradient_clipping``.
@@ -30,6 +31,7 @@ class Stepping:
     strategy: str
     automatic: bool = True
     clips_norm: bool = False
+    parts_clip: frozenset[str] = frozenset()
     norm_clipping: str | None = None
     norm_budget_mb: float | None = None
     own_clipping: bool = False
@@ -108,7 +110,7 @@ def _manual_needs_one_process(stepping: Stepping) -> str | None:
 
 
 def _measuring_needs_the_graph(stepping: Stepping) -> str | None:
-    exact = stepping.clips_norm and stepping.norm_clipping != "per_parameter"
+    exact = (stepping.clips_norm and stepping.norm_clipping != "per_parameter") or "norm" in stepping.parts_clip
     measures = exact or stepping.overflow == "skip_step" or stepping.strategy in _AVERAGE_IN_HOOKS
     if stepping.retains_graph or not stepping.automatic or not measures:
         return None
@@ -127,8 +129,17 @@ def _norm_clipping_needs_clipping(stepping: Stepping) -> str | None:
     )
 
 
+def _previous_norm_is_of_all(stepping: Stepping) -> str | None:
+    if stepping.norm_clipping != "previous" or not stepping.parts_clip:
+        return None
+    return (
+        "norm_clipping='previous' with a clip of param_groups: only the norm of all gradients is kept for the next "
+        "step. Use norm_clipping='exact' or 'per_parameter', or leave clip out."
+    )
+
+
 def _norm_budget_needs_a_measurement(stepping: Stepping) -> str | None:
-    exact = stepping.clips_norm and stepping.norm_clipping in (None, "exact")
+    exact = (stepping.clips_norm and stepping.norm_clipping in (None, "exact")) or "norm" in stepping.parts_clip
     if stepping.norm_budget_mb is None or exact or stepping.overflow == "skip_step":
         return None
     return (
@@ -169,6 +180,7 @@ LAYERWISE_RULES: tuple[Callable[[Stepping], str | None], ...] = (
     _manual_needs_one_process,
     _measuring_needs_the_graph,
     _norm_clipping_needs_clipping,
+    _previous_norm_is_of_all,
     _norm_budget_needs_a_measurement,
     _overflow_needs_a_scaler,
     _sparse_gradients_are_not_averaged,

@@ -30,6 +30,7 @@ from lightning_optim._compat.torch import set_buffer_donation
 from lightning_optim.build import rules
 from lightning_optim.errors import IncompatibleTrainer
 from lightning_optim.layerwise import Clipping, Layerwise, OuterScaler
+from lightning_optim.stepping import own_clips
 from lightning_optim.table import LayerwiseOptions
 from lightning_optim.trainer import _packages as packages
 from lightning_optim.trainer.callbacks._attached import Attached
@@ -83,7 +84,7 @@ class LayerwiseCallback(Attached):
         try:
             merged = _merge(options, getattr(trainer.strategy, "layerwise_options", LayerwiseOptions()))
             strategy = _strategy_name(trainer.strategy)
-            facts = _facts(trainer, merged, name or f"strategy={strategy!r}", strategy)
+            facts = _facts(trainer, optimizer, merged, name or f"strategy={strategy!r}", strategy)
             rules.check_layerwise(facts)
         except IncompatibleTrainer:
             if layerwise is not None:
@@ -104,9 +105,8 @@ class LayerwiseCallback(Attached):
         return layerwise
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        clippings = [_clipping(trainer, options) for options in self._options.values()]
-        retains_graph = any(clipping and clipping.kind in ("norm", "previous") for clipping in clippings)
-        if retains_graph or any(layerwise.replicas or layerwise.skips_whole_steps for layerwise in self._options):
+        measures = any(_measures(trainer, layerwise, options) for layerwise, options in self._options.items())
+        if measures or any(layerwise.replicas or layerwise.skips_whole_steps for layerwise in self._options):
             self._donates = set_buffer_donation(False)
         for layerwise, options in self._options.items():
             if options.norm_budget_mb is not None and not layerwise.fits_budget():
@@ -143,9 +143,13 @@ class LayerwiseCallback(Attached):
         """Whether an overflow skips only a bucket, without the user having chosen that."""
         if not trainer.lightning_module.automatic_optimization or trainer.accumulate_grad_batches > 1:
             return False
-        given = [self._options[layerwise] for layerwise in self._driven(trainer)]
-        clippings = [_clipping(trainer, options) for options in given if options.overflow is None]
-        return any(clipping is None or clipping.kind != "norm" for clipping in clippings)
+        driven = [(layerwise, self._options[layerwise]) for layerwise in self._driven(trainer)]
+        # What measures skips whole steps; clipping by the previous norm rarely does.
+        return any(
+            options.norm_clipping == "previous" or not _measures(trainer, layerwise, options)
+            for layerwise, options in driven
+            if options.overflow is None
+        )
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         if self._readers is not None:
@@ -298,6 +302,12 @@ def _clipping(trainer: Trainer, options: LayerwiseOptions) -> Clipping | None:
     return Clipping("norm" if how == "exact" else how, limit)
 
 
+def _measures(trainer: Trainer, layerwise: Layerwise, options: LayerwiseOptions) -> bool:
+    """Whether a backward that only measures comes before the one that steps, at least once, because of clipping."""
+    clippings = [_clipping(trainer, options), *(clipping for clipping, _ in own_clips(layerwise.optimizer))]
+    return any(clipping is not None and clipping.kind in ("norm", "previous") for clipping in clippings)
+
+
 def steps_in_backward(trainer: Trainer) -> bool:
     """Whether the Trainer's strategy makes every optimizer layerwise."""
     return _strategy_name(trainer.strategy) in rules.STEPPING_STRATEGIES
@@ -322,7 +332,9 @@ def _strategy_name(strategy: Strategy) -> str:
     return next((name for family, name in families if isinstance(strategy, packages.kin(family))), unknown)
 
 
-def _facts(trainer: Trainer, options: LayerwiseOptions, name: str, strategy: str) -> rules.Stepping:
+def _facts(
+    trainer: Trainer, optimizer: Optimizer, options: LayerwiseOptions, name: str, strategy: str
+) -> rules.Stepping:
     module = trainer.lightning_module
     clipping = _clipping(trainer, options)
     return rules.Stepping(
@@ -330,6 +342,7 @@ def _facts(trainer: Trainer, options: LayerwiseOptions, name: str, strategy: str
         strategy=strategy,
         automatic=module.automatic_optimization,
         clips_norm=clipping is not None and clipping.kind != "value",
+        parts_clip=frozenset(clipping.kind for clipping, _ in own_clips(optimizer)),
         norm_clipping=options.norm_clipping,
         norm_budget_mb=options.norm_budget_mb,
         own_clipping=packages.is_overridden("configure_gradient_clipping", module),

@@ -1,4 +1,4 @@
-"""Clipping for gradients that are never all alive."""
+"""Clipping, also of gradients that are never all alive."""
 
 from __future__ import annotations
 
@@ -39,6 +39,13 @@ class Clipping:
             raise InvalidOption(f"Clipping({self.kind!r}, ...): the kinds are {listing(get_args(Kind))}")
         if not self.limit > 0:
             raise InvalidOption(f"Clipping({self.kind!r}, {self.limit!r}): the limit is a number above 0")
+
+    def clip(self, parameters: Iterable[Tensor]) -> None:
+        """Clips all gradients of parameters in place; whatever the kind, by the norm of this step."""
+        alive = [parameter for parameter in parameters if parameter.grad is not None]
+        if alive:
+            norms = [] if self.kind == "value" else norms_of(alive)
+            self.apply(alive, norms, total_norm(norms))
 
     def apply(self, bucket: Sequence[Tensor], norms: Sequence[Tensor], total: Tensor | None) -> None:
         """Clips the gradients of a bucket in place.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from types import MappingProxyType
@@ -34,7 +34,7 @@ from lightning_optim.choose._tracker import Moment
 from lightning_optim.errors import IncompatibleTrainer, InvalidOption, InvalidParamGroups, MissingDependency, listing
 from lightning_optim.groups import NamedParameter, make_groups, named_parameters
 from lightning_optim.layerwise import Clipping
-from lightning_optim.table import REGISTRY, SUFFIX, OptimizerSpec, Options, layerwise_row, refuse_unknown
+from lightning_optim.table import REGISTRY, SUFFIX, OptimizerSpec, layerwise_row, refuse_unknown
 
 Strategy = Literal["auto", "ddp", "fsdp2", "layerwise", "layerwise_ddp", "layerwise_fsdp2"]
 Accelerator = Literal["cuda", "cpu"]
@@ -143,7 +143,7 @@ class Estimator:
         parts = [self._chosen(part) for part in divide(self._parameters, config)]
         built, spec = parts[0].config, parts[0].config.spec
         strategy = self._strategy_of(spec, built.optim)
-        replayed = self._replayed(self._stepping(spec, settle(built)[0], strategy))
+        replayed = self._replayed(self._stepping(parts, strategy))
         temporaries = [self._temporaries_of(part) for part in parts]
         states = [self._state_of(part, own) for part, own in zip(parts, temporaries, strict=True)]
         state = sum(states)
@@ -240,16 +240,16 @@ class Estimator:
             raise IncompatibleTrainer(f"strategy={given!r} cannot step optim={name!r}: use strategy={fitting!r}")
         return fitting if not several else given
 
-    def _stepping(self, spec: OptimizerSpec, options: Options, strategy: str) -> Stepping:
-        if not spec.layerwise:
+    def _stepping(self, parts: Sequence[Part], strategy: str) -> Stepping:
+        main = parts[0].config
+        if not main.spec.layerwise:
             return Stepping(self._accumulate)
-        layerwise = options.select("layerwise")
-        clipping = None
-        if self._clip:
-            exact = layerwise["norm_clipping"] in (None, "exact")
-            # The other ways clip what arrives.
-            if self._clip_algorithm == "norm" and exact:
-                clipping = Clipping("norm", self._clip)
+        layerwise = settle(main)[0].select("layerwise")
+        # The other ways clip what arrives.
+        by_norm = [part.clip for part in parts if part.clip is not None and part.clip.kind == "norm"]
+        if self._clip and self._clip_algorithm == "norm" and layerwise["norm_clipping"] in (None, "exact"):
+            by_norm.append(Clipping("norm", self._clip))
+        clipping = by_norm[-1] if by_norm else None
         replicas = self._devices if strategy == "layerwise_ddp" else 1
         return Stepping(self._accumulate, True, layerwise["bucket_mb"], clipping, replicas)
 

@@ -108,6 +108,9 @@ def test_what_costs_and_what_saves() -> None:
     assert layerwise < peak(activation_checkpointing=True)
     clipped = peak("adamw_torch_fused_layerwise", gradient_clip_val=1.0)
     assert clipped > peak("adamw_torch_fused_layerwise"), "the backward that measures keeps activations"
+    part = {".*head.*": {"optim": "adamw_torch_fused", "clip": {"norm": 1.0}}}
+    by_part = estimate_memory(SMALL, "adamw_torch_fused_layerwise", batch=(4, 32), param_groups=part)
+    assert by_part.peak == clipped, "a part's own clipping by norm measures, too"
     by_last = peak("adamw_torch_fused_layerwise", optim_args="norm_clipping=previous", gradient_clip_val=1.0)
     assert by_last == peak("adamw_torch_fused_layerwise")
 

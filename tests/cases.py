@@ -147,6 +147,7 @@ CASES = (
     _own("muon", "optimizers:Muon", lr=2e-2, options={"momentum": 0.9, "ns_steps": 4}),
     _own("normuon", "optimizers:NorMuon", lr=2e-2, options={"beta2": 0.9, "lr_scale": "match_rms_adamw"}),
     _own("scale", "optimizers:Scale", options={"momentum": 0.5, "eps": 1e-6}),
+    _own("soap", "optimizers:SOAP", options={"betas": (0.9, 0.95), "precondition_frequency": 4}),
     Case("sgd", "torch.optim:SGD", lr=0.3, options={"momentum": 0.9, "nesterov": True}),
     Case("adagrad", "torch.optim:Adagrad", lr=0.1, options={"lr_decay": 1e-3}),
     Case("rmsprop", "torch.optim:RMSprop", options={"alpha": 0.9, "momentum": 0.5, "centered": True}),

@@ -86,9 +86,8 @@ class StepTemporaries:
                 # What torch chooses by the device; for shards it does not choose lists.
                 sharded = any(map(is_sharded, group["params"]))
                 group["foreach"] = self._training.accelerator == "cuda" and not sharded
-            if group.get("update_proj_gap"):
-                # The step that counts is one of those that look for subspaces.
-                group["update_proj_gap"] = 1
+            # The step that counts is one of those that look for subspaces.
+            group.update({gap: 1 for gap in ("update_proj_gap", "precondition_frequency") if group.get(gap)})
         return optimizer
 
     def _counted(self, counts: Mapping[Kind, int]) -> int:

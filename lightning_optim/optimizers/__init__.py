@@ -27,6 +27,7 @@ from lightning_optim.optimizers._lomo import LOMO
 from lightning_optim.optimizers._low_rank import LowRankOptimizer
 from lightning_optim.optimizers._muon import Muon, NorMuon
 from lightning_optim.optimizers._scale import Scale
+from lightning_optim.optimizers._soap import SOAP
 
 if TYPE_CHECKING:
     from lightning_optim.optimizers.adapters._galore import GaLoreAdamW8bit
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
 __all__ = [
     "CAME",
     "LOMO",
+    "SOAP",
     "AdaLomo",
     "Adafactor",
     "AdamMini",

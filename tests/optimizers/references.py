@@ -292,6 +292,28 @@ def scale(weight: Tensor, gradients: Gradients, group: Group) -> Tensor:
     return weight
 
 
+def soap(weight: Tensor, gradients: Gradients, group: Group) -> Tensor:
+    """https://arxiv.org/abs/2409.11321, algorithm 3, whose first step sets the bases as its authors' code does."""
+    first, second, (beta1, beta2) = torch.zeros_like(weight), torch.zeros_like(weight), group.betas
+    beta, grams, bases = group.shampoo_beta or beta2, [torch.zeros(())] * 2, [torch.zeros(())] * 2
+    for t, gradient in enumerate(gradients):
+        left, right = bases
+        if t > 0:
+            first = beta1 * first + (1 - beta1) * gradient
+            second = beta2 * second + (1 - beta2) * (left.T @ gradient @ right) ** 2
+            normed = left.T @ first @ right / (1 - beta1**t) / ((second / (1 - beta2**t)).sqrt() + group.eps)
+            weight = weight - group.lr * group.weight_decay * weight - group.lr * left @ normed @ right.T
+        for side, outer in enumerate((gradient @ gradient.T, gradient.T @ gradient)):
+            grams[side] = beta * grams[side] + (1 - beta) * outer
+            if t == 0:
+                bases[side] = torch.linalg.eigh(grams[side])[1].flip(1)
+            elif t % group.precondition_frequency == 0:
+                powered = grams[side] @ bases[side]
+                order = (bases[side] * powered).sum(0).argsort(descending=True)
+                second, bases[side] = second.index_select(side, order), torch.linalg.qr(powered[:, order])[0]
+    return weight
+
+
 def adamw_anyprecision(weight: Tensor, gradients: Gradients, group: Group) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """torchdistx's algorithm, which rounds in place to each tensor's dtype; returns what is kept, too."""
     (beta1, beta2), weight = group.betas, weight.clone()

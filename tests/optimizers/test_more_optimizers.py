@@ -47,6 +47,53 @@ def test_adam_mini_with_a_block_per_weight_is_adamw() -> None:
     torch.testing.assert_close(stepped("adam_mini", start, gradient, steps=5, blocks=24, **options), expected)
 
 
+def soap(params: list[torch.Tensor], **options: Any) -> torch.optim.Optimizer:
+    settings = {"lr": 0.1, "precondition_frequency": 2, **options}
+    return REGISTRY["soap"].load()(params, **settings)
+
+
+def test_soap_steps_a_stack_as_its_matrices() -> None:
+    experts = nn.Parameter(torch.randn(3, 6, 8))
+    pieces = [nn.Parameter(piece.clone()) for piece in experts.detach()]
+    one, other = soap([experts], stack_dims=1), soap(pieces)
+    for _ in range(6):
+        experts.grad = torch.randn(3, 6, 8)
+        for piece, gradient in zip(pieces, experts.grad, strict=True):
+            piece.grad = gradient.clone()
+        one.step()
+        other.step()
+    for piece, expected in zip(experts.detach(), pieces, strict=True):
+        assert torch.equal(piece, expected)
+
+
+def test_soap_without_bases_is_adamw_and_long_sides_keep_their_axes() -> None:
+    start, gradient = torch.randn(8, 6), torch.randn(8, 6)
+    options: dict[str, Any] = {"lr": 0.1, "weight_decay": 0.1, "betas": (0.9, 0.95)}
+    expected = stepped("adamw_torch", start, gradient, steps=5, **options)
+    torch.testing.assert_close(stepped("soap", start, gradient, steps=5, max_precondition_dim=5, **options), expected)
+    weight = nn.Parameter(start.clone())
+    optimizer = soap([weight], max_precondition_dim=6)
+    weight.grad = gradient
+    optimizer.step()
+    assert torch.equal(weight.detach(), start), "the first step only looks"
+    assert optimizer.state[weight].keys() == {"step", "exp_avg", "exp_avg_sq", "gram_right", "right"}
+
+
+def test_soap_turns_with_its_gradients() -> None:
+    """Rotated weights and gradients give rotated steps: it does not depend on the axes, as Adam does."""
+    # Square, or some eigenvectors would be arbitrary.
+    left, right = (torch.linalg.qr(torch.randn(side, side, dtype=torch.float64)).Q for side in (6, 6))
+    start = torch.randn(6, 6, dtype=torch.float64)
+    plain, turned = nn.Parameter(start.clone()), nn.Parameter(left @ start @ right)
+    one, other = soap([plain]), soap([turned])
+    for _ in range(6):
+        plain.grad = torch.randn(6, 6, dtype=torch.float64)
+        turned.grad = left @ plain.grad @ right
+        one.step()
+        other.step()
+    torch.testing.assert_close(turned.detach(), left @ plain.detach() @ right, rtol=1e-6, atol=1e-6)
+
+
 @pytest.mark.parametrize(("name", "fraction"), [("lamb", 0.1), ("lars", 0.1 * 1e-3)])
 @pytest.mark.parametrize("size", [1e-3, 1.0, 1e3])
 def test_a_layer_moves_by_a_fraction_of_its_norm(name: str, fraction: float, size: float) -> None:
@@ -80,6 +127,8 @@ def test_vectors_are_adapted_only_if_asked() -> None:
         ("adan", {"betas": (0.9, 1.0, 0.9)}, "betas=.* of Adan is out of range"),
         ("adam_mini", {"blocks": 0}, "blocks=0 of AdamMini is not a whole number"),
         ("lamb", {"adapt": "layers"}, "adapt='layers' of Lamb is unknown; use one of 'matrices', 'all', 'none'"),
+        ("soap", {"precondition_frequency": 0}, "precondition_frequency=0 of SOAP is not a whole number >= 1"),
+        ("soap", {"shampoo_beta": 1.0}, "shampoo_beta=1.0 of SOAP is out of range"),
         ("lars", {"momentum": 1.0}, "momentum=1.0 of Lars is out of range"),
         ("lars", {"trust_coeff": 0.0}, "trust_coeff=0.0 of Lars is out of range"),
         ("lars", {"momentum": 0.0, "nesterov": True}, "nesterov=True needs momentum"),

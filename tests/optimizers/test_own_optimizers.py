@@ -46,6 +46,7 @@ EXPECTED = {
     "muon",
     "normuon",
     "scale",
+    "soap",
 }
 
 # From 0 to 5 dimensions, none of them empty; stacks of equal shapes that are batched, and odd ones that are not.
@@ -85,6 +86,8 @@ def build(name: str, parameters: list[Tensor], **options: Any) -> Optimizer:
     if name == "lars":
         # The rate below is a small one for it.
         options = {"trust_coeff": 1.0, **options}
+    if name == "soap":
+        options = {"precondition_frequency": 2, "max_precondition_dim": 70, **options}
     if name == "scale":
         options = {"momentum": 0.9, **options}
     if spec.takes != "all":

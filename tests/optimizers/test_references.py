@@ -58,6 +58,8 @@ CASES: tuple[tuple[str, tuple[tuple[int, ...], ...], dict[str, Any]], ...] = (
     ("muon", STACKED, {}),
     ("muon", STACKED, {**MUON, "nesterov": False, "lr_scale": "match_rms_adamw", "cautious": True}),
     ("normuon", STACKED, {**MUON, "beta2": 0.7}),
+    ("soap", MATRICES, {}),
+    ("soap", MATRICES, {**MOMENTS, "shampoo_beta": 0.9, "precondition_frequency": 3}),
     ("scale", MATRICES, {}),
     ("scale", MATRICES, {"momentum": 0.8}),
     ("scale", MATRICES, {"momentum": 0.8, "outputs": "columns"}),

@@ -3,10 +3,11 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 XLA_VENV := .venv-xla
+COLLECTIONS_VENV := .venv-collections
 # For another Python: `make test-oldest PYTHON=python3.10 OLDEST_VENV=.venv-oldest-3.10`.
 OLDEST_VENV := .venv-oldest
 
-.PHONY: venv demo test test-npu-contract test-gpu test-xla test-oldest test-python lint docs benchmarks bench-quick clean
+.PHONY: venv demo test test-collections test-npu-contract test-gpu test-xla test-oldest test-python lint docs benchmarks bench-quick clean
 
 venv: $(VENV)/.installed
 
@@ -25,6 +26,13 @@ demo: venv
 # xdist would leave those of few tests to the end, which take longest.
 test: venv
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
+
+# Optimizers of the big collections, which no row describes, in an environment of their own. timm needs torchvision.
+test-collections:
+	test -x $(COLLECTIONS_VENV)/bin/python || $(PYTHON) -m venv $(COLLECTIONS_VENV)
+	$(COLLECTIONS_VENV)/bin/python -m pip install --quiet --constraint constraints.txt torch torchvision pytest \
+	    timm==1.0.31 pytorch-optimizer==4.1.0 --editable ".[cli]"
+	$(COLLECTIONS_VENV)/bin/python -m pytest tests/collections
 
 # Needs a CUDA GPU and a torch built for it, and fails without.
 test-gpu: venv
@@ -106,4 +114,4 @@ bench-quick: venv
 	LIGHTNING_OPTIM_BENCH_FIGURES=$(FIGURES) $(BIN)/python -m pytest tests/bench/test_bench.py -k figures
 
 clean:
-	rm -rf $(VENV) $(XLA_VENV) $(OLDEST_VENV) $(VENV)-3.* docs/_build docs/generated demo_output
+	rm -rf $(VENV) $(XLA_VENV) $(COLLECTIONS_VENV) $(OLDEST_VENV) $(VENV)-3.* docs/_build docs/generated demo_output

@@ -21,6 +21,7 @@ from lightning_optim.layerwise._clips import Clips, Totals
 from lightning_optim.layerwise._coupled import refuse_coupled
 from lightning_optim.layerwise._hooks import GradientHooks
 from lightning_optim.layerwise._passes import Measurement, Observation, Observer, Pass, Step
+from lightning_optim.layerwise._probe import ask
 from lightning_optim.layerwise._replicas import AgreedOrder, Replicas, refuse_separate_processes, refuse_unused
 from lightning_optim.layerwise._split_parts import Watches
 from lightning_optim.layerwise._split_step import ATTACHED
@@ -66,6 +67,7 @@ class Layerwise(AfterBackward):
             raise InvalidOption(f"bucket_mb={bucket_mb!r} is not a size: give MiB, 0 for single parameters, or None")
         for part in parts_of(optimizer):
             refuse_coupled(part)
+            ask(part)
         if Layerwise.of(optimizer) is not None:
             raise IncompatibleTrainer(f"this {type(optimizer).__name__} is already layerwise: Layerwise.of(optimizer)")
         self.optimizer = optimizer

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ from lightning_optim._compat.torch import bare_optimizer
 from lightning_optim.errors import IncompatibleTrainer
 from lightning_optim.layerwise._coupled import differ
 from lightning_optim.layerwise._split_step import SplitStep
-from lightning_optim.stepping import seed, undisturbed
+from lightning_optim.stepping import MEMBERS, seed, undisturbed
 
 # D-Adaptation's estimate moves in the second step, a common counter shows in the second one, too.
 _STEPS = 4
@@ -26,6 +27,8 @@ _GROUPS, _DIMENSIONS = 2, 2
 _ROUNDING = 1e-4
 # A schedule may begin at 0, where nothing would move.
 _LEAST_RATE = 1e-2
+# What a group says of its own parameters.
+_OWN = ("params", "param_names", "name")
 
 Verdict = Literal["alone", "random", "coupled", "unknown"]
 
@@ -67,6 +70,55 @@ def probe(optimizer: Optimizer) -> Probe:
     return Probe("unknown", reason)
 
 
+_BY_CHANCE = "random numbers"
+#: What was found, by class and settings.
+_KNOWN: dict[Any, Probe] = {}
+# Their classes are known: rows and tests vouch for them.
+_VOUCHED_FOR = ("torch.optim.", "lightning_optim.")
+
+
+def ask(optimizer: Optimizer) -> None:
+    """Probes an optimizer of a class that nobody vouches for, once for the same settings in a process.
+
+    Raises:
+        IncompatibleTrainer: If it couples its parameters.
+
+    Warns:
+        If it draws random numbers, which stepping in parts draws in another order.
+    """
+    name = type(optimizer).__name__
+    if f"{type(optimizer).__module__}.".startswith(_VOUCHED_FOR):
+        return
+    key = _settled(optimizer)
+    found = _KNOWN.get(key)
+    if found is None:
+        found = probe(optimizer)
+        if found.verdict != "unknown":
+            _KNOWN[key] = found
+        if found.verdict == "random":
+            warnings.warn(
+                f"{name} draws random numbers while it steps. Stepped during backward it draws them in another order: "
+                "the result is another sample than that of plain steps.",
+                stacklevel=3,
+            )
+    if found.verdict == "coupled":
+        raise IncompatibleTrainer(
+            f"{name} cannot be stepped layer by layer, as a few steps of small parameters show: {found.reason}. Use it "
+            "plainly."
+        )
+
+
+def _settled(optimizer: Optimizer) -> Any:
+    """Returns all that may decide whether parameters are coupled: class, options, numbers of dimensions."""
+    groups = [
+        {key: value for key, value in group.items() if key not in (*_OWN, "lr", MEMBERS)}
+        for group in optimizer.param_groups[:_GROUPS]
+    ]
+    plain = (bool, int, float, str, type(None))
+    attributes = {key: value for key, value in vars(optimizer).items() if isinstance(value, plain)}
+    return type(optimizer), repr(groups), repr(attributes), repr(list(_shapes(optimizer)))
+
+
 @dataclass
 class _Outcome:
     """What a run ends with: the parameters, their states, and what the state holds besides."""
@@ -85,32 +137,38 @@ class _Probing:
         self._begin = [_normal(shape, index).to(device) for index, (_, shape) in enumerate(self._members)]
 
     def verdict(self) -> Probe:
+        try:
+            reason = self._coupling()
+        except IncompatibleTrainer as error:
+            # What the parts wrote into groups or attributes.
+            reason = str(error).partition(": ")[0]
+        if reason:
+            return Probe("random" if reason is _BY_CHANCE else "coupled", "" if reason is _BY_CHANCE else reason)
+        return Probe("alone")
+
+    def _coupling(self) -> str:
+        """Returns what depends on other parameters, or an empty text."""
         everyone = range(len(self._members))
         plain = self._run(everyone)
         # One of each kind in each group comes first in turn.
         first = {(number, len(shape)): index for index, (number, shape) in reversed(list(enumerate(self._members)))}
         for index in first.values():
-            shape, group = self._members[index][1], self._members[index][0]
+            group, shape = self._members[index]
             order = sorted(everyone, key=lambda i: (i != index, self._members[i][0] != group))
             together = plain if index == 0 else self._run(order)
-            try:
-                apart = self._run(order, order)
-            except IncompatibleTrainer as error:
-                return Probe("coupled", str(error))
+            apart = self._run(order, order)
             shared = next((key for key in together.common if differ(together.common[key], apart.common.get(key))), None)
             if shared is not None:
-                return Probe(
-                    "coupled", f"the state has {shared!r}, which is no parameter's: every part would advance it"
-                )
+                return f"the state holds {shared!r} for all parameters together, which every part would advance"
             if self._differ(together, apart, index):
-                return Probe("coupled", f"a parameter of shape {shape} moves otherwise when others are stepped with it")
+                return f"a parameter of shape {shape} moves otherwise when others are stepped with it"
         backwards = self._run(everyone, everyone[::-1])
         if not any(self._differ(plain, backwards, index) for index in everyone):
-            return Probe("alone")
+            return ""
         otherwise = self._run(everyone, draw=1)
         if any(self._differ(plain, otherwise, index) for index in everyone):
-            return Probe("random")
-        return Probe("coupled", "a parameter moves otherwise when others are stepped before it")
+            return _BY_CHANCE
+        return "a parameter moves otherwise when others are stepped before it"
 
     def _differ(self, one: _Outcome, other: _Outcome, index: int) -> bool:
         moved = one.parameters[index] - self._begin[index], other.parameters[index] - self._begin[index]
@@ -173,8 +231,7 @@ def _shapes(optimizer: Optimizer) -> Iterator[tuple[int, list[tuple[int, ...]]]]
 
 def _settings(group: dict[str, Any]) -> dict[str, Any]:
     """Returns a group without what belongs to its own parameters."""
-    own = ("params", "param_names", "name")
-    settings = {key: copy.deepcopy(value) for key, value in group.items() if key not in own}
+    settings = {key: copy.deepcopy(value) for key, value in group.items() if key not in _OWN}
     if "lr" in settings and settings["lr"] < _LEAST_RATE:
         settings["lr"] = (
             torch.full_like(settings["lr"], _LEAST_RATE) if isinstance(settings["lr"], Tensor) else _LEAST_RATE

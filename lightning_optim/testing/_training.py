@@ -125,5 +125,5 @@ def all_moved(before: Mapping[str, Tensor], trial: Trial) -> None:
 
 
 def _may_stay(weight: Tensor) -> bool:
-    """Whether it is empty, or one of few elements around 1, as norms have, where bfloat16 has no room for small steps."""
+    """Whether it is empty, or a vector around 1, as those of norms are, where bfloat16 has no room for small steps."""
     return not weight.numel() or (weight.dtype is torch.bfloat16 and weight.ndim < 2)

@@ -168,3 +168,15 @@ class TakesLists(Momentum):
         if not isinstance(params, list):
             raise TypeError(f"params is a {type(params).__name__} and not a list")
         super().__init__(params, lr, weight_decay)
+
+
+class RoundsStacks(Momentum):
+    """A stack of gradients is rounded otherwise than each by itself."""
+
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        self.several = [sum(p.grad is not None for group in self.param_groups for p in group["params"]) > 1]
+        return super().step(closure)
+
+    def update(self, parameter: Tensor, gradient: Tensor, state: dict[str, Any], group: dict[str, Any]) -> None:
+        rounded = gradient * (1 + 1.2e-7) if self.several[0] else gradient
+        super().update(parameter, rounded, state, group)

@@ -97,6 +97,12 @@ def test_a_right_class_and_a_row_that_is_not_registered_pass() -> None:
     assert "momentum" not in REGISTRY
 
 
+def test_rounding_is_told_from_another_result() -> None:
+    (result,) = held(faulty.RoundsStacks, {}, promises=["layerwise"])
+    assert result.status == "kept"
+    assert result.text.endswith("as if gradients were rounded otherwise")
+
+
 def test_what_the_row_refuses_is_not_broken() -> None:
     results = check_results("adafactor", optim_args={"relative_step": True})
     assert {result.status for result in results.values()} == {"kept", "refused"}

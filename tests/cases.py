@@ -81,6 +81,11 @@ class Case:
         """The identifier that steps it during backward."""
         return f"{self.name}_layerwise"
 
+    @property
+    def forms(self) -> tuple[str, ...]:
+        """The identifiers of its forms: plain, and layerwise if its parameters can be stepped one by one."""
+        return (self.plain,) if self.row.coupled else (self.plain, self.layerwise)
+
     def load(self) -> type[Optimizer]:
         module, _, attribute = self.upstream.partition(":")
         return getattr(importlib.import_module(module), attribute)
@@ -146,6 +151,7 @@ CASES = (
     _own("lars", "optimizers:Lars", lr=1.0, options={"momentum": 0.8, "trust_coeff": 1e-2}),
     _own("muon", "optimizers:Muon", lr=2e-2, options={"momentum": 0.9, "ns_steps": 4}),
     _own("normuon", "optimizers:NorMuon", lr=2e-2, options={"beta2": 0.9, "lr_scale": "match_rms_adamw"}),
+    _own("prodigy", "optimizers:Prodigy", lr=1.0, options={"betas": (0.8, 0.95), "d0": 1e-3, "growth_rate": 1.5}),
     _own("scale", "optimizers:Scale", options={"momentum": 0.5, "eps": 1e-6}),
     _own("soap", "optimizers:SOAP", options={"betas": (0.9, 0.95), "precondition_frequency": 4}),
     Case("sgd", "torch.optim:SGD", lr=0.3, options={"momentum": 0.9, "nesterov": True}),
@@ -161,11 +167,13 @@ BY_NAME = {case.name: case for case in CASES}
 NAMES = tuple(BY_NAME)
 #: One name for each class: the last, which quantizes where the class can. For what does not depend on the arguments.
 KINDS = tuple({case.upstream: case.name for case in CASES}.values())
+#: The names that have a layerwise form.
+LAYERWISE = tuple(name for name in NAMES if not BY_NAME[name].row.coupled)
 
 
-def in_modes(modes: Iterable[str], for_all: Container[str]) -> list[tuple[str, str]]:
+def in_modes(modes: Iterable[str], for_all: Container[str], names: Container[str] = NAMES) -> list[tuple[str, str]]:
     """Returns (name, mode) of every name in the modes ``for_all``, and of one name of each class in the others."""
-    return [(name, mode) for mode in modes for name in (NAMES if mode in for_all else KINDS)]
+    return [(name, mode) for mode in modes for name in (NAMES if mode in for_all else KINDS) if name in names]
 
 
 # Rows for devices that a CPU does not stand in for, and the package that brings them. Their tests: tests/xla,

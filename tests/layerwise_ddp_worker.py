@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lightning_optim import LayerwiseDDPStrategy, OptimizerMonitor
-from tests.cases import BY_NAME, KINDS, case_of
+from tests.cases import BY_NAME, KINDS, LAYERWISE, case_of
 from tests.models import LENGTH, TOKENS, WIDTH, ForeignTokens, LitTokens, fp16_mixed, loader, trainer
 
 RANK = int(os.environ.get("LOCAL_RANK", 0))
@@ -40,7 +40,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "bf16": {"precision": "bf16-true", "gradient_clip_val": 0.3},
 }
 # What torchao compiles takes a minute in each process; its rows are stepped like any other.
-NAMES = tuple(name for name in KINDS if not BY_NAME[name].upstream.startswith("torchao"))
+NAMES = tuple(name for name in KINDS if name in LAYERWISE and not BY_NAME[name].upstream.startswith("torchao"))
 COMPARED = [("adamw_torch", setting) for setting in SETTINGS]
 COMPARED += [(name, ACCUMULATED_NORM) for name in NAMES if name != "adamw_torch"]
 COMPARED += [("adamw_8bit", ACCUMULATED_NORM), ("adamw_8bit", "bf16"), ("schedule_free_adamw", "bf16")]

@@ -26,7 +26,7 @@ def main(directory: Path, accelerator: str, *moving: str) -> None:
         precision = path.stem.rpartition("@")[2]
         hyperparameters = torch.load(path, weights_only=True, map_location="cpu")["hyper_parameters"]
         case = case_of(hyperparameters["optim"])
-        for name in (case.plain, case.layerwise) if case.name in moving else (hyperparameters["optim"],):
+        for name in case.forms if case.name in moving else (hyperparameters["optim"],):
             model = LitTokens(**{**hyperparameters, "optim": name})
             run = trainer(
                 max_steps=20, precision=precision, accelerator=accelerator, devices=1, deterministic=deterministic

@@ -26,6 +26,7 @@ from lightning_optim.optimizers._lars import Lars
 from lightning_optim.optimizers._lomo import LOMO
 from lightning_optim.optimizers._low_rank import LowRankOptimizer
 from lightning_optim.optimizers._muon import Muon, NorMuon
+from lightning_optim.optimizers._prodigy import Prodigy
 from lightning_optim.optimizers._scale import Scale
 from lightning_optim.optimizers._soap import SOAP
 
@@ -53,6 +54,7 @@ __all__ = [
     "Muon",
     "NorMuon",
     "OwnOptimizer",
+    "Prodigy",
     "Scale",
 ]
 

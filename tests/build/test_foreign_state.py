@@ -14,7 +14,7 @@ from torch import nn
 from lightning_optim import REGISTRY, build_optimizer
 from lightning_optim.errors import InvalidOption
 from lightning_optim.stepping import MARKS, parts_of
-from tests.cases import CASES, NAMES
+from tests.cases import CASES, LAYERWISE, NAMES
 from tests.trainer.test_resume import assert_equal
 
 # A third that can be frozen, and two layers of the same shapes, large enough to be quantized.
@@ -105,8 +105,9 @@ def test_without_marks_it_steps_or_is_refused_when_it_is_loaded(reader: str) -> 
             assert optimizer.param_groups[0]["members"] == ["0.weight", "1.weight"]
 
 
-@pytest.mark.parametrize("form", ["plain", "layerwise"])
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(
+    ("name", "form"), [*((name, "plain") for name in NAMES), *((name, "layerwise") for name in LAYERWISE)]
+)
 def test_the_state_of_other_parameters_of_the_same_shapes_is_refused(name: str, form: str) -> None:
     """Layer 1 would get the moments of layer 0."""
     case = next(case for case in CASES if case.name == name)

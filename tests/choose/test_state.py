@@ -24,10 +24,10 @@ def test_state_is_exact(name: str, shapes: type[nn.Module], dtype: torch.dtype) 
     with torch.device("meta"):
         model = shapes()
     estimator = Estimator(model, precision=PRECISION[dtype], accelerator="cpu")
-    forms = (OptimConfig(form, optim_args=case.options) for form in (name, case.layerwise))
+    forms = [OptimConfig(form, optim_args=case.options) for form in (name, *case.forms[1:])]
     real = stepped(name, shapes(), dtype, optim_args=case.options)
     assert_exact(name, real)
-    assert [estimator.estimate(form).state for form in forms] == [real.state_bytes] * 2
+    assert [estimator.estimate(form).state for form in forms] == [real.state_bytes] * len(forms)
 
 
 def test_state_of_a_class_that_no_row_describes_is_measured_without_memory() -> None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_optim import Layerwise, build_optimizer
-from tests.cases import BY_NAME, NAMES, case_of
+from tests.cases import BY_NAME, LAYERWISE, case_of
 from tests.gpu.device import DEVICE, FLAGS, cuda_only, fp16
 from tests.layerwise.test_layerwise import assert_near, build, outcome, run
 from tests.trainer.test_resume import assert_equal
@@ -32,12 +32,12 @@ def both(name: str, **flags: Any) -> list[dict[str, Any]]:
 
 
 @pytest.mark.parametrize("mode", EXACT)
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", LAYERWISE)
 def test_bit_for_bit(name: str, mode: str) -> None:
     assert_equal(*both(name, **EXACT[mode]()), name)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", LAYERWISE)
 def test_clipped_by_norm(name: str) -> None:
     plain, layerwise = both(name, gradient_clip_val=0.5)
     assert_near(plain, layerwise)

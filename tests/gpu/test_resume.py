@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.cases import BY_NAME, CASES, NAMES
+from tests.cases import BY_NAME, CASES, LAYERWISE, NAMES
 from tests.gpu.device import DEVICE, FLAGS
 from tests.models import LitTokens, loader, trainer
 from tests.trainer.test_resume import MOVES, assert_equal, resumed, train
@@ -18,13 +18,15 @@ from tests.trainer.test_resume import MOVES, assert_equal, resumed, train
 def outcomes(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """Outcomes by file name: uninterrupted ``NAME``, resumed ``NAME@NAME``; one fresh process resumes them all."""
     directory = tmp_path_factory.mktemp("step")
-    names = [name for case in CASES for name in (case.plain, case.layerwise)]
+    names = [name for case in CASES for name in case.forms]
     uninterrupted = {name: train(name, request.param, "step", directory, **FLAGS) for name in names}
     return {**uninterrupted, **resumed(directory, request.param, DEVICE.type)}
 
 
-@pytest.mark.parametrize("move", MOVES)
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(
+    ("name", "move"),
+    [(name, move) for name in NAMES for move in MOVES if name in LAYERWISE or "layerwise" not in MOVES[move]],
+)
 def test_a_fresh_process_continues_exactly(name: str, move: str, outcomes: dict[str, Any]) -> None:
     case = BY_NAME[name]
     writer, reader = (getattr(case, form) for form in MOVES[move])

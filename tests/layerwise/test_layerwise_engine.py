@@ -31,7 +31,7 @@ from lightning_optim import (
     build_schedule,
 )
 from lightning_optim.stepping._preparing import prepare_step
-from tests.cases import NAMES, case_of
+from tests.cases import LAYERWISE, case_of
 from tests.models import TokenModel, loader
 from tests.trainer.test_resume import assert_equal
 
@@ -127,7 +127,7 @@ class TestBackward:
         layerwise.detach()
         assert optimizer._step_supports_amp_scaling
 
-    @pytest.mark.parametrize("name", NAMES)
+    @pytest.mark.parametrize("name", LAYERWISE)
     def test_equals_the_plain_loop(self, name: str) -> None:
         model, optimizer = build(f"{name}_layerwise")
         layerwise_loop(model, optimizer, data())
@@ -470,7 +470,7 @@ class TestAttaching:
         assert_equal(outcome(reference, reference_optimizer), outcome(model, optimizer), "again")
 
     @pytest.mark.parametrize("moves", [("", "_layerwise"), ("_layerwise", ""), ("_layerwise", "_layerwise")], ids=str)
-    @pytest.mark.parametrize("name", NAMES)
+    @pytest.mark.parametrize("name", LAYERWISE)
     def test_state_dicts_move(self, name: str, moves: tuple[str, str]) -> None:
         weights, state = None, None
         for suffix, batches in zip(moves, (data()[:2], data()[2:]), strict=True):

@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 from lightning_optim import IncompatibleTrainer, Layerwise
 from lightning_optim.trainer.callbacks._layerwise import LayerwiseCallback
-from tests.cases import NAMES
+from tests.cases import LAYERWISE
 from tests.layerwise.test_layerwise import BY_NORM, STEPS, Watched, alive, assert_near, build, outcome, run, sizes
 from tests.models import LitTokens, fp16_mixed, loader, trainer
 from tests.trainer.test_resume import assert_equal
@@ -203,7 +203,7 @@ class TestExceptions:
 
 
 class TestAfterFit:
-    @pytest.mark.parametrize("name", NAMES)
+    @pytest.mark.parametrize("name", LAYERWISE)
     def test_nothing_is_left(self, name: str) -> None:
         model = build(f"{name}_layerwise")
         assert_clean(model, run(model))

@@ -292,6 +292,28 @@ def scale(weight: Tensor, gradients: Gradients, group: Group) -> Tensor:
     return weight
 
 
+def prodigy(weight: Tensor, gradients: Gradients, group: Group) -> Tensor:
+    """https://arxiv.org/abs/2306.06101, algorithm 4, for all parameters as one vector."""
+    first = second = total = torch.zeros_like(weight)
+    (beta1, beta2), distance, most, numerator, start = group.betas, group.d0, group.d0, 0.0, weight
+    beta3 = group.beta3 or math.sqrt(beta2)
+    for t, gradient in enumerate(gradients, start=1):
+        rate = distance * group.lr
+        if group.use_bias_correction:
+            rate *= math.sqrt(1 - beta2**t) / (1 - beta1**t)
+        numerator = beta3 * numerator + distance * rate * (gradient @ (start - weight)).item()
+        total = beta3 * total + distance * (distance if group.safeguard_warmup else rate) * gradient
+        first = beta1 * first + (1 - beta1) * distance * gradient
+        second = beta2 * second + (1 - beta2) * distance**2 * gradient**2
+        weight = weight - rate * group.weight_decay * weight
+        weight = weight - rate * first / (second.sqrt() + distance * group.eps)
+        made = group.d_coef * numerator / total.abs().sum().item()
+        now = max(distance, made) if distance == group.d0 else distance
+        most = max(most, made)
+        distance = min(most, now * (group.growth_rate or math.inf))
+    return weight
+
+
 def soap(weight: Tensor, gradients: Gradients, group: Group) -> Tensor:
     """https://arxiv.org/abs/2409.11321, algorithm 3, whose first step sets the bases as its authors' code does."""
     first, second, (beta1, beta2) = torch.zeros_like(weight), torch.zeros_like(weight), group.betas

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
-from lightning_optim import REGISTRY, InvalidOption, InvalidParamGroups
+from lightning_optim import REGISTRY, InvalidOption, InvalidParamGroups, UnknownOptimizer
+from tests.optimizers import references
 
 
 def stepped(name: str, start: torch.Tensor, gradient: torch.Tensor, steps: int = 1, **options: Any) -> torch.Tensor:
@@ -94,6 +96,70 @@ def test_soap_turns_with_its_gradients() -> None:
     torch.testing.assert_close(turned.detach(), left @ plain.detach() @ right, rtol=1e-6, atol=1e-6)
 
 
+def prodigy(params: Any, **options: Any) -> torch.optim.Optimizer:
+    return REGISTRY["prodigy"].load()(params, **options)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"lr": 0.5, "weight_decay": 0.1, "use_bias_correction": True, "d0": 1e-3, "beta3": 0.9},
+        {"betas": (0.8, 0.95), "safeguard_warmup": True, "d0": 1e-2, "d_coef": 2.0, "growth_rate": 1.1, "lr": 0.3},
+    ],
+    ids=str,
+)
+def test_prodigy_equals_the_reference_of_all_parameters_as_one(options: dict[str, Any]) -> None:
+    params = [nn.Parameter(torch.randn(shape, dtype=torch.float64)) for shape in ((7,), (12, 20), (3, 5, 4))]
+    start = torch.cat([parameter.detach().flatten() for parameter in params])
+    optimizer = prodigy([{"params": params[:2]}, {"params": params[2:]}], **options)
+    gradients = []
+    for _ in range(30):
+        for parameter in params:
+            parameter.grad = parameter.detach() - 3 + torch.randn_like(parameter) / 10
+        gradients.append(torch.cat([parameter.grad.flatten() for parameter in params]))  # type: ignore[union-attr]
+        optimizer.step()
+    first, second = optimizer.param_groups
+    assert first["d"] == second["d"] > 2 * first["d0"]
+    settings = {"lr": 1.0, "weight_decay": 0.0, **optimizer.defaults, **options}
+    expected = references.prodigy(start, gradients, SimpleNamespace(**settings))
+    found = torch.cat([parameter.detach().flatten() for parameter in params])
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
+
+
+def test_prodigy_s_estimate_is_the_optimizer_s_and_comes_back() -> None:
+    weight, later = (nn.Parameter(torch.zeros(8)) for _ in range(2))
+    optimizer = prodigy([weight], d0=1e-3, slice_p=3)
+    for _ in range(5):
+        weight.grad = weight.detach() - 1
+        optimizer.step()
+    estimate = optimizer.param_groups[0]["d"]
+    assert estimate > 1e-3
+    assert optimizer.used_rate(optimizer.param_groups[0]) == estimate  # type: ignore[attr-defined]
+    assert optimizer.state[weight]["s"].shape == optimizer.state[weight]["p0"].shape == (3,)
+    optimizer.add_param_group({"params": [later]})
+    assert optimizer.param_groups[1]["d"] == estimate
+    again = prodigy([{"params": [weight]}, {"params": [later]}], d0=1e-3, slice_p=3)
+    again.load_state_dict(optimizer.state_dict())
+    assert {group["d"] for group in again.param_groups} == {estimate}
+
+
+def test_prodigy_does_not_move_without_a_rate() -> None:
+    weight = nn.Parameter(torch.ones(4))
+    optimizer = prodigy([weight], lr=0.0)
+    for _ in range(2):
+        weight.grad = torch.ones(4)
+        optimizer.step()
+    assert torch.equal(weight.detach(), torch.ones(4))
+    assert optimizer.param_groups[0]["d"] == 1e-6
+
+
+def test_prodigy_has_no_layerwise_form() -> None:
+    assert "prodigy_layerwise" not in REGISTRY
+    with pytest.raises(UnknownOptimizer, match="one estimate of the step size from all parameters"):
+        REGISTRY["prodigy_layerwise"]
+
+
 @pytest.mark.parametrize(("name", "fraction"), [("lamb", 0.1), ("lars", 0.1 * 1e-3)])
 @pytest.mark.parametrize("size", [1e-3, 1.0, 1e3])
 def test_a_layer_moves_by_a_fraction_of_its_norm(name: str, fraction: float, size: float) -> None:
@@ -129,6 +195,9 @@ def test_vectors_are_adapted_only_if_asked() -> None:
         ("lamb", {"adapt": "layers"}, "adapt='layers' of Lamb is unknown; use one of 'matrices', 'all', 'none'"),
         ("soap", {"precondition_frequency": 0}, "precondition_frequency=0 of SOAP is not a whole number >= 1"),
         ("soap", {"shampoo_beta": 1.0}, "shampoo_beta=1.0 of SOAP is out of range"),
+        ("prodigy", {"d0": 0.0}, "d0=0.0 of Prodigy is out of range"),
+        ("prodigy", {"growth_rate": 0.5}, "growth_rate=0.5 of Prodigy is out of range"),
+        ("prodigy", {"slice_p": 0}, "slice_p=0 of Prodigy is not a whole number"),
         ("lars", {"momentum": 1.0}, "momentum=1.0 of Lars is out of range"),
         ("lars", {"trust_coeff": 0.0}, "trust_coeff=0.0 of Lars is out of range"),
         ("lars", {"momentum": 0.0, "nesterov": True}, "nesterov=True needs momentum"),

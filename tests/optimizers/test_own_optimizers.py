@@ -45,6 +45,7 @@ EXPECTED = {
     "lomo",
     "muon",
     "normuon",
+    "prodigy",
     "scale",
     "soap",
 }
@@ -86,6 +87,8 @@ def build(name: str, parameters: list[Tensor], **options: Any) -> Optimizer:
     if name == "lars":
         # The rate below is a small one for it.
         options = {"trust_coeff": 1.0, **options}
+    if name == "prodigy":
+        options = {"d0": 0.1, **options}
     if name == "soap":
         options = {"precondition_frequency": 2, "max_precondition_dim": 70, **options}
     if name == "scale":
@@ -259,7 +262,7 @@ class TestState:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("buckets", [1, 2, 5])
-@pytest.mark.parametrize("name", OWN)
+@pytest.mark.parametrize("name", [name for name in OWN if not REGISTRY[name].coupled])
 def test_any_partition_steps_to_the_same_bits(name: str, buckets: int, dtype: torch.dtype) -> None:
     """What the layerwise engine relies on: stacks and lists give a parameter what it gets alone."""
     together, apart = parameters(dtype), parameters(dtype)

@@ -65,7 +65,8 @@ CASES: tuple[tuple[str, tuple[tuple[int, ...], ...], dict[str, Any]], ...] = (
     ("scale", MATRICES, {"momentum": 0.8, "outputs": "columns"}),
 )
 #: A test of its own, bit for bit, for every combination of dtypes: test_anyprecision.py.
-ELSEWHERE = {"adamw_anyprecision"}
+#: And one that couples its parameters: test_more_optimizers.py.
+ELSEWHERE = {"adamw_anyprecision", "prodigy"}
 #: No reference of its own: galore_adamw's moments in fewer bits, which test_galore.py compares with those.
 QUANTIZED = {"galore_adamw_8bit"}
 #: apollo_adamw with other defaults.

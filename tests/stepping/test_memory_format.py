@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 from typing_extensions import Self
 
 from lightning_optim import Layerwise, build_optimizer
-from tests.cases import NAMES, case_of
+from tests.cases import LAYERWISE, NAMES, case_of
 
 STEPS = 4
 When = Literal["from the start", "after two steps", "resumed"]
@@ -77,8 +77,9 @@ def contiguous(name: str) -> Layers:
 
 
 @pytest.mark.parametrize("when", get_args(When))
-@pytest.mark.parametrize("suffix", ["", "_layerwise"], ids=["plain", "layerwise"])
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(
+    ("name", "suffix"), [*((name, "") for name in NAMES), *((name, "_layerwise") for name in LAYERWISE)]
+)
 def test_parameters_that_lie_otherwise_are_stepped_right_and_stay_so(name: str, suffix: str, when: When) -> None:
     # torchao would compile for every layout, which takes a minute.
     with torch.compiler.set_stance("force_eager"):

@@ -15,7 +15,7 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
 
-from tests.cases import BY_NAME, KINDS, NAMES, case_of
+from tests.cases import BY_NAME, KINDS, LAYERWISE, NAMES, case_of
 from tests.models import LitTokens, loader, trainer
 from tests.processes import run_fresh
 
@@ -60,7 +60,7 @@ def outcomes(
     def all_of(moment: str, precision: str) -> dict[str, Any]:
         directory = tmp_path_factory.mktemp(moment)
         cases = [BY_NAME[name] for name in RUNS[moment, precision] if name in asked]
-        names = [name for case in cases for name in (case.plain, case.layerwise)]
+        names = [name for case in cases for name in case.forms]
         uninterrupted = {name: train(name, precision, moment, directory) for name in names}
         for name in names:
             checkpoint = torch.load(directory / f"{name}@{precision}.ckpt", weights_only=True)
@@ -88,7 +88,8 @@ def resumed(directory: Path, precision: str, accelerator: str = "cpu", moving: I
         (*run, name, move)
         for run, names in RUNS.items()
         for name in names
-        for move in (MOVES if run == MOVING and name in KINDS else STAYS)
+        for move, forms in (MOVES if run == MOVING and name in KINDS else STAYS).items()
+        if name in LAYERWISE or "layerwise" not in forms
     ],
 )
 def test_a_fresh_process_continues_exactly(

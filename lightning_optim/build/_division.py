@@ -58,7 +58,7 @@ def divide(parameters: Sequence[NamedParameter], config: OptimConfig) -> list[Pa
     )
     parts = [Part(_plain_name(config.optim), main, rest)]
     if config.spec.takes != "all":
-        parts = _matrices_and_others(rest, main, pattern_of)
+        parts = _matrices_and_others(parameters, rest, main, pattern_of)
     named = (
         Part(pattern, config.parts[pattern], members, clip=part_clip(pattern, patterns[pattern]))
         for pattern, members in taken.items()
@@ -67,13 +67,26 @@ def divide(parameters: Sequence[NamedParameter], config: OptimConfig) -> list[Pa
 
 
 def _matrices_and_others(
-    parameters: Sequence[NamedParameter], config: OptimConfig, pattern_of: Mapping[int, str]
+    everything: Sequence[NamedParameter],
+    rest: Sequence[NamedParameter],
+    config: OptimConfig,
+    pattern_of: Mapping[int, str],
 ) -> list[Part]:
-    """Returns the matrices that the main optimizer takes, and the others for the one in its option ``others``."""
+    """Returns the matrices that the main optimizer takes, and the others for the one in its option ``others``.
+
+    Raises:
+        InvalidParamGroups: If patterns leave it none.
+    """
     hidden_only = config.spec.takes == "hidden matrices"
-    found = hidden_matrices(parameters, config.optim_target_modules) if hidden_only else all_matrices(parameters)
-    own = [p for p in parameters if id(p.parameter) in found.stack_dims]
-    left = [p for p in parameters if id(p.parameter) not in found.stack_dims]
+    # Among all: where a pattern takes the output layer, the last layer that is left is none.
+    found = hidden_matrices(everything, config.optim_target_modules) if hidden_only else all_matrices(everything)
+    own = [p for p in rest if id(p.parameter) in found.stack_dims]
+    left = [p for p in rest if id(p.parameter) not in found.stack_dims]
+    if not own:
+        raise InvalidParamGroups(
+            f"the patterns of param_groups that name an optimizer leave no matrix to optim={config.optim!r}. Name one "
+            "of theirs as optim, or let their patterns take less."
+        )
     main = Part(_plain_name(config.optim), _with_patterns_of(own, config, pattern_of), own, remark=found.remark)
     if not left:
         return [main]

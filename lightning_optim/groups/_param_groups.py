@@ -69,7 +69,7 @@ def make_groups(
     depths = layer_depths(among, policy.layer_pattern) if policy.layer_decay is not None else {}
     targets = projected(parameters, policy.target_modules) if spec.projects else {}
     stacks = matrices(parameters, policy.target_modules) if spec.takes != "all" else {}
-    roles = all_matrices(parameters).roles if spec.takes == "matrices" else {}
+    roles = all_matrices(among).roles if spec.takes == "matrices" else {}
     _check_projected(parameters, pattern_of, overrides, targets, options)
     groups: dict[tuple[Any, ...], dict[str, Any]] = {}
     for parameter in parameters:

@@ -204,3 +204,16 @@ def test_a_pattern_settles_what_an_end_of_a_model_is() -> None:
         OptimConfig("scale", optim_target_modules=["head"])
     with pytest.raises(InvalidParamGroups, match="no matrix"):
         build_optimizer(nn.LayerNorm(4), "scale")
+
+
+@pytest.mark.parametrize("name", ["muon", "scale"])
+def test_where_a_pattern_takes_the_output_layer_no_other_is_taken_for_it(name: str) -> None:
+    body, head = {"optim": "adamw_torch"}, {"optim": "sgd", "lr": 0.1}
+    optimizer = build_optimizer(Classifier("fc", "score"), name, param_groups={"score[.].*": head})
+    parts = {member: group["part"] for group in optimizer.param_groups for member in group["members"]}
+    assert {member for member, part in parts.items() if part == name} == BODY | {"fc.weight"}
+    if name == "scale":
+        momenta = {member: group.get("momentum") for group in optimizer.param_groups for member in group["members"]}
+        assert momenta["fc.weight"] == 0
+    with pytest.raises(InvalidParamGroups, match=f"leave no matrix to optim='{name}'"):
+        build_optimizer(Classifier("head"), name, param_groups={"(?!.*norm).*": body})

@@ -199,8 +199,9 @@ def test_overrides_set_hyperparameters_by_pattern() -> None:
 def test_overridden_options_reach_every_class(name: str) -> None:
     model = TokenModel(64)
     values: dict[str, Any] = {"lr": 1e-4, "weight_decay": 0.25}
-    if hasattr(REGISTRY[name].options(), "betas"):
-        values["betas"] = tuple(0.75 for _ in REGISTRY[name].options().betas)  # type: ignore[attr-defined]
+    betas = REGISTRY[name].options().select("group").get("betas")
+    if betas is not None:
+        values["betas"] = tuple(0.75 for _ in betas)
     optimizer = build_optimizer(model, name, param_groups={"linear.weight": values})
     group = group_of(optimizer, model.linear.weight)
     found = {**group, "betas": group.get("betas") or (group.get("beta1"), group.get("beta2"))}

@@ -35,6 +35,7 @@ from lightning_optim.table import (
     as_mapping,
     as_number,
     availability,
+    collection_of,
     parse,
 )
 
@@ -188,7 +189,7 @@ class OptimConfig(Arguments):
 
 
 def _would_import(name: str) -> bool:
-    """Whether a class is named only by a dotted path and has not been imported."""
+    """Whether a class is named only by a dotted path or a short name, and has not been imported."""
     path = name.removesuffix(SUFFIX)
     in_table = path in REGISTRY or any(row.implementation == path for row in REGISTRY.plain.values())
-    return "." in path and not in_table and not trust.is_imported(path)
+    return ("." in path or collection_of(path) is not None) and not in_table and not trust.is_imported(path)

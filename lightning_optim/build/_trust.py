@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from lightning_optim.errors import UntrustedOptimizer
+from lightning_optim.table import collection_of
 
 
 @dataclass
@@ -61,16 +62,21 @@ def only_a_file_says(word: str) -> bool:
 
 
 def is_imported(path: str) -> bool:
-    """Whether the object that a dotted path names is already imported, so that looking it up runs nothing."""
+    """Whether the class that a dotted path or short name means is already imported, so that finding it runs nothing."""
+    collection = collection_of(path)
+    if collection is not None:
+        return collection.module in sys.modules
     module, _, name = path.rpartition(".")
     return name in vars(sys.modules.get(module, object))
 
 
 def refusal(path: str) -> UntrustedOptimizer:
     """Returns the error for an optimizer that only a file names."""
+    collection = collection_of(path)
+    module = collection.module if collection else path.rpartition(".")[0]
     return UntrustedOptimizer(
         f"optim={path!r} is named by the checkpoint alone, and is not imported: that would run whatever the module "
-        f"{path.rpartition('.')[0]!r} holds. If you trust the checkpoint, name it yourself, "
+        f"{module!r} holds. If you trust the checkpoint, name it yourself, "
         f"load_from_checkpoint(path, optim={path!r}) or --model.optim {path}, or import the module before."
     )
 

@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from lightning_optim.command import _machine as machine
 from lightning_optim.command import _render as render
-from lightning_optim.command._listing import matching
+from lightning_optim.command._listing import matching, short_names
 from lightning_optim.command._machine import CommandError, Facts
 from lightning_optim.errors import (
     IncompatibleTrainer,
@@ -21,7 +21,7 @@ from lightning_optim.errors import (
     MissingDependency,
     UnknownOptimizer,
 )
-from lightning_optim.table import REGISTRY, as_mapping
+from lightning_optim.table import REGISTRY, as_mapping, collection_of
 from lightning_optim.testing import PROMISES, Result, held
 
 _WRONG = (IncompatibleTrainer, InvalidOption, InvalidParamGroups, MissingDependency, UnknownOptimizer)
@@ -52,8 +52,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "names",
         nargs="+",
         metavar="NAME",
-        help="identifiers, wildcards such as '*8bit' (quote them) or dotted paths of classes, each with options if it "
-        "needs some: NAME,lr=1e-3,option=value,...",
+        help="identifiers, wildcards such as '*8bit' (quote them), dotted paths of classes or short names such as "
+        "timm:lamb, each with options if it needs some: NAME,lr=1e-3,option=value,...",
     )
 
 
@@ -99,7 +99,7 @@ def _requests(text: str) -> Iterator[_Request]:
     if given:
         arguments["optim_args"] = given
     if set(name) & set("*?["):
-        for matched in matching([name]):
+        for matched in short_names(name) if collection_of(name) else matching([name]):
             label = f"{matched},{options}" if options else matched
             yield _Request(label, matched, arguments, typed=False)
         return

@@ -46,13 +46,17 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"lightning_optim {__version__}")
     subparsers = parser.add_subparsers(dest="subcommand", required=True, metavar="SUBCOMMAND")
     shown = "the identifiers, and whether they can run here"
-    patterns = "identifiers, or wildcards such as '*8bit*' (quote them)"
+    patterns = "identifiers, or wildcards such as '*8bit*' (quote them); 'timm:*' for the classes of a collection"
     subparser = subparsers.add_parser("list", help=shown, description=f"Lists {shown}.")
     subparser.add_argument("patterns", nargs="*", metavar="PATTERN", help=patterns)
 
     shown = "one identifier: options, defaults, grouping, state bytes, an example"
     subparser = subparsers.add_parser("info", help=shown, description=f"Describes {shown}.")
-    subparser.add_argument("name", metavar="NAME", help="identifier, alias or dotted path such as torch.optim.NAdam")
+    subparser.add_argument(
+        "name",
+        metavar="NAME",
+        help="identifier, alias, dotted path such as torch.optim.NAdam, or short name such as timm:lamb",
+    )
 
     shown = "versions, devices and packages here"
     exits = "Exits with 1 if an identifier for these devices cannot run."

@@ -1,18 +1,19 @@
-"""``lightning-optim list``: the identifiers, one line each."""
+"""``lightning-optim list``: the identifiers, one line each, and the classes of a collection if they are asked for."""
 
 from __future__ import annotations
 
 import argparse
 import re
 from collections.abc import Sequence
+from dataclasses import MISSING
 from fnmatch import fnmatchcase
 
 from lightning_optim.command import _machine as machine
 from lightning_optim.command import _render as render
 from lightning_optim.command._machine import CommandError, Facts
 from lightning_optim.command._view import view
-from lightning_optim.errors import close_names, listing
-from lightning_optim.table import SUFFIX, OptimizerSpec, layerwise_row
+from lightning_optim.errors import MissingDependency, UnknownOptimizer, close_names, listing
+from lightning_optim.table import REGISTRY, SUFFIX, OptimizerSpec, collection_of, describe, layerwise_row
 
 # The parts of a view that are shown.
 _SHOWN = ("identifier", "alias_of", "summary", "implementation", "extra", "available", "problems")
@@ -20,7 +21,49 @@ _SHOWN = ("identifier", "alias_of", "summary", "implementation", "extra", "avail
 
 def collect(arguments: argparse.Namespace) -> Facts:
     """Describes the identifiers that match a pattern, or all; raises CommandError if a pattern matches nothing."""
-    return {"optimizers": [_shown(name, spec) for name, spec in matching(arguments.patterns).items()]}
+    classes = [pattern for pattern in arguments.patterns if collection_of(pattern)]
+    patterns = [pattern for pattern in arguments.patterns if not collection_of(pattern)]
+    found = matching(patterns) if patterns or not classes else {}
+    names = dict.fromkeys(name for pattern in classes for name in short_names(pattern))
+    return {
+        "optimizers": [_shown(name, spec) for name, spec in found.items()],
+        "collections": [_class(name) for name in names],
+    }
+
+
+def short_names(pattern: str) -> list[str]:
+    """Returns the short names that match a pattern such as ``"timm:*"``; only this imports the collection.
+
+    Raises:
+        CommandError: If it matches nothing, or the collection cannot be imported.
+    """
+    collection = collection_of(pattern)
+    assert collection is not None
+    try:
+        members = collection.members(pattern)
+    except MissingDependency as error:
+        raise CommandError(str(error)) from error
+    names = [member.name for member in members.values()]
+    found = [name for name in names if fnmatchcase(name.lower(), pattern.lower())]
+    if not found:
+        near = close_names(re.sub(r"[*?\[\]!]", "", pattern.partition(":")[2]), members)
+        hint = f" Close names: {listing(members[name].name for name in near)}." if near else ""
+        raise CommandError(
+            f"no class of {collection.name} matches {pattern!r}.{hint} "
+            f"`lightning-optim list '{collection.name}:*'` shows all."
+        )
+    return found
+
+
+def _class(name: str) -> Facts:
+    """Describes a class of a collection: where it is, what its constructor takes, or why it cannot be used."""
+    try:
+        spec = REGISTRY.find(name)
+    except UnknownOptimizer as error:
+        return {"name": name, "class": None, "takes": {}, "problem": str(error)}
+    takes: Facts = {"lr": spec.default_lr} | ({"weight_decay": spec.default_weight_decay} if spec.decays else {})
+    takes |= {info.name: "required" if info.default is MISSING else info.default for info in describe(spec.options)}
+    return {"name": name, "class": spec.implementation, "takes": takes, "problem": None}
 
 
 def _shown(name: str, spec: OptimizerSpec) -> Facts:
@@ -61,8 +104,40 @@ def _close(pattern: str, names: list[str]) -> list[str]:
 
 
 def as_text(report: Facts) -> str:
-    """Returns the table, and below it each reason once."""
-    entries = report["optimizers"]
+    """Returns the tables, and below the one of identifiers each reason once."""
+    parts = [_identifiers(report["optimizers"])] if report["optimizers"] or not report["collections"] else []
+    if report["collections"]:
+        parts.append(_classes(report["collections"]))
+    return "\n\n".join(parts)
+
+
+def _classes(entries: list[Facts]) -> str:
+    """Returns the table of a collection's classes, and below it each reason once."""
+    why = {entry["name"]: _reason(entry) for entry in entries if entry["problem"]}
+    reasons = list(dict.fromkeys(why.values()))
+    rows = [["name", "class", "takes"]]
+    for entry in entries:
+        takes = ", ".join(f"{key}={_short(value)}" for key, value in entry["takes"].items())
+        refused = f"refused ({reasons.index(why[entry['name']]) + 1})" if entry["problem"] else ""
+        rows.append([entry["name"], str(entry["class"] or "-").rpartition(".")[2], refused or takes])
+    numbered = (render.wrap(f"({number}) {reason}", hanging="    ") for number, reason in enumerate(reasons, start=1))
+    count = render.wrap(
+        f"{len(entries) - len(why)} of {len(entries)} can be used. What a class takes besides lr and weight_decay are "
+        "optim_args. `lightning-optim check NAME` holds it to the contract."
+    )
+    return render.sections(render.table(rows, flexible=2), *numbered, count)
+
+
+def _reason(entry: Facts) -> str:
+    return str(entry["problem"]).removeprefix(f"optim={entry['name']!r} ")
+
+
+def _short(value: object) -> str:
+    # Marks such as heavyball's for "as set for all" are plain objects.
+    return "..." if type(value) is object else str(value)
+
+
+def _identifiers(entries: list[Facts]) -> str:
     reasons = list(dict.fromkeys(problem for entry in entries for problem in entry["problems"]))
     rows = [["identifier", "summary", "extra", "available"]]
     for entry in entries:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from lightning_optim.table import _availability as availability
 from lightning_optim.table._availability import Requirement
+from lightning_optim.table._collections import COLLECTIONS, collection_of
 from lightning_optim.table._convert import convert
 from lightning_optim.table._layerwise import SUFFIX, LayerwiseOptions, layerwise_row
 from lightning_optim.table._options import (
@@ -35,6 +36,7 @@ from lightning_optim.table.rows._torchao import REQUIREMENTS as TORCHAO
 from lightning_optim.table.rows._xla import REQUIREMENTS as XLA
 
 __all__ = [
+    "COLLECTIONS",
     "ENTRY_POINT_GROUP",
     "NON_NEGATIVE",
     "NPU",
@@ -60,6 +62,7 @@ __all__ = [
     "as_number",
     "availability",
     "coerce",
+    "collection_of",
     "convert",
     "describe",
     "layerwise_row",

@@ -7,6 +7,7 @@ import importlib
 import importlib.metadata
 import importlib.util
 import inspect
+import re
 import sys
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -17,6 +18,7 @@ from typing import Any
 from torch.optim import LBFGS, Optimizer
 
 from lightning_optim.errors import DuplicateOptimizer, MissingDependency, UnknownOptimizer, close_names, listing
+from lightning_optim.table._collections import COLLECTIONS, collection_of
 from lightning_optim.table._layerwise import SUFFIX, layerwise_row
 from lightning_optim.table._misnomers import refuse_arguments
 from lightning_optim.table._options import Options, describe, option, required
@@ -35,7 +37,8 @@ class Registry(Mapping[str, OptimizerSpec]):
     """The identifiers and their rows, as a read-only mapping.
 
     Aliases are identifiers, too, and so are the ``_layerwise`` forms, whose rows are derived on demand; :attr:`plain`
-    is the mapping without those. A dotted path is not an identifier: :meth:`find` makes its row.
+    is the mapping without those. A dotted path is not an identifier, nor is a short name of a class in a collection:
+    :meth:`find` makes their rows.
 
     Plugins are looked up in the entry-point group ``lightning_optim.optimizers`` on first use; each entry point is an
     :class:`OptimizerSpec` or an iterable of them.
@@ -113,20 +116,24 @@ class Registry(Mapping[str, OptimizerSpec]):
         return layerwise_row(self._specs[base])
 
     def find(self, name: str) -> OptimizerSpec:
-        """Returns the row of an identifier, or one made for a dotted path such as ``"torch.optim.NAdam"``.
+        """Returns the row of an identifier, or one made for a class.
+
+        A class is named by a dotted path such as ``"torch.optim.NAdam"``, or by a short name such as ``"timm:lamb"``.
 
         Raises:
             UnknownOptimizer: If nothing has that name, with the names that come close.
-            MissingDependency: If ``name`` is a dotted path into a package that is not installed.
+            MissingDependency: If ``name`` is of a class in a package that is not installed.
             IncompatibleTrainer: If ``name`` ends in ``_layerwise`` and the optimizer cannot be stepped so.
         """
         base = _base(name) if isinstance(name, str) else name
-        if base != name and (base in self or "." in base):
+        if base != name and (base in self or "." in base or collection_of(base)):
             return layerwise_row(self.find(base))
+        if isinstance(name, str) and collection_of(name) and name not in self:
+            return self._completed(_spec_from_short_name(name))
         if isinstance(name, str) and "." in name and name not in self:
             # Our projecting classes need to know what to project: their rows see to that.
-            rows = (spec for spec in self._specs.values() if spec.projects)
-            return next((spec for spec in rows if spec.implementation == name), None) or self._by_path(name)
+            projecting = (spec for spec in self._specs.values() if spec.projects and spec.implementation == name)
+            return next(projecting, None) or self._completed(spec_from_path(name))
         return self[name]
 
     def __contains__(self, name: object) -> bool:
@@ -145,6 +152,11 @@ class Registry(Mapping[str, OptimizerSpec]):
         return sum(1 for _ in self)
 
     def _unknown(self, name: str) -> str:
+        if collection_of(name):
+            return f"{name!r} is the short name of a class, not an identifier. REGISTRY.find({name!r}) makes its row."
+        if ":" in name:
+            known = listing(f"{collection}:" for collection in COLLECTIONS)
+            return f"{name!r} is no short name of a class in a collection: they begin with {known}."
         if "." in name:
             return f"{name!r} is a dotted path, not an identifier. REGISTRY.find({name!r}) makes its row."
         base = name.removesuffix(SUFFIX)
@@ -161,9 +173,10 @@ class Registry(Mapping[str, OptimizerSpec]):
         """Returns the identifier of the class with the dotted path ``name``, or ``name`` if there is none."""
         return next((row.name for row in self._specs.values() if row.target.replace(":", ".") == name), name)
 
-    def _by_path(self, path: str) -> OptimizerSpec:
-        """Returns a row for a class, with the state format of the row that builds the same class."""
-        spec, known = spec_from_path(path), self.known_as(path)
+    def _completed(self, spec: OptimizerSpec) -> OptimizerSpec:
+        """Returns a row made for a class, with the state format of the row that builds the same class."""
+        path = spec.implementation
+        known = self.known_as(path)
         if known != path:
             spec = dataclasses.replace(spec, state_format=self._specs[known].state_format)
         class_name = path.rpartition(".")[2]
@@ -221,18 +234,49 @@ def spec_from_path(path: str) -> OptimizerSpec:
         raise UnknownOptimizer(f"optim={path!r} cannot be imported: {error}") from error
     if not (isinstance(loaded, type) and issubclass(loaded, Optimizer)):
         raise UnknownOptimizer(f"optim={path!r} is no subclass of torch.optim.Optimizer but {loaded!r}")
+    return _spec_from_class(path, loaded, path, f"{class_name} of {package}, by dotted path")
+
+
+def _spec_from_short_name(name: str) -> OptimizerSpec:
+    """Makes a row for a class of a collection."""
+    collection = collection_of(name)
+    assert collection is not None
+    member = collection.member(name)
+    summary = f"{member.kind.__name__} of {member.kind.__module__.partition('.')[0]}"
+    return _spec_from_class(member.name, member.kind, member.path, summary, member.defaults)
+
+
+def _spec_from_class(
+    name: str, loaded: type[Optimizer], path: str, summary: str, changed: Mapping[str, Any] = MappingProxyType({})
+) -> OptimizerSpec:
+    """Makes a row for a class.
+
+    Args:
+        name: The row's name.
+        loaded: The class.
+        path: Where it is found.
+        summary: One line.
+        changed: What is another default than the constructor's.
+
+    Raises:
+        UnknownOptimizer: If its constructor does not take the parameters first, and ``lr`` and all others by name.
+    """
+    module_name, _, class_name = path.rpartition(".")
     if callable(getattr(loaded, "train", None)) and callable(getattr(loaded, "eval", None)):
         raise UnknownOptimizer(
-            f"optim={path!r} has to be switched between training and evaluation, which dotted paths cannot do; use "
-            "optim='schedule_free_adamw', 'schedule_free_radam' or 'schedule_free_sgd'"
+            f"optim={name!r} has to be switched between training and evaluation, which is done for identifiers only; "
+            "use optim='schedule_free_adamw', 'schedule_free_radam' or 'schedule_free_sgd'"
         )
-    parameters = inspect.signature(loaded).parameters
-    _check_signature(path, parameters)
-    defaults = {name: _default(parameters, name) for name in ("lr", "weight_decay")}
+    parameters = {
+        key: parameter.replace(default=changed.get(key, parameter.default))
+        for key, parameter in inspect.signature(loaded).parameters.items()
+    }
+    _check_signature(name, parameters)
+    defaults = {key: _default(parameters, key) for key in ("lr", "weight_decay")}
     return OptimizerSpec(
-        name=path,
+        name=name,
         target=f"{module_name}:{class_name}",
-        summary=f"{class_name} of {package}, by dotted path",
+        summary=summary,
         source=path,
         options=_options_from_signature(class_name, parameters),
         default_lr=defaults["lr"],
@@ -248,14 +292,14 @@ def spec_from_path(path: str) -> OptimizerSpec:
     )
 
 
-def _check_signature(path: str, parameters: Mapping[str, inspect.Parameter]) -> None:
-    by_position = [name for name, parameter in parameters.items() if parameter.kind is parameter.POSITIONAL_ONLY][1:]
+def _check_signature(name: str, parameters: Mapping[str, inspect.Parameter]) -> None:
+    by_position = [key for key, parameter in parameters.items() if parameter.kind is parameter.POSITIONAL_ONLY][1:]
     if by_position:
         raise UnknownOptimizer(
-            f"optim={path!r} takes {listing(by_position)} by position only; an optimizer's arguments are passed by name"
+            f"optim={name!r} takes {listing(by_position)} by position only; an optimizer's arguments are passed by name"
         )
     if "lr" not in parameters and not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
-        raise UnknownOptimizer(f"optim={path!r} has a constructor without the argument 'lr': {list(parameters)}")
+        raise UnknownOptimizer(f"optim={name!r} has a constructor without the argument 'lr': {list(parameters)}")
 
 
 def _default(parameters: Mapping[str, inspect.Parameter], name: str) -> Any:
@@ -280,15 +324,17 @@ def _options_from_signature(class_name: str, parameters: Mapping[str, inspect.Pa
         else:
             # A dataclass takes no mutable defaults, and betas=[0.9, 0.99] means a tuple.
             default = tuple(parameter.default) if isinstance(parameter.default, (list, set)) else parameter.default
-            fields.append((name, _type_of(default), option(default, help, scope="constructor")))
+            fields.append((name, _type_of(default, parameter.annotation), option(default, help, scope="constructor")))
     return make_dataclass(f"{class_name}Options", fields, bases=(Options,), frozen=True)
 
 
-def _type_of(default: Any) -> Any:
-    if isinstance(default, (bool, float, str)):
-        return type(default)
+def _type_of(default: Any, annotation: Any) -> Any:
+    if not isinstance(default, (bool, int, float, str)):
+        return Any
     # A default such as momentum=0 may mean any number.
-    return int | float if isinstance(default, int) else Any
+    kind = int | float if isinstance(default, int) and not isinstance(default, bool) else type(default)
+    # As timm's max_grad_norm: Optional[float] = 1.0, also where annotations are kept as text.
+    return kind | None if re.search(r"\b(None|Optional)\b", str(annotation)) else kind
 
 
 REGISTRY = Registry(ROWS)

@@ -8,7 +8,8 @@ import warnings
 import pytest
 from torch import nn
 
-from lightning_optim import IncompatibleTrainer, build_optimizer
+from lightning_optim import REGISTRY, IncompatibleTrainer, build_optimizer
+from lightning_optim.table import COLLECTIONS
 from lightning_optim.testing import held
 
 COUPLED = {
@@ -59,3 +60,15 @@ def test_layerwise_is_kept_or_refused(path: str) -> None:
     assert ("random numbers" in result.text) == (path in RANDOM)
     # Its inverse roots amplify rounding.
     assert ("rounded otherwise" in result.text) <= (path == "pytorch_optimizer.DASH")
+
+
+@pytest.mark.parametrize(
+    ("name", "path", "least"),
+    [("timm:lamb", "timm.optim.Lamb", 60), ("pytorch_optimizer:soap", "pytorch_optimizer.SOAP", 120)],
+)
+def test_short_names_mean_classes(name: str, path: str, least: int) -> None:
+    needs_package(path)
+    row = REGISTRY.find(name)
+    assert row.implementation == path
+    assert len(COLLECTIONS[name.partition(":")[0]].members(name)) > least
+    build_optimizer(nn.Linear(8, 8), name, lr=1e-2)

@@ -1,0 +1,1 @@
+"""Stands in for timm: its optimizers are in ``timm.optim``."""

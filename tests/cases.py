@@ -110,6 +110,7 @@ CASES = (
     Case("adamw_torch_fused", "torch.optim:AdamW", options=_BETAS),
     Case("adamw_torch_4bit", "torchao.optim:AdamW4bit", options=_BETAS),
     Case("adamw_torch_8bit", "torchao.optim:AdamW8bit", options=_BETAS),
+    Case("adamw_torch_fp8", "torchao.optim:AdamWFp8", options=_BETAS),
     _bnb("adamw_bnb_8bit", "AdamW", options=_BETAS),
     _bnb("adamw_8bit", "AdamW", options=_BETAS),
     _bnb("paged_adamw_32bit", "AdamW", options=_BETAS),

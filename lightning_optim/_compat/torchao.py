@@ -10,7 +10,7 @@ __all__ = ["AdamBase"]
 
 
 class AdamBase(torchao.optim.adam._AdamBase):
-    """The class of its optimizers' steps, of which AdamW8bit and AdamW4bit differ in the class of the states.
+    """The class of its optimizers' steps, of which AdamW8bit, AdamW4bit and AdamWFp8 differ in the class of the states.
 
     It asks :meth:`quantizes` of each parameter: without that, embeddings would be quantized, too.
     """

@@ -20,6 +20,7 @@ from lightning.pytorch.callbacks import (
     WeightAveraging,
 )
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.optim import SGD, Optimizer
 
 from lightning_optim import (
@@ -516,7 +517,26 @@ def test_permitted_fits(
     assert all(torch.isfinite(torch.view_as_real(p) if p.is_complex() else p).all() for p in model.parameters())
 
 
-@pytest.mark.parametrize("name", ["adamw_torch", "adamw_torch_fused", "stable_adamw", "rmsprop"])
+@pytest.mark.parametrize(("capability", "takes"), [((8, 0), False), ((8, 6), False), ((8, 9), True), ((9, 0), True)])
+def test_8_bit_floats_need_a_gpu_that_has_them(
+    capability: tuple[int, int], takes: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "A GPU")
+    with FakeTensorMode():
+        weight = torch.empty(64, 64, device="cuda", requires_grad=True)
+    optimizer_class: Any = REGISTRY["adamw_torch_fp8"].load()
+    if takes:
+        assert optimizer_class([weight]).param_groups[0]["params"] == [weight]
+        return
+    with pytest.raises(IncompatibleTrainer) as caught:
+        optimizer_class([weight])
+    version = ".".join(map(str, capability))
+    assert f"compute capability 8.9 or newer (Ada, Hopper), and A GPU has {version}" in str(caught.value)
+    assert str(caught.value).endswith("Use optim='adamw_torch_8bit'.")
+
+
+@pytest.mark.parametrize("name", ["adamw_torch", "adamw_torch_fused", "adamw_torch_fp8", "stable_adamw", "rmsprop"])
 def test_sharded_parameters_step_where_the_row_says_so(name: str) -> None:
     tokens = torch.arange(16).reshape(2, 8)
 

@@ -186,11 +186,11 @@ def test_compiled_rows_need_a_compiler_on_a_cpu(command: Command, monkeypatch: p
     monkeypatch.setattr(machine, "device_types", lambda: frozenset({"cpu"}))
     entries = command.json("list")["optimizers"]
     unavailable = {e["identifier"]: e["problems"] for e in entries if not e["available"]}
-    assert set(unavailable) == {"adamw_torch_4bit", "adamw_torch_8bit", *ELSEWHERE}
+    assert set(unavailable) == {"adamw_torch_4bit", "adamw_torch_8bit", "adamw_torch_fp8", *ELSEWHERE}
     assert "/no/such/compiler" in unavailable["adamw_torch_4bit"][0]
     diagnosis = command.json("doctor", status=1)
     assert diagnosis["compiler"]["path"] is None
-    assert set(diagnosis["unavailable"]) == {"adamw_torch_4bit", "adamw_torch_8bit"}
+    assert set(diagnosis["unavailable"]) == {"adamw_torch_4bit", "adamw_torch_8bit", "adamw_torch_fp8"}
     monkeypatch.setattr(machine, "device_types", lambda: frozenset({"cpu", "cuda"}))
     entries = command.json("list")["optimizers"]
     assert {entry["identifier"] for entry in entries if not entry["available"]} == set(ELSEWHERE)
@@ -431,7 +431,11 @@ def test_a_package_for_a_newer_torch_is_named(
     for text in (command("list"), command("info", "adamw_torch_8bit"), command("doctor", status=1)):
         assert "torchao 0.18.0 needs torch>=2.10, and 2.9.0 is installed" in unwrapped(text)
         assert "pip install 'lightning-optim[torchao]'" in text
-    assert set(command.json("doctor", status=1)["unavailable"]) == {"adamw_torch_4bit", "adamw_torch_8bit"}
+    assert set(command.json("doctor", status=1)["unavailable"]) == {
+        "adamw_torch_4bit",
+        "adamw_torch_8bit",
+        "adamw_torch_fp8",
+    }
 
 
 def test_a_broken_plugin_stops_list_but_not_doctor(

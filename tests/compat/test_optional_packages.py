@@ -20,10 +20,11 @@ from tests.compat.contract import relied_on
 
 def test_the_optimizers_of_torchao_have_one_base_class() -> None:
     optim = pytest.importorskip("torchao.optim", reason="torchao is not installed here")
-    with relied_on("torchao.AdamBase", "adamw_torch_4bit and adamw_torch_8bit") as base:
+    with relied_on("torchao.AdamBase", "adamw_torch_4bit, adamw_torch_8bit and adamw_torch_fp8") as base:
         (upstream,) = base.__bases__
         assert issubclass(optim.AdamW8bit, upstream)
         assert issubclass(optim.AdamW4bit, upstream)
+        assert issubclass(optim.AdamWFp8, upstream)
         optimizer = optim.AdamW8bit(nn.Linear(2, 2).parameters())
         assert {"params", "lr", "betas", "eps", "weight_decay", "amsgrad"} <= optimizer.param_groups[0].keys()
         assert isinstance(optimizer.param_groups[0]["lr"], torch.Tensor)

@@ -116,7 +116,7 @@ def test_a_package_built_against_another_torch_is_refused(site: Path) -> None:
 
 
 @pytest.mark.parametrize("version", ["2.9.0", "2.9.1+cu128", "2.9.0a0+nv25.8"])
-@pytest.mark.parametrize("name", ["adamw_torch_4bit", "adamw_torch_8bit"])
+@pytest.mark.parametrize("name", ["adamw_torch_4bit", "adamw_torch_8bit", "adamw_torch_fp8"])
 def test_torchao_is_refused_with_a_torch_that_it_cannot_be_imported_with(site: Path, name: str, version: str) -> None:
     install(site, "torch", version)
     install(site, "torchao", "0.18.0")

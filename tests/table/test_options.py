@@ -499,7 +499,7 @@ def test_hugging_face_strings_move_over_unchanged(name: str) -> None:
 
 
 def test_block_size_defaults_to_torchao_s_own() -> None:
-    for name in ("adamw_torch_4bit", "adamw_torch_8bit"):
+    for name in ("adamw_torch_4bit", "adamw_torch_8bit", "adamw_torch_fp8"):
         upstream = inspect.signature(BY_NAME[name].load()).parameters["block_size"].default
         assert parse(REGISTRY[name].options, None, name).block_size == upstream  # type: ignore[attr-defined]
     assert inspect.signature(BY_NAME["adamw_torch_4bit"].load()).parameters["block_size"].default == 128

@@ -118,6 +118,7 @@ class Lookup(nn.Module):
         ("rmsprop_bnb_8bit", {"optim_bits": 32}),
         ("adamw_torch_8bit", {"block_size": 10**9}),
         ("adamw_torch_4bit", {"block_size": 10**9}),
+        ("adamw_torch_fp8", {"block_size": 10**9}),
     ],
 )
 @pytest.mark.parametrize("quantize", [False, True])

@@ -17,15 +17,24 @@ from lightning.pytorch.plugins.io import AsyncCheckpointIO, TorchCheckpointIO
 from torch.optim import Optimizer
 from torchao.optim.subclass_4bit import OptimState4bit
 from torchao.optim.subclass_8bit import OptimState8bit
+from torchao.optim.subclass_fp8 import OptimStateFp8
 
 from lightning_optim import OptimCallback, build_optimizer
 from tests.models import ForeignTokens, LitTokens, loader, trainer
 from tests.processes import run_fresh
 from tests.trainer.test_resume import assert_equal, assert_plain
 
-NAMES = ("adamw_torch_8bit", "adamw_torch_4bit")
-UPSTREAM = {"adamw_torch_8bit": torchao.optim.AdamW8bit, "adamw_torch_4bit": torchao.optim.AdamW4bit}
-SUBCLASS = {"adamw_torch_8bit": OptimState8bit, "adamw_torch_4bit": OptimState4bit}
+UPSTREAM = {
+    "adamw_torch_8bit": torchao.optim.AdamW8bit,
+    "adamw_torch_4bit": torchao.optim.AdamW4bit,
+    "adamw_torch_fp8": torchao.optim.AdamWFp8,
+}
+SUBCLASS = {
+    "adamw_torch_8bit": OptimState8bit,
+    "adamw_torch_4bit": OptimState4bit,
+    "adamw_torch_fp8": OptimStateFp8,
+}
+NAMES = tuple(UPSTREAM)
 
 
 class WithUpstream(LitTokens):

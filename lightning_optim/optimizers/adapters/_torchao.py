@@ -19,11 +19,15 @@ import torchao.optim
 from torch import Tensor
 from torchao.optim.subclass_4bit import OptimState4bit
 from torchao.optim.subclass_8bit import OptimState8bit
+from torchao.optim.subclass_fp8 import OptimStateFp8
 
 from lightning_optim._compat.torchao import AdamBase
+from lightning_optim.errors import IncompatibleTrainer
 from lightning_optim.stepping import StepsUncompiled, uncompiled
 
 _PACKED = "torchao_quantized"
+# Below it, Triton has no conversion to 8-bit floats (float8_e4m3fn).
+_FP8_CAPABILITY = (8, 9)
 # What its constructor sets and Optimizer.__getstate__ leaves out.
 _ATTRIBUTES = ("block_size", "bf16_stochastic_round", "is_adamw")
 _DTYPES = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float16", "float64")}
@@ -31,6 +35,10 @@ _DTYPES = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float
 
 def pack(state: Any) -> Any:
     """Returns a quantized state tensor as a dict of plain tensors and numbers, anything else unchanged."""
+    if isinstance(state, OptimStateFp8):
+        # As bytes, because not every operation takes 8-bit floats: comparing, sending and mapping files do not.
+        codes = state.codes.view(torch.uint8)
+        return {_PACKED: "fp8", "codes": codes, "scale": state.scale, "dtype": str(state.dtype).removeprefix("torch.")}
     if not isinstance(state, (OptimState4bit, OptimState8bit)):
         return state
     return {
@@ -49,8 +57,13 @@ def unpack(packed: Any, device: torch.device) -> Any:
     if not isinstance(packed, dict) or _PACKED not in packed:
         return packed
     # Copies, as load_state_dict makes them: the optimizer must not write into the caller's state dict.
-    codes, scale, qmap = (packed[name].detach().to(device, copy=True) for name in ("codes", "scale", "qmap"))
-    signed, dtype = packed["signed"], _DTYPES[packed["dtype"]]
+    tensors = (packed[name].detach().to(device, copy=True) for name in ("codes", "scale", "qmap") if name in packed)
+    dtype = _DTYPES[packed["dtype"]]
+    if packed[_PACKED] == "fp8":
+        codes, scale = tensors
+        return OptimStateFp8(codes.view(torch.float8_e4m3fn), scale, dtype=dtype)
+    codes, scale, qmap = tensors
+    signed = packed["signed"]
     if packed[_PACKED] == 4:
         return OptimState4bit(codes, scale, qmap, signed, torch.Size(packed["shape"]), dtype=dtype)
     return OptimState8bit(codes, scale, qmap, signed, dtype=dtype)
@@ -126,3 +139,19 @@ class AdamW8bit(_PlainCheckpoints, torchao.optim.AdamW8bit):
 
 class AdamW4bit(_PlainCheckpoints, torchao.optim.AdamW4bit):
     """``torchao.optim.AdamW4bit`` whose state dict holds plain tensors."""
+
+
+class AdamWFp8(_PlainCheckpoints, torchao.optim.AdamWFp8):
+    """``torchao.optim.AdamWFp8`` whose state dict holds plain tensors, 8-bit floats as bytes."""
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        super().add_param_group(param_group)
+        for device in {parameter.device for parameter in self.param_groups[-1]["params"]}:
+            if device.type != "cuda":
+                continue
+            major, minor = torch.cuda.get_device_capability(device)
+            if (major, minor) < _FP8_CAPABILITY:
+                raise IncompatibleTrainer(
+                    "optim='adamw_torch_fp8' needs a GPU of compute capability 8.9 or newer (Ada, Hopper), and "
+                    f"{torch.cuda.get_device_name(device)} has {major}.{minor}. Use optim='adamw_torch_8bit'."
+                )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 
 from lightning_optim.errors import InvalidOption
@@ -42,6 +43,17 @@ class AdamW4bitOptions(AdamW8bitOptions):
     block_size: int = option(128, "elements that share a scale", AT_LEAST_ONE, scope="constructor")
 
 
+@dataclass(frozen=True)
+class AdamWFp8Options(AdamW8bitOptions):
+    """Options of ``torchao.optim.AdamWFp8``."""
+
+
+_NOTE = (
+    "the first step compiles (about half a minute on CPU); parameters with fewer than 4096 elements, or whose size is "
+    "not a multiple of block_size, keep unquantized states"
+)
+
+
 def _row(bits: int, options: type[Options], table_bytes: int, paper: str, fallbacks: tuple[str, ...]) -> OptimizerSpec:
     return OptimizerSpec(
         name=f"adamw_torch_{bits}bit",
@@ -67,10 +79,17 @@ def _row(bits: int, options: type[Options], table_bytes: int, paper: str, fallba
         half_weights=True,
         compiles=True,
         fallbacks=fallbacks,
-        note="the first step compiles (about half a minute on CPU); parameters with fewer than 4096 elements, or whose "
-        "size is not a multiple of block_size, keep unquantized states",
+        note=_NOTE,
     )
 
+
+_ADAMW_8BIT = _row(
+    8,
+    AdamW8bitOptions,
+    256 * 4,
+    "8-bit Optimizers via Block-wise Quantization, https://arxiv.org/abs/2110.02861",
+    fallbacks=("adamw_bnb_8bit", "adamw"),
+)
 
 ROWS = (
     _row(
@@ -80,11 +99,24 @@ ROWS = (
         "Memory Efficient Optimizers with 4-bit States, https://arxiv.org/abs/2309.01507",
         fallbacks=("adamw_torch_8bit", "adamw_bnb_8bit", "adamw"),
     ),
-    _row(
-        8,
-        AdamW8bitOptions,
-        256 * 4,
-        "8-bit Optimizers via Block-wise Quantization, https://arxiv.org/abs/2110.02861",
-        fallbacks=("adamw_bnb_8bit", "adamw"),
+    _ADAMW_8BIT,
+    dataclasses.replace(
+        _ADAMW_8BIT,
+        name="adamw_torch_fp8",
+        target="lightning_optim.optimizers.adapters._torchao:AdamWFp8",
+        wraps="torchao.optim.AdamWFp8",
+        summary="AdamW, states in 8-bit floats, compiled",
+        source="torchao.optim.AdamWFp8",
+        options=AdamWFp8Options,
+        state=StateLayout(
+            buffers=(Buffer("exp_avg"), Buffer("exp_avg_sq")),
+            scalar_bytes=4,
+            quantization=Quantization(8, "block_size", 4096, whole_blocks=True),
+        ),
+        state_format="torchao.AdamW-fp8/1",
+        devices=frozenset({"cpu", "cuda"}),
+        in_place=frozenset({"cpu", "cuda"}),
+        fallbacks=("adamw_torch_8bit", "adamw_bnb_8bit", "adamw"),
+        note=f"on CUDA it needs compute capability 8.9 (Ada, Hopper), which is not tested; {_NOTE}",
     ),
 )

@@ -9,18 +9,19 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import statistics
 from pathlib import Path
 from typing import Any
 
-import lightning
-import torch
-
 from lightning_optim import OptimConfig
 from lightning_optim.bench import Judgement, demo, quiet, train
+from lightning_optim.bench._run import machine
 
-RATES = (1e-3, 1.78e-3, 3.16e-3, 5.62e-3, 1e-2)
+# Each with its best in the middle.
+RATES = {
+    "adamw_torch": (5.62e-4, 1e-3, 1.78e-3, 3.16e-3, 5.62e-3),
+    "muon": (3.16e-3, 5.62e-3, 1e-2, 1.78e-2, 3.16e-2),
+}
 SEEDS = (1, 2, 3)
 # Muon's updates are scaled so that learning rates of AdamW fit, and all parameters share one.
 OPTIONS: dict[str, dict[str, Any]] = {"adamw_torch": {}, "muon": {"lr_scale": "match_rms_adamw"}}
@@ -37,7 +38,7 @@ def final_loss(name: str, lr: float, seed: int, steps: int, quick: bool) -> floa
 
 def best(name: str, steps: int, quick: bool) -> dict[str, Any]:
     """Returns the losses of one seed by learning rate, and those of the other seeds at the best."""
-    by_rate = {lr: final_loss(name, lr, 0, steps, quick) for lr in RATES}
+    by_rate = {lr: final_loss(name, lr, 0, steps, quick) for lr in RATES[name]}
     lr = min(by_rate, key=lambda rate: by_rate[rate])
     losses = [final_loss(name, lr, seed, steps, quick) for seed in SEEDS]
     print(f"{name}, {steps} steps: lr {lr:g}, loss {statistics.fmean(losses):.4f}", flush=True)
@@ -60,11 +61,7 @@ def main() -> None:
         print(f"{share:<15g} {', '.join(f'{pair:+.4f}' for pair in pairs)}")
     report = {
         "workload": demo(arguments.quick).name,
-        "versions": {
-            "torch": torch.__version__,
-            "lightning": lightning.__version__,
-            "python": platform.python_version(),
-        },
+        "machine": machine(),
         "options": OPTIONS,
         "adamw_torch": adamw,
         "muon": {str(share): found for share, found in muon.items()},

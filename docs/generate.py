@@ -1,17 +1,21 @@
 """Writes the parts of the pages that are generated from the tables, into docs/generated/.
 
 ``identifiers.md`` and ``schedules.md`` are included by the pages of the same names, ``formats.md`` by
-``checkpoints.md``, ``arguments.md`` by ``migrating.md``.
+``checkpoints.md``, ``arguments.md`` by ``migrating.md``. What benchmarks wrote into docs/bench/ becomes
+``measured-layerwise.md`` and ``measured-families.md``, included by ``layerwise.md``, ``measured-monitor.md``, by
+``monitor.md``, and ``measured-muon.md``, by ``muon.md``.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import itertools
+import json
 import re
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from lightning_optim import OptimizerSpec
 from lightning_optim.build import CARRIED, PLACES, SCHEDULES, TRAINING_ARGUMENTS, TrainingArgument
@@ -39,6 +43,103 @@ def main(target: Path) -> None:
     (target / "schedules.md").write_text("\n".join(schedules()) + "\n", encoding="utf-8")
     (target / "formats.md").write_text("\n".join(formats()) + "\n", encoding="utf-8")
     (target / "arguments.md").write_text("\n".join(arguments()) + "\n", encoding="utf-8")
+    for name, table in (
+        ("layerwise", measured_layerwise),
+        ("families", measured_families),
+        ("monitor", measured_monitor),
+    ):
+        measured = _written(name)
+        lines = [*table(measured["records"]), "", _where(name, measured)]
+        (target / f"measured-{name}.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    (target / "measured-muon.md").write_text("\n".join(measured_muon()) + "\n", encoding="utf-8")
+
+
+Record = dict[str, Any]
+
+
+def _written(name: str) -> Record:
+    """Returns what a benchmark wrote."""
+    found: Record = json.loads((Path(__file__).parent / "bench" / f"{name}.json").read_text(encoding="utf-8"))
+    return found
+
+
+def measured_layerwise(records: list[Record]) -> Iterator[str]:
+    """Yields the lines of the table of the engine's costs, time in units of the plain step with the same kernel."""
+    models = list(dict.fromkeys(record["model"] for record in records))
+    cells = {(record["variant"], record["model"]): record for record in records}
+    header = ["", *itertools.chain(*((model, "live gradients", "peak") for model in models))]
+    rows = []
+    for variant in dict.fromkeys(record["variant"] for record in records):
+        row = [variant]
+        for model in models:
+            one = cells.get((variant, model))
+            sizes = [one and one[f"{name}_bytes"] for name in ("live", "peak")]
+            row += [_ratio(one), *(f"{size / 1024:,.0f} KiB" if size else "" for size in sizes)]
+        rows.append(row)
+    yield from markdown_table(header, rows)
+
+
+def measured_families(records: list[Record]) -> Iterator[str]:
+    """Yields the lines of a table per model: each optimizer's variants, in units of the one named."""
+    for model in dict.fromkeys(record["model"] for record in records):
+        own = [record for record in records if record["model"] == model]
+        cells = {(record["variant"], record["optimizer"]): record for record in own}
+        optimizers = list(dict.fromkeys(record["optimizer"] for record in own))
+        yield from ("", f"{model[0].upper()}{model[1:]}:", "")
+        rows = [
+            (record["variant"], record["against"], *(_ratio(cells[record["variant"], name]) for name in optimizers))
+            for record in own
+            if record["optimizer"] == optimizers[0] and record["variant"] != record["against"]
+        ]
+        yield from markdown_table(("", "in units of", *map(_code, optimizers)), rows)
+
+
+def measured_monitor(records: list[Record]) -> Iterator[str]:
+    """Yields the lines of the table of what OptimizerMonitor costs."""
+    header = ("model", "optimizer", "monitor", "ms per step", "with the monitor", "inside the monitor")
+    rows = (
+        (
+            record["model"],
+            _code(record["optimizer"]),
+            record["variant"],
+            f"{record['milliseconds']:.1f}",
+            f"{record['ratio']['median']:.3f} ({record['ratio']['low']:.3f} - {record['ratio']['high']:.3f})",
+            f"{record['inside']:.1%}",
+        )
+        for record in records
+    )
+    yield from markdown_table(header, rows)
+
+
+def measured_muon() -> Iterator[str]:
+    """Yields the lines of the table of losses at the end, of AdamW and of Muon in fewer steps, and on what."""
+    measured = _written("muon_steps")
+    adamw = measured["adamw_torch"]
+    rows = [("`adamw_torch`", str(adamw["steps"]), f"{adamw['lr']:g}", f"{adamw['loss']:.3f}", "")]
+    for share, found in measured["muon"].items():
+        pairs = [one - other for one, other in zip(found["losses"], adamw["losses"], strict=True)]
+        differences = ", ".join(f"{pair:+.3f}" for pair in pairs)
+        steps = f"{found['steps']} ({float(share):g})"
+        rows.append(("`muon`", steps, f"{found['lr']:g}", f"{found['loss']:.3f}", differences))
+    yield from markdown_table(("optimizer", "steps", "best lr", "loss", "less AdamW's, by seed"), rows)
+    yield from ("", f"{measured['workload'][0].upper()}{measured['workload'][1:]}. {_machine(measured)}.")
+
+
+def _ratio(record: Record | None) -> str:
+    return f"{record['ratio']['median']:.2f}" if record else ""
+
+
+def _where(name: str, measured: Record) -> str:
+    """Returns what was counted, on which hardware and with which versions."""
+    return (
+        f"{measured['time']}, medians of the ratios within rounds; [{name}.json](bench/{name}.json) has their "
+        f"intervals. {measured['machine']['threads']} thread on {_machine(measured)}."
+    )
+
+
+def _machine(measured: Record) -> str:
+    versions = ", ".join(f"{package} {version}" for package, version in measured["machine"]["versions"].items())
+    return f"{measured['machine']['device']}; {versions}"
 
 
 def arguments() -> Iterator[str]:

@@ -21,6 +21,7 @@ import dataclasses
 import doctest
 import importlib.util
 import io
+import json
 import logging
 import re
 import runpy
@@ -219,6 +220,19 @@ def test_generated_pages_cover_the_table(tmp_path: Path) -> None:
     identifiers = (tmp_path / "identifiers.md").read_text(encoding="utf-8")
     schedules = (tmp_path / "schedules.md").read_text(encoding="utf-8")
     arguments = (tmp_path / "arguments.md").read_text(encoding="utf-8")
+    for name in ("layerwise", "families", "monitor"):
+        written = json.loads((ROOT / "docs" / "bench" / f"{name}.json").read_text(encoding="utf-8"))
+        table = (tmp_path / f"measured-{name}.md").read_text(encoding="utf-8")
+        digits = 3 if name == "monitor" else 2
+        shown = [f"{one['ratio']['median']:.{digits}f}" for one in written["records"]]
+        assert len(shown) > 7
+        assert all(f"| {figure} " in table for figure in shown)
+        assert written["machine"]["device"] in table
+        pages = [page.read_text(encoding="utf-8") for page in PAGES]
+        assert sum(f"{{include}} generated/measured-{name}.md" in page for page in pages) == 1
+    steps = json.loads((ROOT / "docs" / "bench" / "muon_steps.json").read_text(encoding="utf-8"))
+    muon = (tmp_path / "measured-muon.md").read_text(encoding="utf-8")
+    assert all(f"| {one['loss']:.3f} |" in muon for one in (steps["adamw_torch"], *steps["muon"].values()))
     assert set(REGISTRY.plain) <= _identifiers(identifiers)
     assert set(SCHEDULES) <= _identifiers(schedules)
     for row in TRAINING_ARGUMENTS.values():

@@ -29,6 +29,7 @@ PROVIDERS = {
     "apex": "apex",
     "torchao": "torchao",
     "bitsandbytes": "bitsandbytes",
+    "flashoptim": "flashoptim",
     "lightning_optim": "Our own",
     "optimi": "optimi",
     "schedulefree": "schedulefree",

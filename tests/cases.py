@@ -178,8 +178,14 @@ def in_modes(modes: Iterable[str], for_all: Container[str], names: Container[str
 
 
 # Rows for devices that a CPU does not stand in for, and the package that brings them. Their tests: tests/xla,
-# test_npu.py, test_apex.py.
-ELSEWHERE = {"adamw_torch_xla": "torch_xla", "adamw_torch_npu_fused": "torch_npu", "adamw_apex_fused": "amp_C"}
+# test_npu.py, test_apex.py, test_flash.py.
+ELSEWHERE = {
+    "adamw_torch_xla": "torch_xla",
+    "adamw_torch_npu_fused": "torch_npu",
+    "adamw_apex_fused": "amp_C",
+    "flash_adamw": "flashoptim",
+    "flash_lion": "flashoptim",
+}
 
 
 def case_of(identifier: str) -> Case:

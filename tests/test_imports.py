@@ -41,7 +41,17 @@ LOOKS_INSIDE = {("table.rows", "optimizers")}
 COMPAT = "_compat"
 LIGHTNING = "_compat.lightning"
 PUBLIC = ("", "optimizers", "layerwise", "testing")
-OPTIONAL = {"bitsandbytes", "torchao", "schedulefree", "optimi", "torch_xla", "torch_npu", "apex", "amp_C"}
+OPTIONAL = {
+    "bitsandbytes",
+    "torchao",
+    "schedulefree",
+    "optimi",
+    "flashoptim",
+    "torch_xla",
+    "torch_npu",
+    "apex",
+    "amp_C",
+}
 # Where an optional package is imported at all: an adapter, at its top; or a function that cannot do without.
 MAY_IMPORT_OPTIONAL = (
     "_compat",
@@ -261,7 +271,7 @@ for module in MODULES:
 
 
 def test_private_methods_of_others_are_overridden_in_one_room() -> None:
-    stand_ins = [str(ROOT.parent / "tests" / "stand_ins" / name) for name in ("ascend", "nvidia_apex")]
+    stand_ins = [str(ROOT.parent / "tests" / "stand_ins" / name) for name in ("ascend", "nvidia_apex", "flash")]
     modules = [module for module in MODULES if module not in ("__main__", "_moved")]
     done = run_fresh("-c", f"STAND_INS, MODULES = {stand_ins}, {modules}\n{OVERRIDES}")
     assert done.returncode == 0, done.stderr

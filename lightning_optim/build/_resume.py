@@ -142,7 +142,9 @@ class Resuming:
         """Refuses unmarked groups of another optimizer: they lack hyperparameters."""
         for before, group in zip(own, optimizer.param_groups, strict=False):
             # Keys that torch added to its groups after a file was written are filled in by torch.
-            lost = [key for key in optimizer.defaults if key in before and key not in group]
+            # heavyball takes the locals of a constructor for defaults; its files leave "__class__" among them out.
+            names = [key for key in optimizer.defaults if not str(key).startswith("__")]
+            lost = [key for key in names if key in before and key not in group]
             if lost:
                 raise InvalidOption(
                     f"the param groups in the checkpoint are another optimizer's: they lack {', '.join(lost)}, which "

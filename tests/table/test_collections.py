@@ -26,7 +26,7 @@ from lightning_optim import (
     build_optimizer,
 )
 from lightning_optim.command import main
-from lightning_optim.testing import check_results
+from lightning_optim.testing import check_results, held
 from tests.models import LitTokens, loader, trainer
 
 STAND_INS = Path(__file__).parents[1] / "stand_ins" / "collections"
@@ -162,6 +162,12 @@ def test_it_trains_resumes_and_reads_what_the_dotted_path_wrote(tmp_path: Path) 
     trainer(max_epochs=4).fit(resumed, loader(), ckpt_path=tmp_path / "half.ckpt")
     assert whole.losses[-1] < 0.9 * whole.losses[0]
     assert all(torch.equal(*pair) for pair in zip(whole.parameters(), resumed.parameters(), strict=True))
+
+
+@pytest.mark.usefixtures("collections")
+def test_what_a_class_leaves_out_of_its_file_is_not_missed() -> None:
+    (result,) = held("heavyball:SOAP", {}, promises=["resume"])
+    assert (result.status, result.text) == ("kept", "")
 
 
 @pytest.mark.usefixtures("collections")

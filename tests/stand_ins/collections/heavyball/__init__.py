@@ -15,7 +15,13 @@ class SOAPBase(Optimizer):
 class SOAP(SOAPBase):
     def __init__(self, params, lr=3e-3, weight_decay=0.01, compile_step=_USE_DEFAULT):
         assert compile_step is _USE_DEFAULT or isinstance(compile_step, bool)
-        super().__init__(params, {"lr": lr, "weight_decay": weight_decay})
+        # Its defaults are the constructor's locals, the class among them, which its state dicts leave out.
+        super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "__class__": type(self)})
+
+    def state_dict(self):
+        whole = super().state_dict()
+        groups = [{key: value for key, value in each.items() if key != "__class__"} for each in whole["param_groups"]]
+        return {**whole, "param_groups": groups}
 
     @torch.no_grad()
     def step(self, closure=None):

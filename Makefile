@@ -4,10 +4,11 @@ VENV := .venv
 BIN := $(VENV)/bin
 XLA_VENV := .venv-xla
 COLLECTIONS_VENV := .venv-collections
+SURVEY_VENV := .venv-survey
 # For another Python: `make test-oldest PYTHON=python3.10 OLDEST_VENV=.venv-oldest-3.10`.
 OLDEST_VENV := .venv-oldest
 
-.PHONY: venv demo test test-collections test-npu-contract test-gpu test-xla test-oldest test-python lint docs benchmarks bench-quick clean
+.PHONY: venv demo test test-collections test-npu-contract test-gpu test-xla test-oldest test-python lint docs benchmarks bench-quick survey clean
 
 venv: $(VENV)/.installed
 
@@ -113,5 +114,13 @@ bench-quick: venv
 	cp build/bench-quick/report.json build/bench-quick/report.txt build/bench-quick/bench.png $(FIGURES)
 	LIGHTNING_OPTIM_BENCH_FIGURES=$(FIGURES) $(BIN)/python -m pytest tests/bench/test_bench.py -k figures
 
+# Every optimizer class of torch.optim and the big collections against every promise: docs/other-optimizers.md. Ctrl-C
+# interrupts it, and the same command goes on.
+survey:
+	test -x $(SURVEY_VENV)/bin/python || $(PYTHON) -m venv $(SURVEY_VENV)
+	$(SURVEY_VENV)/bin/python -m pip install --quiet --constraint constraints.txt torch torchvision \
+	    timm==1.0.31 pytorch-optimizer==4.1.0 heavyball==3.2.1 --editable .
+	$(SURVEY_VENV)/bin/python benchmarks/survey.py
+
 clean:
-	rm -rf $(VENV) $(XLA_VENV) $(COLLECTIONS_VENV) $(OLDEST_VENV) $(VENV)-3.* docs/_build docs/generated demo_output
+	rm -rf $(VENV) $(XLA_VENV) $(COLLECTIONS_VENV) $(SURVEY_VENV) $(OLDEST_VENV) $(VENV)-3.* docs/_build docs/generated demo_output

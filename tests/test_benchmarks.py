@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import runpy
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -162,3 +164,45 @@ def test_steps_of_muon_and_adamw_are_compared(
     assert len(report["adamw_torch"]["by_rate"]) == 2
     difference = report["muon"]["0.75"]["losses"][0] - report["adamw_torch"]["losses"][0]
     assert f"{difference:+.4f}" in capsys.readouterr().out
+
+
+def test_survey_page_is_what_its_figures_say(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    script = runpy.run_path(str(BENCHMARKS / "survey_page.py"))
+    docs = BENCHMARKS.parent / "docs"
+    report = json.loads((docs / "bench" / "survey.json").read_text(encoding="utf-8"))
+    assert script["page"](report) == (docs / "other-optimizers.md").read_text(encoding="utf-8")
+    tried = [record for records in report["collections"].values() for record in records]
+    assert len(tried) >= 200
+    at = list(report["promises"]).index("layerwise")
+    broken = [each["texts"]["layerwise"] for each in tried if each["problem"] is None and each["signs"][at] == "X"]
+    assert all(text.startswith("expected no error; ") for text in broken)
+
+
+def test_survey_survives_what_hangs_and_what_crashes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    script = runpy.run_path(str(BENCHMARKS / "survey.py"))
+    hold = script["_try"]
+    good = hold("torch.optim.Rprop", torch.optim.Rprop, 60.0)
+    assert good["results"]["schedule"]["status"] == "broken"
+    assert good["results"]["constructor"]["status"] == "kept"
+    hanging = hold(f"{__name__}.Hanging", Hanging, 2.0)
+    assert [each["status"] for each in hanging["results"].values()][:2] == ["late", "untried"]
+    crashing = hold(f"{__name__}.Crashing", Crashing, 60.0)
+    assert crashing["results"]["trains"] == {"status": "late", "text": "the process ended with 3"}
+    missing = hold("torch.optim.Nothing", torch.optim.Optimizer, 60.0)
+    assert (missing["results"], missing["problem"].partition(":")[0]) == ({}, "UnknownOptimizer")
+
+
+class Hanging(torch.optim.SGD):
+    """Never ends its step."""
+
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        time.sleep(1000)
+
+
+class Crashing(torch.optim.SGD):
+    """Ends the process."""
+
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        os._exit(3)

@@ -27,6 +27,8 @@ _GROUPS, _DIMENSIONS = 2, 2
 _ROUNDING = 1e-4
 # A schedule may begin at 0, where nothing would move.
 _LEAST_RATE = 1e-2
+# A decay that depends on all parameters, as Ranger21's, would be lost in rounding.
+_LEAST_DECAY = 0.1
 # What a group says of its own parameters.
 _OWN = ("params", "param_names", "name")
 
@@ -236,6 +238,9 @@ def _settings(group: dict[str, Any]) -> dict[str, Any]:
         settings["lr"] = (
             torch.full_like(settings["lr"], _LEAST_RATE) if isinstance(settings["lr"], Tensor) else _LEAST_RATE
         )
+    decay = settings.get("weight_decay")
+    if isinstance(decay, float) and 0.0 < decay < _LEAST_DECAY:
+        settings["weight_decay"] = _LEAST_DECAY
     return settings
 
 

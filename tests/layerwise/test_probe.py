@@ -166,6 +166,11 @@ def test_a_learning_rate_that_begins_at_zero_hides_nothing() -> None:
         Layerwise(made(ClipsAll, lr=0.0))
 
 
+def test_a_small_weight_decay_hides_nothing() -> None:
+    """Ranger21's decay of 1e-4 depends on all parameters."""
+    assert probe(made(DecaysByTheMean, weight_decay=1e-6)).verdict == "coupled"
+
+
 @pytest.mark.parametrize("kind", [StartsAtRandom, DecidesAtRandom])
 def test_random_numbers_are_told_from_coupling_and_said_once(kind: type[Descent]) -> None:
     assert probe(made(kind)).verdict == "random"

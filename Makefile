@@ -8,7 +8,7 @@ SURVEY_VENV := .venv-survey
 # For another Python: `make test-oldest PYTHON=python3.10 OLDEST_VENV=.venv-oldest-3.10`.
 OLDEST_VENV := .venv-oldest
 
-.PHONY: venv demo test test-collections test-npu-contract test-gpu test-xla test-oldest test-python lint docs benchmarks bench-quick survey clean
+.PHONY: venv demo test test-benchmarks test-collections test-npu-contract test-gpu test-xla test-oldest test-python lint docs benchmarks bench-quick survey clean
 
 venv: $(VENV)/.installed
 
@@ -26,7 +26,11 @@ demo: venv
 # A file stays in one process: its fixtures, and what torchao compiles for it, are made once. Files are taken in turn:
 # xdist would leave those of few tests to the end, which take longest.
 test: venv
-	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder --ignore tests/test_benchmarks.py
+
+# The scripts in benchmarks/, each with tiny models.
+test-benchmarks: venv
+	$(BIN)/python -m pytest tests/test_benchmarks.py
 
 # Optimizers of the big collections, which no row describes, in an environment of their own. timm needs torchvision.
 test-collections:

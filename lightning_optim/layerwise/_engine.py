@@ -216,7 +216,7 @@ class Layerwise(AfterBackward):
         That is so if the decision depends on all gradients (their total norm, or an overflow in one of them) and they
         are all alive anyway, after accumulation, or may be: they fit into :attr:`norm_budget_mb`.
         """
-        by_norm = self._must_measure(clipping)
+        by_norm = self._must_measure(Clips(self.optimizer, clipping))
         if (by_norm or (scaler is not None and self.skips_whole_steps)) and self.fits_budget():
             return True
         return (by_norm or scaler is not None) and (self.accumulated or self.has_gradients())
@@ -238,7 +238,7 @@ class Layerwise(AfterBackward):
                 self._run(Observation(ArrivalBuckets(0), self._name, self._order.arrivals), backward)
             self._order.agree(self.replicas, list(self._parameters()), self._name, complete)
         clips = Clips(self.optimizer, clipping)
-        if self._must_measure(clipping):
+        if self._must_measure(clips):
             self._measured = self._measure(backward, clips, scaler)
             return
         if "previous" in clips.kinds and self.gradient_norm is not None:
@@ -345,12 +345,11 @@ class Layerwise(AfterBackward):
         self._step_alive()
         return loss
 
-    def _must_measure(self, clipping: Clipping | None) -> bool:
+    def _must_measure(self, clips: Clips) -> bool:
         """Whether clipping the first gradient takes a total norm that is not known yet."""
-        kinds = Clips(self.optimizer, clipping).kinds
-        if "previous" in kinds and (self.gradient_norm is None or not bool(torch.isfinite(self.gradient_norm))):
+        if "previous" in clips.kinds and (self.gradient_norm is None or not bool(torch.isfinite(self.gradient_norm))):
             return True
-        return "norm" in kinds
+        return "norm" in clips.kinds
 
     def _measure(self, backward: Callable[[], Any], clips: Clips, scaler: GradScaler | None) -> Totals:
         """Runs a backward that only measures; returns the total norms."""

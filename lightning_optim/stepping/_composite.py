@@ -67,9 +67,10 @@ class Composite(StepsUncompiled):
 
     @uncompiled
     def _step(self) -> None:
-        for clipping, parameters in own_clips(self):
-            clipping.clip(parameters)
-        for part in parts_of(self):
+        parts = parts_of(self)
+        for name, clipping in self.clips.items():
+            clipping.clip(_parameters(self.parts[name].param_groups))
+        for part in parts:
             part.step()
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -171,26 +172,30 @@ class Composite(StepsUncompiled):
 
 def parts_of(optimizer: Optimizer) -> list[Optimizer]:
     """Returns the optimizers that an optimizer consists of: the parts of a :class:`Composite`, or itself."""
-    # Of Lightning's and Fabric's wrappers the optimizer inside.
-    inside = getattr(optimizer, "optimizer", optimizer)
-    if not isinstance(inside, Composite):
-        return [optimizer]
-    inside.follow_groups()
-    return list(inside.parts.values())
+    whole = _composite(optimizer)
+    return [optimizer] if whole is None else list(whole.parts.values())
 
 
 def own_clips(optimizer: Optimizer) -> list[tuple[Clipping, list[Tensor]]]:
     """Returns how parts of an optimizer are clipped by themselves, each with its parameters."""
-    inside = getattr(optimizer, "optimizer", optimizer)
-    if not isinstance(inside, Composite) or not inside.clips:
+    whole = _composite(optimizer)
+    if whole is None:
         return []
-    inside.follow_groups()
-    return [(clip, [*_parameters(inside.parts[name].param_groups)]) for name, clip in inside.clips.items()]
+    return [(clip, [*_parameters(whole.parts[name].param_groups)]) for name, clip in whole.clips.items()]
 
 
 def averaging_parts(optimizer: Optimizer) -> list[KeepsTrainingPoint]:
     """Returns those of an optimizer's parts that are switched between training and evaluation."""
     return [part for part in parts_of(optimizer) if isinstance(part, KeepsTrainingPoint)]
+
+
+def _composite(optimizer: Optimizer) -> Composite | None:
+    """Returns the composite that an optimizer is, or that Lightning's or Fabric's wrapper holds, its groups settled."""
+    inside = getattr(optimizer, "optimizer", optimizer)
+    if not isinstance(inside, Composite):
+        return None
+    inside.follow_groups()
+    return inside
 
 
 @contextmanager

@@ -11,9 +11,9 @@ import dataclasses
 import importlib
 import importlib.util
 import inspect
-import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -34,12 +34,13 @@ from lightning_optim import (
 )
 from tests.models import LitTokens, TokenModel, fp16_mixed, loader, trainer
 from tests.processes import run_fresh
+from tests.stand_in import STAND_INS, assert_real_one_prints_the_same, imported_anew
 from tests.table.test_availability import install
 from tests.trainer.test_resume import assert_equal, assert_plain
 
 NAME = "adamw_apex_fused"
 ON_CPU = "apex_stand_in"
-STAND_IN = Path(__file__).parents[1] / "stand_ins" / "nvidia_apex"
+STAND_IN = STAND_INS / "nvidia_apex"
 BUILD = (
     "git clone https://github.com/NVIDIA/apex && cd apex && APEX_CPP_EXT=1 APEX_CUDA_EXT=1 "
     "pip install -v --no-build-isolation ./"
@@ -50,32 +51,24 @@ ARGUMENTS = {"lr": 1e-2, "betas": (0.8, 0.95), "weight_decay": 0.1}
 Build = Callable[..., Optimizer]
 
 
-def forget(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Has the modules imported anew, and the present ones back after the test."""
-    for name in list(sys.modules):
-        if name.partition(".")[0] in ("apex", "amp_C") or name == "lightning_optim.optimizers.adapters._apex":
-            monkeypatch.delitem(sys.modules, name)
-    monkeypatch.delattr("lightning_optim.optimizers.adapters._apex", raising=False)
+def apex_anew(monkeypatch: pytest.MonkeyPatch) -> AbstractContextManager[None]:
+    return imported_anew(monkeypatch, "_apex", "apex", "amp_C")
 
 
 @pytest.fixture
 def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """A folder that comes first on the path, as another environment's site-packages would."""
     monkeypatch.syspath_prepend(tmp_path)
-    with monkeypatch.context() as inner:
-        forget(inner)
+    with apex_anew(monkeypatch):
         yield tmp_path
-        forget(inner)
 
 
 @pytest.fixture
 def kernel(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
     """The stand-in's kernel module; its apex is installed."""
     monkeypatch.syspath_prepend(STAND_IN)
-    with monkeypatch.context() as inner:
-        forget(inner)
+    with apex_anew(monkeypatch):
         yield importlib.import_module("amp_C")
-        forget(inner)
 
 
 @pytest.fixture
@@ -443,17 +436,12 @@ class TestLightning:
 
 @pytest.mark.skipif(not INSTALLED, reason="needs NVIDIA's apex, built with its CUDA kernels")
 def test_the_stand_in_has_the_real_signatures() -> None:
-    """In processes of their own, as both have the same names."""
     code = (
         "import inspect, torch, amp_C, apex.optimizers\n"
         "c = apex.optimizers.FusedAdam\n"
         "print(hasattr(amp_C, 'multi_tensor_adam'), [inspect.signature(f) for f in (c.__init__, c.step, c.zero_grad)])"
     )
-    real, stand_in = (
-        subprocess.run([sys.executable, "-c", start + code], check=True, capture_output=True, text=True).stdout
-        for start in ("", f"import sys; sys.path.insert(0, {str(STAND_IN)!r})\n")
-    )
-    assert real == stand_in
+    assert_real_one_prints_the_same(STAND_IN, code)
 
 
 def test_the_row_passes_what_the_constructor_takes(theirs: Build) -> None:

@@ -11,8 +11,6 @@ import dataclasses
 import importlib
 import importlib.util
 import inspect
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
@@ -33,33 +31,24 @@ from lightning_optim import (
 )
 from lightning_optim.build._memory import measured_bytes, state_bytes
 from tests.models import LitTokens, fp16_mixed, loader, trainer
+from tests.stand_in import STAND_INS, assert_real_one_prints_the_same, imported_anew
 from tests.trainer.test_apex import give_gradients, groups, models
 from tests.trainer.test_resume import assert_equal, assert_plain
 
 CLASSES = {"flash_adamw": "FlashAdamW", "flash_lion": "FlashLion"}
 # Lion's learning rate is another by default in bitsandbytes: nothing takes its place by itself.
 NEAREST = {"flash_adamw": ". Or use optim='adamw_bnb_8bit'", "flash_lion": ""}
-STAND_IN = Path(__file__).parents[1] / "stand_ins" / "flash"
+STAND_IN = STAND_INS / "flash"
 IMPORTABLE = all(importlib.util.find_spec(name) is not None for name in ("flashoptim", "triton"))
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-
-
-def forget(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Has the modules imported anew, and the present ones back after the test."""
-    for name in list(sys.modules):
-        if name.partition(".")[0] == "flashoptim" or name == "lightning_optim.optimizers.adapters._flashoptim":
-            monkeypatch.delitem(sys.modules, name)
-    monkeypatch.delattr("lightning_optim.optimizers.adapters._flashoptim", raising=False)
 
 
 @pytest.fixture
 def upstream(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
     """The stand-in, installed."""
     monkeypatch.syspath_prepend(STAND_IN)
-    with monkeypatch.context() as inner:
-        forget(inner)
+    with imported_anew(monkeypatch, "_flashoptim", "flashoptim"):
         yield importlib.import_module("flashoptim")
-        forget(inner)
 
 
 @pytest.fixture(params=CLASSES)
@@ -97,7 +86,7 @@ def walk(model: nn.Module, optimizer: Any, steps: range) -> None:
         optimizer.zero_grad()
 
 
-@pytest.mark.skipif(IMPORTABLE, reason="flashoptim is installed here")
+@pytest.mark.skipif(IMPORTABLE, reason="flashoptim is installed here, and this is what happens without it")
 def test_without_flashoptim_the_command_is_named(name: str) -> None:
     with pytest.raises(MissingDependency) as caught:
         build_optimizer(nn.Linear(2, 2), name)
@@ -261,15 +250,10 @@ def test_the_row_passes_what_the_constructor_takes(name: str, upstream: ModuleTy
 
 @pytest.mark.skipif(not IMPORTABLE, reason="needs flashoptim and triton, which can be imported without a GPU")
 def test_the_stand_in_has_the_real_signatures() -> None:
-    """In processes of their own, as both have the same name."""
     code = (
         "import inspect, flashoptim\n"
         "for c in (flashoptim.FlashAdamW, flashoptim.FlashLion):\n"
         "    assert issubclass(c, flashoptim.FlashOptimizer)\n"
         "    print([(p.name, p.default) for p in inspect.signature(c.__init__).parameters.values()])"
     )
-    real, stand_in = (
-        subprocess.run([sys.executable, "-c", start + code], check=True, capture_output=True, text=True).stdout
-        for start in ("", f"import sys; sys.path.insert(0, {str(STAND_IN)!r})\n")
-    )
-    assert real == stand_in
+    assert_real_one_prints_the_same(STAND_IN, code)

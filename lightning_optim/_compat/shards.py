@@ -1,4 +1,4 @@
-"""Processes of torch.distributed that are not there, and what FSDP2 does with memory. All of it is in torch 2.9.
+"""Processes of torch.distributed that are not there, and what FSDP2 does with memory.
 
 torch keeps its fake process group among what its own tests use, and does not say how ``fully_shard`` frees what it has
 gathered. Without them ``lightning_optim.estimate_memory`` does not shard.
@@ -36,6 +36,8 @@ def absent_processes(count: int) -> Iterator[DeviceMesh]:
     Yields:
         Their mesh, with the dimensions that Lightning's ``ModelParallelStrategy`` names.
     """
+    # Until it is imported, what a group sends takes no fake tensors in torch 2.9.
+    import torch.distributed._tools.fake_collectives  # noqa: F401
     from torch.distributed.device_mesh import init_device_mesh
     from torch.testing._internal.distributed.fake_pg import FakeStore
 

@@ -151,8 +151,12 @@ class Prodigy(OwnOptimizer):
     def _estimate(self, found: Sequence[Tensor]) -> None:
         """Makes the next step's estimate."""
         first = self.param_groups[0]
-        # All devices have finished their parts; only now are numbers awaited.
-        numerator, denominator = torch.stack([each.to("cpu", torch.float64) for each in found]).sum(0).tolist()
+        # Awaited once per device, after all of it was given to the device.
+        parts: dict[torch.device, list[Tensor]] = {}
+        for each in found:
+            parts.setdefault(each.device, []).append(each)
+        on_host = [torch.stack(each).to("cpu", torch.float64) for each in parts.values()]
+        numerator, denominator = torch.cat(on_host).sum(0).tolist()
         if not denominator:
             return
         numerator += _beta3(first) * first["d_numerator"]

@@ -25,6 +25,8 @@ CLOSE, CLOSE_IN_BFLOAT16 = 1e-5, 1e-3
 # rmsprop's case is centered: it divides by the root of a difference of nearly equal numbers, which takes up how a
 # processor rounds sums (1.8e-5 apart on one, below 1e-5 on another).
 TOLERANCES = {"adamw_anyprecision": CLOSE_IN_BFLOAT16, "rmsprop": 1e-4}
+# How often a step awaits a value from the device. Prodigy's next learning rate is a number.
+LOOKS = {"prodigy": 1}
 
 
 def make(name: str, device: str) -> tuple[TokenModel, Optimizer]:
@@ -69,7 +71,7 @@ def test_trains_as_on_the_host_and_resumes(name: str) -> None:
         train(here, optimizer, 7, 10)
     # Not in every step: a graph that is compiled anew, a look at a value, an operation that only the host has.
     assert counted.get("UncachedCompile", 0) <= 1
-    assert counted.get("TransferFromDeviceTime", 0) == 0
+    assert counted.get("TransferFromDeviceTime", 0) == 3 * LOOKS.get(name, 0)
     assert not [operation for operation, count in counted.items() if operation.startswith("aten::") and count]
     train(there, reference, 0, 10)
     assert apart(here, there) < TOLERANCES.get(name, CLOSE)

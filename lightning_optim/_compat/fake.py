@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from functools import cache
 from typing import Any
 
 import torch
@@ -26,6 +27,7 @@ __all__ = [
     "DispatchMode",
     "FakeTensor",
     "answer_attribute",
+    "answer_in_place",
     "answer_without_values",
     "fake_tensors",
     "map_tensors",
@@ -69,6 +71,32 @@ def answer_without_values(operation: Any, arguments: tuple[Any, ...]) -> tuple[b
         return True, True if dtype is torch.bool else 0.5 if dtype.is_floating_point else 1
     schema = operation._schema
     return operation.namespace not in ("aten", "prims", "prim") and not schema.returns, None
+
+
+def answer_in_place(operation: Any, arguments: tuple[Any, ...]) -> tuple[bool, Any]:
+    """Returns whether an operation only writes into fake tensors that it is given, and what it gives back.
+
+    Whether the shapes fit is not looked at, which is what FakeTensorMode would take its time for.
+    """
+    if not _writes_in_place(operation):
+        return False, None
+    written = arguments[0]
+    tensors = written if isinstance(written, (list, tuple)) else (written,)
+    if not all(type(tensor) is FakeTensor for tensor in tensors):
+        return False, None
+    return True, written if operation._schema.returns else None
+
+
+@cache
+def _writes_in_place(operation: Any) -> bool:
+    schema = operation._schema
+    if operation.namespace != "aten" or not schema.name.endswith("_") or torch.Tag.inplace_view in operation.tags:
+        return False
+    # The first may be of another size afterwards.
+    if "resize" in schema.name or schema.name == "aten::set_" or not schema.arguments:
+        return False
+    alias = schema.arguments[0].alias_info
+    return alias is not None and bool(alias.is_write)
 
 
 def tensors_in(value: Any) -> list[Tensor]:

@@ -108,7 +108,13 @@ class FakeTraining:
         Args:
             parameters: Those that are used inside; ``None`` for all.
         """
-        with quiet(), self._mode, torch.compiler.set_stance("force_eager"), MemoryTracker(True) as tracker:
+        own = parameters is not None
+        with (
+            quiet(),
+            self._mode,
+            torch.compiler.set_stance("force_eager"),
+            MemoryTracker(without_values=True, shapes_fit=own) as tracker,
+        ):
             tracker.add(tensors_in(self.parameters if parameters is None else parameters), "parameters")
             yield tracker
 

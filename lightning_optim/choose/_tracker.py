@@ -11,7 +11,14 @@ from typing import Any, Literal, get_args
 
 from torch import Tensor
 
-from lightning_optim._compat.fake import DispatchMode, FakeTensor, answer_attribute, answer_without_values, tensors_in
+from lightning_optim._compat.fake import (
+    DispatchMode,
+    FakeTensor,
+    answer_attribute,
+    answer_in_place,
+    answer_without_values,
+    tensors_in,
+)
 from lightning_optim._compat.shards import COMMUNICATES, watch_resizes
 
 Category = Literal["parameters", "buffers", "gradients", "state", "batch", "communication", "other"]
@@ -45,6 +52,8 @@ class MemoryTracker(DispatchMode):  # type: ignore[misc]
 
     Args:
         without_values: Whether to answer code that reads values, where tensors have none.
+        shapes_fit: Whether what runs is known to write into tensors what fits into them. Without values there is
+            nothing left of such an operation to be run.
 
     Example:
         >>> import torch
@@ -55,9 +64,9 @@ class MemoryTracker(DispatchMode):  # type: ignore[misc]
         (0, 1024)
     """
 
-    def __init__(self, without_values: bool = False) -> None:
+    def __init__(self, without_values: bool = False, shapes_fit: bool = False) -> None:
         super().__init__()
-        self._without_values = without_values
+        self._without_values, self._in_place = without_values, without_values and shapes_fit
         #: What runs, for :attr:`Moment.phase`.
         self.phase = ""
         self.live: dict[str, int] = dict.fromkeys(CATEGORIES, 0)
@@ -147,6 +156,13 @@ class MemoryTracker(DispatchMode):  # type: ignore[misc]
             return answer_attribute(operation, args)
         if self._without_values:
             answered, answer = answer_without_values(operation, args)
+            if answered:
+                return answer
+            if kwargs and kwargs.get("generator") is not None:
+                # FakeTensorMode keeps what it found out for each generator.
+                kwargs = {**kwargs, "generator": None}
+        if self._in_place:
+            answered, answer = answer_in_place(operation, args)
             if answered:
                 return answer
         result = operation(*args, **(kwargs or {}))

@@ -518,7 +518,7 @@ def test_permitted_fits(
 
 
 @pytest.mark.parametrize(("capability", "takes"), [((8, 0), False), ((8, 6), False), ((8, 9), True), ((9, 0), True)])
-def test_8_bit_floats_need_a_gpu_that_has_them(
+def test_torch_fp8_needs_a_gpu_that_has_8_bit_floats(
     capability: tuple[int, int], takes: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)

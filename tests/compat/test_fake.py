@@ -70,6 +70,26 @@ def test_what_a_mode_is_asked_of_a_tensor_is_answered_as_torch_would() -> None:
     assert all(ours == theirs for ours, theirs in answers)
 
 
+def test_what_is_only_written_in_place_is_known_and_nothing_else() -> None:
+    aten = torch.ops.aten
+    with (
+        relied_on("fake.answer_in_place", NEEDED_BY) as answer,
+        relied_on("fake.fake_tensors", NEEDED_BY) as fake_tensors,
+        fake_tensors(),
+    ):
+        tensor, many = torch.ones(2, 3), [torch.ones(2), torch.ones(3)]
+        for operation in (aten.add_.Tensor, aten.copy_.default, aten.normal_.default, aten.zero_.default):
+            assert answer(operation, (tensor,)) == (True, tensor)
+        assert answer(aten._foreach_add_.Scalar, (many, 1)) == (True, None)
+        assert answer(aten._fused_adamw_.default, (many,)) == (True, None)
+        # Others make tensors, or change what one is.
+        views = (aten.t_.default, aten.unsqueeze_.default, aten.resize_.default, aten.set_.source_Tensor)
+        for operation in (*views, aten.add.Tensor, aten._foreach_add.Scalar, aten.mm.default):
+            assert answer(operation, (tensor,)) == (False, None)
+    # Real ones are computed.
+    assert answer(aten.add_.Tensor, (torch.ones(2),)) == (False, None)
+
+
 def test_what_needs_values_says_so() -> None:
     with relied_on("fake.NEEDS_VALUES", NEEDED_BY) as errors, relied_on("fake.fake_tensors", NEEDED_BY) as fake_tensors:
         with fake_tensors(), pytest.raises(errors):

@@ -17,7 +17,7 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import LearningRateFinder, LearningRateMonitor, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
-from torch import Tensor, nn
+from torch import nn
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 from torch.nn import functional as F
 from torch.optim import Optimizer
@@ -36,152 +36,45 @@ from lightning_optim import (
 )
 from lightning_optim.stepping import Composite
 from lightning_optim.table.rows import ROWS
-from tests.cases import BY_NAME, Case
-from tests.models import ForeignTokens, LitTokens, TokenModel, fp16_mixed, loader, trainer
-from tests.trainer.test_reference import WARMUP, upstream
+from tests.composites import PAIRS, PATTERN, by_hand, fit, request, state_of, steps_in_backward
+from tests.models import ForeignTokens, LitTokens, TokenModel, loader, trainer
 from tests.trainer.test_resume import assert_equal, assert_plain
-
-STEPS, DECAY = 10, 0.1
-PATTERN = "model[.](embedding|head)[.].*"
-# The main optimizer, and that of embedding and head; each provider beside others, in both places.
-PAIRS = (
-    ("sgd", "adamw_torch"),
-    ("adamw_torch", "sgd"),
-    ("adamw_torch_fused", "rmsprop"),
-    ("galore_adamw", "adamw_8bit"),
-    ("galore_adamw_8bit", "lion_8bit"),
-    ("lion_32bit", "adafactor"),
-    ("apollo_adamw", "adamw_torch_8bit"),
-    ("adamw_torch_4bit", "adagrad"),
-    ("schedule_free_adamw", "sgd"),
-    ("ademamix_8bit", "schedule_free_sgd"),
-    ("schedule_free_radam", "schedule_free_adamw"),
-    ("adafactor", "stable_adamw"),
-    ("grokadamw", "adamw_anyprecision"),
-    ("rmsprop_bnb_8bit", "galore_adafactor"),
-)
-
-
-def warmup(name: str) -> int:
-    """Returns the steps for which the reference of a case warms up by itself."""
-    return WARMUP if BY_NAME[name].row.warmup == "optimizer" else 0
-
-
-def request(main: str, other: str, form: str = "", **changes: Any) -> dict[str, Any]:
-    """Returns the arguments of a module whose embedding and head are another optimizer's."""
-    case, part = BY_NAME[main], BY_NAME[other]
-    own = {"optim": other, "lr": part.lr, "weight_decay": DECAY, "warmup_steps": warmup(other), **part.options}
-    asked = {
-        "optim": main + form,
-        "lr": case.lr,
-        "weight_decay": DECAY,
-        "optim_args": case.options,
-        "param_groups": {PATTERN: own},
-        "lr_scheduler": case.schedule,
-        "warmup_steps": warmup(main),
-    }
-    return {**asked, **changes}
-
-
-def train(asked: dict[str, Any], directory: Path | None = None, resume: str | None = None, **flags: Any) -> LitTokens:
-    """Trains two epochs of 5 steps of two batches each; ``directory`` gets a checkpoint of step 5."""
-    torch.manual_seed(0)
-    model = LitTokens(**asked)
-    saver = [ModelCheckpoint(directory, every_n_train_steps=5, save_top_k=-1)] if directory else []
-    flags = {"accumulate_grad_batches": 2, "gradient_clip_val": 0.05, "gradient_clip_algorithm": "value", **flags}
-    run = trainer(max_steps=STEPS, callbacks=saver, enable_checkpointing=bool(saver), **flags)
-    run.fit(model, loader(), ckpt_path=resume)
-    return model
-
-
-def state_of(model: LitTokens) -> dict[str, Any]:
-    return {"weights": dict(model.state_dict()), "optimizer": model.trainer.optimizers[0].state_dict()}
-
-
-def group(case: Case, parameters: list[Tensor], weight_decay: float, kind: str = "") -> dict[str, Any]:
-    """Returns a param group as one would write it for this class."""
-    own: dict[str, Any] = {"params": parameters, "weight_decay": weight_decay}
-    if case.projects and kind != "linear":
-        own["rank"] = None
-    if case.row.bits:
-        own["optim_bits"] = 32 if kind == "embedding" else case.row.bits
-    return own
-
-
-def by_hand(main: str, other: str) -> dict[str, Tensor]:
-    """Trains as ``train`` does, with two optimizers of the upstream classes; returns the weights."""
-    torch.manual_seed(0)
-    model = LitTokens().model
-    one, two = BY_NAME[main], BY_NAME[other]
-    optimizers = [
-        upstream(
-            one,
-            [
-                group(one, [model.linear.weight], DECAY, "linear"),
-                group(one, [model.linear.bias, *model.norm.parameters()], 0.0),
-            ],
-        ),
-        upstream(
-            two,
-            [
-                group(two, [model.embedding.weight], DECAY, "embedding"),
-                group(two, [model.head.weight], DECAY, "linear"),
-                group(two, [model.head.bias], 0.0),
-            ],
-        ),
-    ]
-    built = [*zip(optimizers, (one, two), strict=True)]
-    schedules = [get_scheduler("linear", each, 0, STEPS) for each, case in built if one.schedule and case.schedule]
-    averaging = [each for each, case in built if case.averages]
-    for averaged in averaging:
-        averaged.train()  # type: ignore[attr-defined]
-    batches = [batch for _ in range(2) for batch in loader()]
-    for first in range(0, 2 * STEPS, 2):
-        for tokens, targets in batches[first : first + 2]:
-            (F.cross_entropy(model(tokens).flatten(0, 1), targets.flatten()) / 2).backward()
-        nn.utils.clip_grad_value_(model.parameters(), 0.05)
-        for each in (*optimizers, *schedules):
-            each.step()
-        model.zero_grad()
-    for averaged in averaging:
-        averaged.eval()  # type: ignore[attr-defined]
-    return {f"model.{name}": value for name, value in model.state_dict().items()}
 
 
 @pytest.mark.parametrize(("main", "other"), PAIRS)
 def test_a_pair_is_two_optimizers_resumes_and_is_the_same_layerwise(main: str, other: str, tmp_path: Path) -> None:
     asked = request(main, other)
-    whole = state_of(train(asked, tmp_path))
+    whole = state_of(fit(asked, directory=tmp_path))
     assert_plain(whole["optimizer"], "state")
-    assert_equal(whole["weights"], by_hand(main, other), "by hand")
-    checkpoint = next(str(path) for path in tmp_path.glob("*step=5.ckpt"))
+    assert_equal(whole["weights"], by_hand(main, other)[0], "by hand")
+    checkpoint = tmp_path / "step=5.ckpt"
     assert torch.load(checkpoint, weights_only=True)["optimizer_states"]
-    assert_equal(whole, state_of(train(asked, resume=checkpoint)), "resumed")
-    if not (BY_NAME[main].row.coupled or BY_NAME[other].row.coupled):
+    assert_equal(whole, state_of(fit(asked, resume=checkpoint)), "resumed")
+    if steps_in_backward(main, other):
         layerwise = request(main, other, "_layerwise")
-        assert_equal(whole, state_of(train(layerwise, resume=checkpoint)), "resumed layerwise")
-        assert_equal(whole, state_of(train(layerwise)), "layerwise")
+        assert_equal(whole, state_of(fit(layerwise, resume=checkpoint)), "resumed layerwise")
+        assert_equal(whole, state_of(fit(layerwise)), "layerwise")
 
 
-TWO = request("sgd", "adamw_torch")
-FOREIGN = {"(embedding|head)[.].*": TWO["param_groups"][PATTERN]}
+@pytest.mark.parametrize(("main", "other"), PAIRS)
+def test_a_pair_under_a_scaler_clipped_by_norm_skips_as_one(main: str, other: str) -> None:
+    """A gradient of the second part overflows, and the first part's step is skipped with it."""
+    weights, scale = by_hand(main, other, "norm", scaled=True)
+    assert scale == 2.0**15, "one overflow"
+    for form in ("", "_layerwise") if steps_in_backward(main, other) else ("",):
+        model = fit(request(main, other, form, scaled=True), "norm", scaled=True)
+        assert_equal(dict(model.state_dict()), weights, form)
+        assert model.trainer.scaler is not None
+        assert model.trainer.scaler.get_scale() == scale
 
 
-def test_clipping_by_norm_covers_all_parts_and_a_scaler_scales_once() -> None:
-    """The norm is that of all gradients; a composite under a GradScaler is one optimizer, fused parts included."""
-    flags = {"gradient_clip_val": 0.01, "gradient_clip_algorithm": "norm"}
-    plain, layerwise = train(TWO, **flags), train(request("sgd", "adamw_torch", "_layerwise"), **flags)
-    for one, other in zip(plain.parameters(), layerwise.parameters(), strict=True):
-        assert torch.allclose(one, other, rtol=1e-5, atol=1e-7)
-    fused = request("sgd", "adamw_torch_fused")
-    scaled = [train(asked, plugins=[fp16_mixed()], gradient_clip_val=0.05) for asked in (TWO, fused)]
-    for one, other in zip(*(model.parameters() for model in scaled), strict=True):
-        assert torch.allclose(one, other, rtol=1e-3, atol=1e-4)
-    assert scaled[0].losses[-1] < 0.8 * scaled[0].losses[0]
+OWN = {"optim": "adamw_torch", "lr": 1e-2, "weight_decay": 0.1}
+TWO = request("sgd", "adamw_torch", param_groups={PATTERN: OWN})
+FOREIGN = {"(embedding|head)[.].*": OWN}
 
 
 def test_each_part_may_have_a_schedule_and_loggers_see_one_optimizer(tmp_path: Path) -> None:
-    own = {**TWO["param_groups"][PATTERN], "lr_scheduler": "cosine", "warmup_steps": 2}
+    own = {**OWN, "lr_scheduler": "cosine", "warmup_steps": 2}
     model = LitTokens(**{**TWO, "lr_scheduler": "linear", "param_groups": {PATTERN: own}})
     logger = CSVLogger(tmp_path)
     trainer(max_steps=8, logger=logger, callbacks=[LearningRateMonitor("step")], log_every_n_steps=1).fit(
@@ -273,8 +166,7 @@ def test_a_state_dict_is_loaded_whole_or_not_at_all() -> None:
 def test_every_door_takes_it(tmp_path: Path) -> None:
     """The callback, plain PyTorch layerwise, a found learning rate, the fused strategy."""
     foreign = ForeignTokens()
-    groups = {PATTERN: TWO["param_groups"][PATTERN]}
-    run = trainer(max_steps=2, callbacks=[OptimCallback("sgd", lr=0.1, param_groups=groups)])
+    run = trainer(max_steps=2, callbacks=[OptimCallback("sgd", lr=0.1, param_groups={PATTERN: OWN})])
     run.fit(foreign, loader())
     assert [type(part).__name__ for part in run.optimizers[0].parts.values()] == ["SGD", "AdamW"]  # type: ignore[attr-defined]
 
@@ -297,9 +189,9 @@ def test_every_door_takes_it(tmp_path: Path) -> None:
     run.fit(found, loader())
     rates = {group["name"]: group["lr"] for group in run.optimizers[0].param_groups}
     assert rates["decay"] == finder.optimal_lr.suggestion() == found.lr
-    assert rates[f"{PATTERN}/decay"] == TWO["param_groups"][PATTERN]["lr"], "a part keeps what it asked for"
+    assert rates[f"{PATTERN}/decay"] == OWN["lr"], "a part keeps what it asked for"
 
-    plainly, fused = train(TWO), train(TWO, strategy=FusedStrategy())
+    plainly, fused = fit(TWO), fit(TWO, strategy=FusedStrategy())
     for one, other in zip(plainly.parameters(), fused.parameters(), strict=True):
         assert torch.allclose(one, other, rtol=1e-5, atol=1e-6)
 

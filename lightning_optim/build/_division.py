@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from lightning_optim.build._config import OptimConfig
 from lightning_optim.build._parts import leaving_options, part_clip
@@ -11,7 +11,7 @@ from lightning_optim.build._resume import overridable
 from lightning_optim.errors import InvalidParamGroups, listing
 from lightning_optim.groups import NamedParameter, all_matrices, first_matches, hidden_matrices
 from lightning_optim.stepping import Clipping
-from lightning_optim.table import SUFFIX
+from lightning_optim.table import SUFFIX, Role
 
 
 @dataclass(frozen=True)
@@ -25,6 +25,7 @@ class Part:
         follows: Its learning rate as a factor of the main optimizer's; ``None`` if it has its own.
         clip: How its gradients are clipped by themselves; ``None`` if with all others.
         remark: How its parameters were found, for the report.
+        roles: Which of them are a model's ends, by id, for an optimizer that treats those in a way of their own.
     """
 
     name: str
@@ -33,10 +34,16 @@ class Part:
     follows: float | None = None
     clip: Clipping | None = None
     remark: str = ""
+    roles: Mapping[int, Role] = field(default_factory=dict)
 
 
-def divide(parameters: Sequence[NamedParameter], config: OptimConfig) -> list[Part]:
+def divide(parameters: Sequence[NamedParameter], config: OptimConfig, model: Sequence[NamedParameter]) -> list[Part]:
     """Returns the optimizers of a request with their parameters, the main one first.
+
+    Args:
+        parameters: What is trained.
+        config: The request.
+        model: What there is, also frozen, in the order of registration.
 
     Raises:
         InvalidParamGroups: If a pattern takes nothing, or nothing is left for the main optimizer.
@@ -58,7 +65,7 @@ def divide(parameters: Sequence[NamedParameter], config: OptimConfig) -> list[Pa
     )
     parts = [Part(_plain_name(config.optim), main, rest)]
     if config.spec.takes != "all":
-        parts = _matrices_and_others(parameters, rest, main, pattern_of)
+        parts = _matrices_and_others(parameters, model, rest, main, pattern_of)
     named = (
         Part(pattern, config.parts[pattern], members, clip=part_clip(pattern, patterns[pattern]))
         for pattern, members in taken.items()
@@ -67,7 +74,8 @@ def divide(parameters: Sequence[NamedParameter], config: OptimConfig) -> list[Pa
 
 
 def _matrices_and_others(
-    everything: Sequence[NamedParameter],
+    parameters: Sequence[NamedParameter],
+    model: Sequence[NamedParameter],
     rest: Sequence[NamedParameter],
     config: OptimConfig,
     pattern_of: Mapping[int, str],
@@ -79,7 +87,8 @@ def _matrices_and_others(
     """
     hidden_only = config.spec.takes == "hidden matrices"
     # Among all: where a pattern takes the output layer, the last layer that is left is none.
-    found = hidden_matrices(everything, config.optim_target_modules) if hidden_only else all_matrices(everything)
+    targets = config.optim_target_modules
+    found = hidden_matrices(parameters, targets, model) if hidden_only else all_matrices(parameters, model)
     own = [p for p in rest if id(p.parameter) in found.stack_dims]
     left = [p for p in rest if id(p.parameter) not in found.stack_dims]
     if not own:
@@ -87,7 +96,8 @@ def _matrices_and_others(
             f"the patterns of param_groups that name an optimizer leave no matrix to optim={config.optim!r}. Name one "
             "of theirs as optim, or let their patterns take less."
         )
-    main = Part(_plain_name(config.optim), _with_patterns_of(own, config, pattern_of), own, remark=found.remark)
+    own_config = _with_patterns_of(own, config, pattern_of)
+    main = Part(_plain_name(config.optim), own_config, own, remark=found.remark, roles=found.roles)
     if not left:
         return [main]
     assert config.others is not None, "the request has made it"

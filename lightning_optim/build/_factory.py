@@ -33,10 +33,11 @@ from lightning_optim.groups import (
     NamedParameter,
     Target,
     device_types,
+    every_parameter,
     left_out,
     make_groups,
     make_unique,
-    named_parameters,
+    trainable,
 )
 from lightning_optim.layerwise import Layerwise
 from lightning_optim.optimizers import OwnOptimizer
@@ -126,7 +127,8 @@ class ResolvedOptimizer:
         """
         found = []
         by_name = {built.request.name: built for built in self.each}
-        for part in divide(named_parameters(target), self.request.config):
+        model = every_parameter(target)
+        for part in divide(trainable(model), self.request.config, model):
             if part.name not in by_name:
                 raise InvalidParamGroups(
                     f"{part.parameters[0].name!r} belongs to optim={part.config.optim!r}, which had nothing to train "
@@ -134,7 +136,7 @@ class ResolvedOptimizer:
                 )
             built = by_name[part.name]
             rate = lr if built is self.each[0] or not self.lr else built.lr * lr / self.lr
-            policy = dataclasses.replace(built.policy, lr=rate, layer_decay=None, layer_pattern=None)
+            policy = dataclasses.replace(built.policy, lr=rate, layer_decay=None, layer_pattern=None, roles=part.roles)
             first = built.optimizer.param_groups[0]
             whose = {key: first[key] for key in (IDENTIFIER, FORMAT, PART) if key in first}
             found += [{**group, **whose} for group in make_groups(part.parameters, built.spec, built.options, policy)]
@@ -170,10 +172,11 @@ def resolve(
         UnknownOptimizer, MissingDependency, InvalidOption, InvalidParamGroups, IncompatibleTrainer: For what cannot
             work; the text says what to type instead.
     """
-    parameters = [p for p in named_parameters(target) if only is None or p.parameter in only]
+    model = every_parameter(target)
+    parameters = [p for p in trainable(model) if only is None or p.parameter in only]
     if not parameters:
         raise InvalidParamGroups("no parameter to optimize: the module's own optimizer has none that can be trained")
-    parts = divide(parameters, config)
+    parts = divide(parameters, config, model)
     resolved = [resolve_part(part, parameters, total_steps, trainer) for part in parts]
     whole = resolved[0] if len(parts) == 1 else _as_one(resolved, config)
     if whole.spec.layerwise:
@@ -256,7 +259,7 @@ def _build(
             problems.append(f"and it is not for parameters on {', '.join(sorted(devices))}")
         raise availability.missing(config.optim, problems, nearest)
     options, policy = settle(config)
-    policy = dataclasses.replace(policy, among=everything)
+    policy = dataclasses.replace(policy, among=everything, roles=part.roles)
     lr, weight_decay = policy.lr, policy.weight_decay
     groups = make_groups(parameters, spec, options, policy)
     rules.check_run(rules.Run(rules.Request(spec, config, options), parameters, groups, trainer))

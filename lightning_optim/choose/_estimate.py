@@ -32,7 +32,7 @@ from lightning_optim.choose._sharded import ShardedTraining, run_sharded
 from lightning_optim.choose._temporaries import StepTemporaries
 from lightning_optim.choose._tracker import Moment
 from lightning_optim.errors import IncompatibleTrainer, InvalidOption, InvalidParamGroups, MissingDependency, listing
-from lightning_optim.groups import NamedParameter, make_groups, named_parameters
+from lightning_optim.groups import NamedParameter, every_parameter, make_groups, named_parameters
 from lightning_optim.layerwise import Clipping
 from lightning_optim.table import REGISTRY, SUFFIX, OptimizerSpec, layerwise_row, refuse_unknown
 
@@ -140,7 +140,9 @@ class Estimator:
 
     def _estimated(self, config: OptimConfig) -> MemoryEstimate:
         accelerator = self._training.accelerator
-        parts = [self._chosen(part) for part in divide(self._parameters, config)]
+        parts = [
+            self._chosen(part) for part in divide(self._parameters, config, every_parameter(self._training.module))
+        ]
         built, spec = parts[0].config, parts[0].config.spec
         strategy = self._strategy_of(spec, built.optim)
         replayed = self._replayed(self._stepping(parts, strategy))
@@ -222,7 +224,7 @@ class Estimator:
 
     def _state_of(self, part: Part, temporaries: StepTemporaries) -> int:
         options, policy = settle(part.config)
-        policy = dataclasses.replace(policy, among=self._parameters)
+        policy = dataclasses.replace(policy, among=self._parameters, roles=part.roles)
         groups = make_groups(part.parameters, part.config.spec, options, policy)
         # Of a sharded parameter the shard.
         groups = [{**group, "params": tensors_in(group["params"])} for group in groups]

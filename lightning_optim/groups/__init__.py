@@ -7,7 +7,14 @@ from __future__ import annotations
 
 from lightning_optim.groups._hidden import Hidden, all_matrices, hidden_matrices
 from lightning_optim.groups._param_groups import GroupPolicy, first_matches, make_groups, make_unique, override_keys
-from lightning_optim.groups._parameters import NamedParameter, Target, device_types, named_parameters
+from lightning_optim.groups._parameters import (
+    NamedParameter,
+    Target,
+    device_types,
+    every_parameter,
+    named_parameters,
+    trainable,
+)
 from lightning_optim.groups._target_modules import TargetModules, check_target_modules, left_out
 
 __all__ = [
@@ -19,6 +26,7 @@ __all__ = [
     "all_matrices",
     "check_target_modules",
     "device_types",
+    "every_parameter",
     "first_matches",
     "hidden_matrices",
     "left_out",
@@ -26,4 +34,5 @@ __all__ = [
     "make_unique",
     "named_parameters",
     "override_keys",
+    "trainable",
 ]

@@ -7,7 +7,7 @@ few rows, and the rows of an output layer are classes: both are left to an eleme
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 from torch import nn
@@ -40,17 +40,21 @@ class Hidden:
     roles: dict[int, Role] = field(default_factory=dict)
 
 
-def hidden_matrices(parameters: Sequence[NamedParameter], target_modules: TargetModules) -> Hidden:
+def hidden_matrices(
+    parameters: Sequence[NamedParameter], target_modules: TargetModules, model: Sequence[NamedParameter] = ()
+) -> Hidden:
     """Returns the hidden matrices: of linear layers and convolutions, and stacks of matrices such as experts.
 
     The output layer is the first of these that exists: what ``get_output_embeddings()`` of a module returns; the last
     linear layer with as many outputs as the largest embedding has rows; the last one outside of numbered blocks with a
     usual name (``head``, ``classifier``, ``fc`` ...); the last linear layer, unless it is the only matrix. With a
-    weight tied to an embedding there is no other.
+    weight tied to an embedding there is no other. Where none of the first three is trained but one is frozen, that is
+    the output layer, and every matrix that is trained is hidden.
 
     Args:
-        parameters: All trainable parameters, in the order of registration.
+        parameters: All that are trained, in the order of registration.
         target_modules: What to take instead, as for optimizers that project; ``None`` finds it as above.
+        model: All parameters, frozen ones among them; ``()`` if none is frozen.
 
     Raises:
         InvalidParamGroups: If there is no hidden matrix, or ``target_modules`` names none.
@@ -58,7 +62,7 @@ def hidden_matrices(parameters: Sequence[NamedParameter], target_modules: Target
     found = matrices(parameters, target_modules)
     if target_modules is not None:
         return Hidden(found, "the matrices that optim_target_modules names")
-    output, remark = _output_layer(parameters, found)
+    output, remark = _output_layer(parameters, model or parameters, found)
     if output is not None:
         found.pop(id(output.parameter), None)
     if not found:
@@ -70,7 +74,7 @@ def hidden_matrices(parameters: Sequence[NamedParameter], target_modules: Target
     return Hidden(found, remark)
 
 
-def all_matrices(parameters: Sequence[NamedParameter]) -> Hidden:
+def all_matrices(parameters: Sequence[NamedParameter], model: Sequence[NamedParameter] = ()) -> Hidden:
     """Returns the hidden matrices, the embeddings and the output layer, which is found as above.
 
     A weight tied to an embedding is an output layer.
@@ -79,7 +83,7 @@ def all_matrices(parameters: Sequence[NamedParameter]) -> Hidden:
         InvalidParamGroups: If there is no matrix.
     """
     found = matrices(parameters)
-    output, remark = _output_layer(parameters, found)
+    output, remark = _output_layer(parameters, model or parameters, found)
     roles: dict[int, Role] = {}
     for parameter in parameters:
         if parameter is output or _is_tied(parameter):
@@ -99,26 +103,51 @@ def _is_tied(parameter: NamedParameter) -> bool:
     return parameter.is_embedding and any(isinstance(owner, nn.Linear) for owner in parameter.owners)
 
 
-def _output_layer(parameters: Sequence[NamedParameter], found: dict[int, int]) -> tuple[NamedParameter | None, str]:
+def _output_layer(
+    parameters: Sequence[NamedParameter], model: Sequence[NamedParameter], found: dict[int, int]
+) -> tuple[NamedParameter | None, str]:
+    """Returns the output layer if it is trained and not tied, and how it was found."""
     declared = [p for p in parameters if p.is_output]
     if declared:
         return declared[-1], f"the output layer is {declared[-1].name!r}, says get_output_embeddings()"
     if any(map(_is_tied, parameters)):
         return None, "the output layer is tied to an embedding"
-    linear = [p for p in parameters if id(p.parameter) in found and isinstance(_owner(p), nn.Linear)]
-    rows = max((p.parameter.shape[0] for p in parameters if p.is_embedding), default=None)
-    for candidates, reason in (
-        ([p for p in linear if p.parameter.shape[0] == rows], f"it has as many outputs as the embedding rows ({rows})"),
-        ([p for p in linear if _is_called_output(p.name)], "it has an output layer's name"),
-        (linear[-1:] if len(found) > 1 else [], "it is the last linear layer"),
-    ):
+    rows = max((p.parameter.shape[0] for p in model if p.is_embedding), default=None)
+    for candidates, reason in _signs(_linear(parameters), rows):
         if candidates:
             others = [p.name for p in candidates[:-1]]
             rivals = f", and so have {', '.join(map(repr, others))}, which are taken for hidden" if others else ""
-            return candidates[-1], (
-                f"{candidates[-1].name!r} is taken for the output layer: {reason}{rivals}; {_SETTLES}"
-            )
+            return candidates[-1], _taken(candidates[-1], f"{reason}{rivals}")
+    trained = {id(p.parameter) for p in parameters}
+    frozen = [p for p in model if id(p.parameter) not in trained]
+    for candidates, reason in (
+        ([p for p in frozen if p.is_output], "get_output_embeddings() says so"),
+        ([p for p in frozen if _is_tied(p)], "it is tied to an embedding"),
+        *_signs(_linear(frozen), rows),
+    ):
+        if candidates:
+            return None, _taken(candidates[-1], f"{reason}, and it is frozen")
+    for last in _linear(model)[-1:]:
+        if id(last.parameter) not in trained:
+            return None, _taken(last, "it is the last linear layer, and it is frozen")
+        if len(found) > 1:
+            return last, _taken(last, "it is the last linear layer")
     return None, "no output layer is found"
+
+
+def _signs(linear: list[NamedParameter], rows: int | None) -> Iterator[tuple[list[NamedParameter], str]]:
+    """Yields the linear layers that look like an output layer, the surest sign first, and the sign."""
+    yield [p for p in linear if p.parameter.shape[0] == rows], f"it has as many outputs as the embedding rows ({rows})"
+    yield [p for p in linear if _is_called_output(p.name)], "it has an output layer's name"
+
+
+def _taken(layer: NamedParameter, reason: str) -> str:
+    return f"{layer.name!r} is taken for the output layer: {reason}; {_SETTLES}"
+
+
+def _linear(parameters: Sequence[NamedParameter]) -> list[NamedParameter]:
+    found = matrices(parameters)
+    return [p for p in parameters if id(p.parameter) in found and isinstance(_owner(p), nn.Linear)]
 
 
 def _owner(parameter: NamedParameter) -> nn.Module | None:

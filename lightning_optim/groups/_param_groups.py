@@ -14,15 +14,14 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from lightning_optim.errors import InvalidOption, InvalidParamGroups, close_names, listing
-from lightning_optim.groups._hidden import all_matrices
 from lightning_optim.groups._layer_decay import layer_depths
 from lightning_optim.groups._parameters import NamedParameter, compiled
 from lightning_optim.groups._target_modules import TargetModules, matrices, projected
-from lightning_optim.table import NON_NEGATIVE, OptimizerSpec, Options, as_number, coerce, describe
+from lightning_optim.table import NON_NEGATIVE, OptimizerSpec, Options, Role, as_number, coerce, describe
 
 
 @dataclass(frozen=True)
@@ -37,6 +36,7 @@ class GroupPolicy:
         layer_pattern: Regular expression whose one group is the layer's number; ``None`` finds the layers.
         target_modules: The modules whose matrices a projecting optimizer projects; ``None`` means ``"all-linear"``.
         among: All parameters of the model, among which layers are counted; ``()`` means those that are divided.
+        roles: Which matrices are a model's ends, by id, for an optimizer that treats those in a way of their own.
     """
 
     lr: float
@@ -46,6 +46,7 @@ class GroupPolicy:
     layer_pattern: str | None = None
     target_modules: TargetModules = None
     among: Sequence[NamedParameter] = ()
+    roles: Mapping[int, Role] = field(default_factory=dict)
 
 
 def make_groups(
@@ -69,7 +70,6 @@ def make_groups(
     depths = layer_depths(among, policy.layer_pattern) if policy.layer_decay is not None else {}
     targets = projected(parameters, policy.target_modules) if spec.projects else {}
     stacks = matrices(parameters, policy.target_modules) if spec.takes != "all" else {}
-    roles = all_matrices(among).roles if spec.takes == "matrices" else {}
     _check_projected(parameters, pattern_of, overrides, targets, options)
     groups: dict[tuple[Any, ...], dict[str, Any]] = {}
     for parameter in parameters:
@@ -81,9 +81,9 @@ def make_groups(
         if identity in depths:
             labels.append(f"layer_{depths[identity].layer}")
             group["lr"] = policy.lr * (policy.layer_decay or 1.0) ** depths[identity].from_top
-        if identity in roles:
-            labels.append(roles[identity])
-            group.update(options.for_role(roles[identity]))
+        if identity in policy.roles:
+            labels.append(policy.roles[identity])
+            group.update(options.for_role(policy.roles[identity]))
         if spec.decays:
             group["weight_decay"] = policy.weight_decay if parameter.decays else 0.0
             labels += [] if "weight_decay" in override else ["decay" if parameter.decays else "no_decay"]

@@ -1,4 +1,4 @@
-"""A model's trainable parameters, each with its names and the modules that own it."""
+"""A model's parameters, each with its names and the modules that own it."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ Target = nn.Module | Iterable[Any]
 
 @dataclass(frozen=True)
 class NamedParameter:
-    """A trainable parameter with all its names and the modules that own it.
+    """A parameter with all its names and the modules that own it.
 
     A tied parameter has several names and owners but appears once. ``is_output`` says that a module's
     ``get_output_embeddings()`` names its layer.
@@ -76,6 +76,30 @@ def named_parameters(target: Target) -> list[NamedParameter]:
     Raises:
         InvalidParamGroups: If nothing is trainable, a parameter is not yet initialized, or ``target`` is none of these.
     """
+    return trainable(every_parameter(target))
+
+
+def trainable(parameters: Iterable[NamedParameter]) -> list[NamedParameter]:
+    """Returns those that are not frozen.
+
+    Raises:
+        InvalidParamGroups: If all are.
+    """
+    found = [parameter for parameter in parameters if parameter.parameter.requires_grad]
+    if not found:
+        raise InvalidParamGroups(
+            "no parameter to optimize: all are frozen (requires_grad=False) or there are none. If configure_model() or "
+            "setup() creates the layers, build the optimizer after it."
+        )
+    return found
+
+
+def every_parameter(target: Target) -> list[NamedParameter]:
+    """Collects the parameters, also frozen ones, in the order of registration; see :func:`named_parameters`.
+
+    Raises:
+        InvalidParamGroups: If a parameter is not yet initialized, or ``target`` cannot be read.
+    """
     found: dict[int, NamedParameter] = {}
     outputs = _outputs(target)
     for name, parameter, owner in _walk(target):
@@ -84,18 +108,12 @@ def named_parameters(target: Target) -> list[NamedParameter]:
                 f"{name!r} is not initialized yet (a Lazy module); run one batch through the model before the "
                 "optimizer is built, for instance in setup()"
             )
-        if parameter.requires_grad:
-            known = found.get(id(parameter), NamedParameter(parameter))
-            found[id(parameter)] = NamedParameter(
-                parameter,
-                known.names + ((name,) if name else ()),
-                known.owners + ((owner,) if owner else ()),
-                owner in outputs or known.is_output,
-            )
-    if not found:
-        raise InvalidParamGroups(
-            "no parameter to optimize: all are frozen (requires_grad=False) or there are none. If configure_model() or "
-            "setup() creates the layers, build the optimizer after it."
+        known = found.get(id(parameter), NamedParameter(parameter))
+        found[id(parameter)] = NamedParameter(
+            parameter,
+            known.names + ((name,) if name else ()),
+            known.owners + ((owner,) if owner else ()),
+            owner in outputs or known.is_output,
         )
     return list(found.values())
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -18,14 +19,14 @@ from lightning_optim import (
     build_optimizer,
 )
 from lightning_optim.build import resolve
-from lightning_optim.groups import all_matrices, hidden_matrices, named_parameters
+from lightning_optim.groups import all_matrices, every_parameter, hidden_matrices, named_parameters
 from lightning_optim.trainer import _report as report
 
 
 def hidden(model: nn.Module, target: Any = None) -> tuple[set[str], str]:
     """Returns the names of the hidden matrices, and the remark."""
     parameters = named_parameters(model)
-    found = hidden_matrices(parameters, target)
+    found = hidden_matrices(parameters, target, every_parameter(model))
     return {p.name for p in parameters if id(p.parameter) in found.stack_dims}, found.remark
 
 
@@ -75,6 +76,54 @@ def test_huggingface_models_say_it_and_tied_ones_have_none() -> None:
     assert len(found) == 2 * 4, "Conv1D is a linear layer"
     assert not any("wte" in name or "wpe" in name for name in found)
     assert "tied" in remark or "get_output_embeddings" in remark
+
+
+FROZEN = {
+    # Name of a layer that is frozen, or several; the output layer, the remark.
+    "named": (Classifier("head"), ["head"], None, "'head.weight' is taken for the output layer: it has an output"),
+    "last": (Classifier("last"), ["last"], None, "it is the last linear layer, and it is frozen"),
+    "vocabulary": (Classifier("words", tables=(20,), outputs=20), ["words"], None, "rows (20), and it is frozen"),
+    "table": (Classifier("head", "words", tables=(20,), outputs=20), ["tables"], "words", "as many outputs"),
+    "body": (Classifier("last"), ["blocks"], "last", "it is the last linear layer"),
+    "teacher": (
+        nn.ModuleDict({"student": Classifier("head"), "teacher": Classifier("head")}),
+        ["teacher"],
+        "student.head",
+        "'student.head.weight' is taken for the output layer: it has an output layer's name",
+    ),
+}
+
+
+@pytest.mark.parametrize("what", FROZEN)
+def test_a_frozen_output_layer_makes_no_other_layer_one(what: str) -> None:
+    model, frozen, output, says = FROZEN[what]
+    model = copy.deepcopy(model)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name.split(".")[0] not in frozen)
+    found, remark = hidden(model)
+    trained = {p.name for p in named_parameters(model) if p.is_matrix and not p.is_embedding}
+    assert found == trained - {f"{output}.weight"}
+    assert says in remark
+    parts = {name: group["part"] for group in build_optimizer(model, "muon").param_groups for name in group["members"]}
+    assert {name for name, part in parts.items() if part == "muon"} == found
+
+
+def test_adapters_of_a_frozen_language_model_are_hidden() -> None:
+    sizes = {"vocab_size": 32, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2}
+    model = LlamaForCausalLM(LlamaConfig(num_attention_heads=2, num_key_value_heads=2, **sizes)).requires_grad_(False)
+    for layer in model.model.layers:
+        layer.mlp.adapter = nn.Sequential(nn.Linear(16, 4, bias=False), nn.Linear(4, 16, bias=False))
+    found, remark = hidden(model)
+    assert found == {p.name for p in named_parameters(model)}
+    assert remark.startswith("'lm_head.weight' is taken for the output layer: get_output_embeddings() says so, and")
+    # A classifier beside it is one.
+    whole = nn.ModuleDict({"backbone": model, "classifier": nn.Linear(16, 3)})
+    assert hidden(whole)[0] == {f"backbone.{name}" for name in found}
+    # What is unfrozen later is what it would have been: the output layer is for the others.
+    resolved = resolve(whole, OptimConfig("muon", lr=0.02))
+    model.lm_head.requires_grad_(True)
+    groups = resolved.regroup(whole, 0.02)
+    assert {group["part"] for group in groups if any(p is model.lm_head.weight for p in group["params"])} == {"adamw"}
 
 
 def test_target_modules_settle_it() -> None:

@@ -11,6 +11,7 @@ import dataclasses
 import importlib
 import importlib.util
 import inspect
+import pickle
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
@@ -193,6 +194,24 @@ def test_a_state_with_another_correction_is_refused(ours: Any) -> None:
         ours([weight]).load_state_dict(saved)
     with pytest.raises(InvalidOption, match=r"saved with master_weight_bits=32, and Flash\w+ has None here"):
         ours([nn.Parameter(torch.zeros(4))]).load_state_dict(saved)
+
+
+@pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
+@pytest.mark.parametrize(
+    "through", [copy.deepcopy, lambda pair: pickle.loads(pickle.dumps(pair))], ids=["copy", "pickle"]
+)
+def test_a_copy_trains_on_by_itself_alone_or_as_a_part(through: Any, dtype: torch.dtype, on_cpu: str) -> None:
+    model, reference = (model.to(dtype) for model in models(2, dtype))
+    groups = {"head.*": {"optim": on_cpu}}
+    for one, other in (({"optim": on_cpu}, model), ({"optim": "sgd", "lr": 0.1, "param_groups": groups}, reference)):
+        optimizer = build_optimizer(other, **one)
+        walk(other, optimizer, range(3))
+        copied, again = through((other, optimizer))
+        walk(other, optimizer, range(3, 6))
+        assert not torch.equal(other.head.weight, copied.head.weight)
+        walk(copied, again, range(3, 6))
+        assert all(map(torch.equal, other.parameters(), copied.parameters()))
+        assert_equal(as_bytes(optimizer.state_dict()), as_bytes(again.state_dict()), "state")
 
 
 @pytest.mark.parametrize("bucket_mb", [0, 1000])

@@ -11,6 +11,7 @@ from typing import Any
 import flashoptim
 import torch
 from torch import Tensor
+from torch.optim import Optimizer
 
 from lightning_optim.errors import IncompatibleTrainer, InvalidOption
 from lightning_optim.stepping import StepsUncompiled, laid_out_as, only_valid_groups, uncompiled
@@ -19,6 +20,8 @@ _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _INITIAL_LR = "initial_lr"
 # A group's key for the bytes of its weights together with the correction that is kept beside them.
 _MASTER_BYTES = "master_bytewidth"
+_SETTINGS = "_settings"
+_OF_TORCH = frozenset(vars(torch.optim.SGD([torch.zeros(1)])))
 
 
 class _Flash(StepsUncompiled, flashoptim.FlashOptimizer):
@@ -29,6 +32,7 @@ class _Flash(StepsUncompiled, flashoptim.FlashOptimizer):
       as ``initial_lr``, and torch's schedules take that for the peak.
     - A gradient in another memory layout than its parameter's is copied first; upstream raises in the step.
     - A state that was saved with other ``master_weight_bits`` is refused. Upstream would go on with those.
+    - It can be copied and pickled. Upstream takes the state of a copy for one that it has to unpack.
     """
 
     def __init__(self, params: Iterable[Any], lr: float = 1e-3, **options: Any) -> None:
@@ -42,6 +46,8 @@ class _Flash(StepsUncompiled, flashoptim.FlashOptimizer):
         super().__init__(params, **options)
         # Those of groups are gone by now, see add_param_group.
         del self.defaults[_INITIAL_LR]
+        # What upstream's constructor has set, which torch leaves out of copies.
+        self._settings = {name: value for name, value in vars(self).items() if name not in _OF_TORCH}
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         own_peak = _INITIAL_LR in param_group
@@ -51,6 +57,16 @@ class _Flash(StepsUncompiled, flashoptim.FlashOptimizer):
                 _check(parameter, type(self).__name__)
         if not own_peak:
             self.param_groups[-1].pop(_INITIAL_LR, None)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), **self._settings, _SETTINGS: self._settings}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        if _SETTINGS in state:
+            # Of a copy, not of a file.
+            Optimizer.__setstate__(self, state)
+        else:
+            super().__setstate__(state)
 
     @uncompiled
     @torch.no_grad()

@@ -21,6 +21,7 @@ from lightning_optim.choose._evidence import CHOOSING, EVIDENCE, Evidence, Sourc
 from lightning_optim.choose._fake_run import lightning_says
 from lightning_optim.choose._fakes import PRECISIONS
 from lightning_optim.choose._memory_estimate import MemoryEstimate
+from lightning_optim.choose._model import as_module, name_of
 from lightning_optim.choose._rankings import CLAIMS, RANKED, Claim
 from lightning_optim.choose._recommend import Preference, Recommendation, rank, recommend
 from lightning_optim.choose._shapes import SHAPES, Shape, Transformer, find_shape
@@ -47,10 +48,12 @@ __all__ = [
     "Strategy",
     "Task",
     "Transformer",
+    "as_module",
     "compare_memory",
     "estimate_memory",
     "find_shape",
     "lightning_says",
+    "name_of",
     "rank",
     "recommend",
 ]

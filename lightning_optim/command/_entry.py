@@ -14,6 +14,7 @@ from lightning_optim.command import _doctor as doctor
 from lightning_optim.command import _info as info
 from lightning_optim.command import _listing as listing
 from lightning_optim.command import _memory as memory
+from lightning_optim.command import _parts as parts
 from lightning_optim.command import _recommend as recommend
 from lightning_optim.command import _render as render
 from lightning_optim.command._machine import CommandError
@@ -51,12 +52,15 @@ def _parser() -> argparse.ArgumentParser:
     subparser.add_argument("patterns", nargs="*", metavar="PATTERN", help=patterns)
 
     shown = "one identifier: options, defaults, grouping, state bytes, an example"
-    subparser = subparsers.add_parser("info", help=shown, description=f"Describes {shown}.")
+    of_request = "With options, patterns, a configuration or a model it shows the parts of that request as well."
+    subparser = subparsers.add_parser("info", help=shown, description=f"Describes {shown}. {of_request}")
     subparser.add_argument(
         "name",
+        nargs="?",
         metavar="NAME",
         help="identifier, alias, dotted path such as torch.optim.NAdam, or short name such as timm:lamb",
     )
+    parts.add_arguments(subparser)
 
     shown = "versions, devices and packages here"
     exits = "Exits with 1 if an identifier for these devices cannot run."

@@ -5,11 +5,15 @@ from __future__ import annotations
 import argparse
 import re
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from typing import Any
 
+from lightning_optim.choose import name_of
 from lightning_optim.command import _machine as machine
 from lightning_optim.command import _render as render
 from lightning_optim.command._machine import CommandError, Facts
+from lightning_optim.command._model import BadRequest, model_of, optim_of, read_config
+from lightning_optim.command._parts import as_lines, parts
 from lightning_optim.command._view import view
 from lightning_optim.errors import IncompatibleTrainer, MissingDependency, UnknownOptimizer
 from lightning_optim.table import REGISTRY, SUFFIX
@@ -26,15 +30,36 @@ _SCOPES_HELP = (
 
 
 def collect(arguments: argparse.Namespace) -> Facts:
-    """Describes an identifier or dotted path; raises CommandError if there is none, or its package is missing."""
-    name = arguments.name
+    """Describes an identifier or dotted path, and how a request is divided.
+
+    Raises:
+        CommandError: If there is none, its package is missing, or the request makes no sense.
+    """
+    try:
+        request = read_config(arguments.config) if arguments.config else {}
+        asked = optim_of(argparse.Namespace(**{**vars(arguments), "optim": arguments.name}), request)
+        model = model_of(arguments, request)[0] if arguments.model or _names_model(request) else None
+        if not asked:
+            raise BadRequest("no optimizer given: name one, as in `lightning-optim info sgd`, or a --config that does")
+    except (BadRequest, ValueError) as error:
+        raise CommandError(str(error)) from error
+    name = asked["optim"]
     # Before the lookup below, which would load the plugins too: a broken one has its own error.
     declared = name.removesuffix(SUFFIX) in machine.identifiers()
     try:
         spec = REGISTRY.find(name)
     except (UnknownOptimizer, MissingDependency, IncompatibleTrainer) as error:
         raise CommandError(str(error)) from error
-    return view(name, spec, declared)
+    shows = [*asked] != ["optim"] or model is not None or spec.takes != "all"
+    try:
+        divided = parts(asked, model) if shows else None
+    except (ValueError, ImportError) as error:
+        raise CommandError(str(error)) from error
+    return {**view(name, spec, declared), "parts": divided, "model": None if model is None else name_of(model)}
+
+
+def _names_model(request: Mapping[str, Any]) -> bool:
+    return isinstance(request.get("model"), Mapping) and "class_path" in request["model"]
 
 
 def as_text(report: Facts) -> str:
@@ -43,6 +68,7 @@ def as_text(report: Facts) -> str:
     return render.sections(
         render.wrap(f"{report['identifier']}{alias}: {report['summary']}"),
         render.properties(list(_facts(report))),
+        *([as_lines(report["parts"], report["model"])] if report["parts"] else []),
         ["Options (optim_args)", *_options(report["options"])],
         ["Param groups, schedule, modes", *render.sentences(report["grouping"]["policy"])],
         ["State", *_state(report["state"])],

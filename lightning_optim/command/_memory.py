@@ -12,7 +12,7 @@ from lightning_optim.build import OptimConfig
 from lightning_optim.choose import PRECISIONS, SHAPES, Accelerator, Estimator, MemoryEstimate, Strategy
 from lightning_optim.command import _render as render
 from lightning_optim.command._machine import CommandError, Facts
-from lightning_optim.command._model import BadRequest, batch_of, model_of, read_config, strategy_in
+from lightning_optim.command._model import BadRequest, batch_of, model_of, optim_of, read_config, strategy_in
 from lightning_optim.command._picture import stacked_bars
 
 _GIB = 2**30
@@ -30,6 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--optim", metavar="NAME", help="one identifier in detail, instead of all in one table")
     parser.add_argument("--optim-args", metavar="ARGS", help="its options, 'name=value,...'")
     parser.add_argument("--optim-target-modules", metavar="MODULES", help="what it projects, if it projects")
+    parser.add_argument("--param-groups", metavar="YAML", help="patterns, \"{'head.*': {optim: sgd, lr: 0.1}}\"")
     parser.add_argument("--fits", metavar="SIZE", help="show those that fit into this much, such as 24GiB")
     parser.add_argument("--picture", metavar="FILE", help="also draw the result as an SVG file")
 
@@ -76,7 +77,7 @@ def collect(arguments: argparse.Namespace) -> Facts:
     try:
         request = read_config(arguments.config) if arguments.config else {}
         limit = size_of("--fits", arguments.fits) if arguments.fits else None
-        optim = _requested(arguments, request)
+        optim = optim_of(arguments, request)
         model, setting = setting_of(arguments, request)
         estimator = Estimator(model, **setting)
         found = [estimator.estimate(OptimConfig(**optim))] if optim else estimator.compare()
@@ -92,16 +93,6 @@ def collect(arguments: argparse.Namespace) -> Facts:
     if arguments.picture:
         _draw(Path(arguments.picture), fitting)
     return {"fits": limit, "one": bool(optim), "estimates": [estimate.as_dict() for estimate in fitting]}
-
-
-def _requested(arguments: argparse.Namespace, request: Mapping[str, Any]) -> dict[str, Any]:
-    own = {name: request[name] for name in request if name.startswith("optim") or name in ("weight_decay",)}
-    given = {name: getattr(arguments, name) for name in ("optim", "optim_args", "optim_target_modules")}
-    merged = own | {name: value for name, value in given.items() if value is not None}
-    if merged and "optim" not in merged:
-        options = ", ".join("--" + name.replace("_", "-") for name in merged)
-        raise BadRequest(f"{options} without --optim: name the identifier that takes it")
-    return merged
 
 
 def setting_of(arguments: argparse.Namespace, request: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:

@@ -1,4 +1,4 @@
-"""What the command line and a config file say of a model and its batch."""
+"""What the command line and a config file say of an optimizer, a model and its batch."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import torch
 import yaml  # type: ignore[import-untyped]
 from torch import Tensor, nn
 
+from lightning_optim.build import ARGUMENTS
 from lightning_optim.choose import SHAPES, Shape, find_shape
 from lightning_optim.command import _machine as machine
 
@@ -47,16 +48,51 @@ def read_config(path: str) -> Mapping[str, Any]:
     return found
 
 
+def optim_of(arguments: argparse.Namespace, request: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the arguments of the optimizer that was typed or written: for OptimCLI, or for a module with OptimMixin.
+
+    Raises:
+        BadRequest: If options were given, and no name.
+    """
+    of_module = _init_of(request)
+    place = of_module if "optim" in of_module and "optim" not in request else request
+    written = {name: place[name] for name in ARGUMENTS if name in place}
+    typed = {name: getattr(arguments, name, None) for name in ("optim", "optim_args", "optim_target_modules")}
+    patterns = getattr(arguments, "param_groups", None)
+    typed["param_groups"] = None if patterns is None else _yaml("--param-groups", patterns)
+    typed = {name: value for name, value in typed.items() if value is not None}
+    if typed and "optim" not in written | typed:
+        options = ", ".join("--" + name.replace("_", "-") for name in typed)
+        raise BadRequest(f"{options} without --optim: name the identifier that takes it")
+    return written | typed if "optim" in written | typed else {}
+
+
+def _init_of(request: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Returns what a file says of the module's arguments."""
+    in_file = request.get("model", {})
+    if not isinstance(in_file, Mapping):
+        return {}
+    return in_file.get("init_args" if in_file.get("class_path") else "", in_file) or {}
+
+
+def _yaml(flag: str, text: str) -> Any:
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise BadRequest(f"{flag} {text!r}: {error}") from error
+
+
 def model_of(arguments: argparse.Namespace, request: Mapping[str, Any]) -> tuple[nn.Module | Shape, bool]:
     """Returns the module or the shape that was named, and whether it is a shape.
 
     Raises:
         BadRequest: If none or several were named, or it cannot be made.
     """
-    families = {name: getattr(arguments, name) for name in ("llama", "gpt2", "bert", "vit")}
+    families = {name: getattr(arguments, name, None) for name in ("llama", "gpt2", "bert", "vit")}
     named = [_preset(family, size) for family, size in families.items() if size]
     named += [arguments.model] if arguments.model else []
-    sizes = {name: getattr(arguments, name) for name in (*_SIZES, "kv_heads") if getattr(arguments, name) is not None}
+    given = {name: getattr(arguments, name, None) for name in (*_SIZES, "kv_heads")}
+    sizes = {name: value for name, value in given.items() if value is not None}
     in_file = request.get("model", {})
     class_path = in_file.get("class_path") if isinstance(in_file, Mapping) else None
     if class_path and not named:
@@ -75,8 +111,7 @@ def model_of(arguments: argparse.Namespace, request: Mapping[str, Any]) -> tuple
     (name,) = named
     if name in SHAPES or not (":" in name or "." in name):
         return find_shape(name), True
-    given = in_file.get("init_args", in_file if not class_path else {}) if isinstance(in_file, Mapping) else {}
-    return _module(name, {**(given or {}), **_init_args(arguments.init_args)}), False
+    return _module(name, {**_init_of(request), **_init_args(arguments.init_args)}), False
 
 
 def strategy_in(trainer: Mapping[str, Any]) -> Any:

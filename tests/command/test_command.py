@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import importlib
 import json
 import re
 import shlex
@@ -14,6 +15,7 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
+import yaml
 
 from lightning_optim import (
     REGISTRY,
@@ -287,6 +289,77 @@ def test_the_python_example_runs(command: Command, name: str) -> None:
     assert [group["weight_decay"] for group in optimizer.param_groups] == [spec.default_weight_decay, 0.0]
 
 
+OF_PARTS = """
+model:
+  class_path: parts_lit.Lit
+  init_args:
+    width: 8
+    optim: muon
+    lr: 0.02
+    param_groups: {"net[.]0[.].*": {optim: lion_8bit, lr: 1.0e-4}}
+"""
+PARTS_LIT = """
+import lightning as L
+from torch import nn
+from lightning_optim import OptimMixin
+
+class Lit(OptimMixin, L.LightningModule):
+    def __init__(self, width: int, **optim):
+        super().__init__(**optim)
+        self.net = nn.Sequential(nn.Embedding(4, width), nn.Linear(width, width), nn.Linear(width, 4))
+
+    def training_step(self, batch, batch_idx):
+        return self.net(batch).square().mean()
+"""
+
+
+def test_info_shows_how_a_request_is_divided(command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    Path("parts_lit.py").write_text(PARTS_LIT)
+    Path("run.yaml").write_text(OF_PARTS)
+    info = command.json("info", "--config", "run.yaml")
+    assert (info["identifier"], info["model"]) == ("muon", "Lit")
+    assert "'net.2.weight' is taken for the output layer" in info["parts"][0]["remark"]
+    assert [(each["identifier"], each["takes"], each["lr"]) for each in info["parts"]] == [
+        ("muon", "hidden matrices", 0.02),
+        ("adamw", "all other parameters", 1e-3),
+        ("lion_8bit", "what 'net[.]0[.].*' matches", 1e-4),
+    ]
+    # As the optimizer itself is divided.
+    sys.path.insert(0, str(tmp_path))
+    built = importlib.import_module("parts_lit").Lit(**yaml.safe_load(OF_PARTS)["model"]["init_args"])
+    groups = built.configure_optimizers().param_groups
+    shown = [(each["name"], one["tensors"], one["lr"]) for each in info["parts"] for one in each["groups"].values()]
+    assert shown == [(group["part"], len(group["params"]), group["lr"]) for group in groups]
+    text = command("info", "--config", "run.yaml")
+    assert_fits(text)
+    assert "lion_8bit for what 'net[.]0[.].*' matches: bitsandbytes.optim.Lion (lr=0.0001," in text
+    # The memory of the same request: Lion keeps 4 bytes for each element of the table, which 32 bits are.
+    asked = ("memory", "--config", "run.yaml", "--input", "2x3:int64")
+    (estimate,) = command.json(*asked)["estimates"]
+    (less,) = command.json(*asked, "--param-groups", "{'net[.]0[.].*': {optim: sgd}}")["estimates"]
+    assert estimate["state"] - less["state"] == 4 * 4 * 8
+
+
+def test_info_says_the_parts_of_a_name_and_of_patterns(command: Command) -> None:
+    muon = "  muon for hidden matrices: lightning_optim.optimizers.Muon (lr=0.001, weight_decay=0.1)"
+    adamw = "  adamw for all other parameters: torch.optim.AdamW (lr=0.001, weight_decay=0.01)"
+    assert "\n".join(("Parts", muon, adamw, "")) in command("info", "muon")
+    assert command.json("info", "sgd")["parts"] is None
+    gpt2 = command("info", "muon", "--model", "gpt2")
+    assert re.search(r"^Parts of gpt2$", gpt2, re.MULTILINE)
+    assert re.search(r"^    decay +72 tensors +84,934,656 elements +lr=0.001$", gpt2, re.MULTILINE)
+    for words, told in (
+        ((), "no optimizer given: name one"),
+        (("sgd", "--param-groups", "{'a.*': {optim: adamw_8bti}}"), "Close names: 'adamw_8bit'"),
+        (("sgd", "--param-groups", "{'a.*': {optim: sgd}}", "--model", "gpt2"), "matches no trainable parameter"),
+        (("sgd", "--param-groups", "{'a.*'"), "--param-groups \"{'a.*'\": "),
+        (("--optim-args", "momentum=0.9"), "--optim-args without --optim"),
+    ):
+        assert told in unwrapped(command("info", *words, status=2))
+
+
 class LitLinear(OptimMixin, L.LightningModule):
     def __init__(self, **optim: Any) -> None:
         super().__init__(**optim)
@@ -457,7 +530,7 @@ def test_a_broken_plugin_stops_list_but_not_doctor(
 # The command as a process
 
 
-@pytest.mark.parametrize("argv", [[], ["lst"], ["info"], ["list", "--jsn"]])
+@pytest.mark.parametrize("argv", [[], ["lst"], ["list", "--jsn"]])
 def test_wrong_usage(argv: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as raised:
         main(argv)

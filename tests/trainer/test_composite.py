@@ -31,6 +31,7 @@ from lightning_optim import (
     Layerwise,
     OptimCallback,
     OptimConfig,
+    OptimMixin,
     UnknownOptimizer,
     build_optimizer,
 )
@@ -194,6 +195,55 @@ def test_every_door_takes_it(tmp_path: Path) -> None:
     plainly, fused = fit(TWO), fit(TWO, strategy=FusedStrategy())
     for one, other in zip(plainly.parameters(), fused.parameters(), strict=True):
         assert torch.allclose(one, other, rtol=1e-5, atol=1e-6)
+
+
+class ByHand(OptimMixin, L.LightningModule):
+    """Steps several as one by manual optimization."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+        self.model = TokenModel()
+
+    def configure_optimizers(self) -> Any:
+        return self.build_optimizer(self.model, "sgd", lr=0.1, param_groups=AVERAGED)
+
+    def training_step(self, batch: tuple[torch.Tensor, ...], batch_idx: int) -> None:
+        optimizer: Any = self.optimizers()
+        optimizer.zero_grad()
+        self.manual_backward(F.cross_entropy(self.model(batch[0]).flatten(0, 1), batch[1].flatten()))
+        optimizer.step()
+
+
+AVERAGED = {"(embedding|head)[.].*": {"optim": "schedule_free_sgd", "lr": 1.0}}
+
+
+def test_manual_optimization_and_fabric_take_it(tmp_path: Path) -> None:
+    """Each gives the weights of a plain loop, and a state that Fabric saved goes on."""
+    torch.manual_seed(0)
+    by_hand = ByHand()
+    models = [copy.deepcopy(by_hand.model) for _ in range(3)]
+    trainer(max_epochs=1).fit(by_hand, loader())
+    plain, outer, again = (build_optimizer(model, "sgd", lr=0.1, param_groups=AVERAGED) for model in models)
+    for optimizer in (plain, outer, again):
+        optimizer.parts["(embedding|head)[.].*"].train()  # type: ignore[attr-defined]
+    fabric = L.Fabric(accelerator="cpu", devices=1)
+    wrapped, wrapper = fabric.setup(models[1], outer)
+    for number, (tokens, targets) in enumerate(loader()):
+        F.cross_entropy(models[0](tokens).flatten(0, 1), targets.flatten()).backward()
+        plain.step()
+        plain.zero_grad()
+        fabric.backward(F.cross_entropy(wrapped(tokens).flatten(0, 1), targets.flatten()))
+        wrapper.step()
+        wrapper.zero_grad()
+        if number == 4:
+            fabric.save(tmp_path / "half.ckpt", {"model": wrapped, "optimizer": wrapper})
+            wrapped, wrapper = fabric.setup(models[2], again)
+            fabric.load(tmp_path / "half.ckpt", {"model": wrapped, "optimizer": wrapper})
+    assert_equal(models[0].state_dict(), models[2].state_dict(), "Fabric")
+    assert_equal(plain.state_dict(), again.state_dict(), "Fabric")
+    plain.parts["(embedding|head)[.].*"].eval()  # type: ignore[attr-defined]
+    assert_equal(models[0].state_dict(), by_hand.model.state_dict(), "manual optimization")
 
 
 REFUSED = {

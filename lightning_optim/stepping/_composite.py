@@ -103,8 +103,10 @@ class Composite(StepsUncompiled):
             state |= {own[index]: value for index, value in written["state"].items()}
             for place, group in zip(places, written["param_groups"], strict=True):
                 groups[place] = {**group, "params": [own[index] for index in group["params"]]}
-        others = {key: value for key, value in self.state.items() if not isinstance(key, Tensor)}
-        whole: dict[str, Any] = {"state": _sorted(state) | others, "param_groups": list(_sorted(groups).values())}
+        whole: dict[str, Any] = {
+            "state": _sorted(state) | self._of_no_parameter(),
+            "param_groups": list(_sorted(groups).values()),
+        }
         for hook in after:
             whole = hook(self, whole) or whole
         return whole
@@ -142,11 +144,21 @@ class Composite(StepsUncompiled):
             hook(self)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "parts": self.parts, "clips": self.clips}
+        """Returns what a copy needs; each part says what of its own state, which it may have to make copyable first."""
+        parts = {}
+        for name, part in zip(self.parts, parts_of(self), strict=True):
+            with _alone(part):
+                parts[name] = (type(part), part.__getstate__())
+        return {**super().__getstate__(), "state": self._of_no_parameter(), "parts": parts, "clips": self.clips}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
+        super().__setstate__({**state, "parts": {}})
+        of_no_parameter = self.state
+        for name, (kind, own) in state["parts"].items():
+            self.parts[name] = kind.__new__(kind)
+            self.parts[name].__setstate__(own)
         self._share()
+        self.state.update(of_no_parameter)
 
     def follow_groups(self) -> None:
         """Gives the parts their groups anew where ``param_groups`` was replaced, as finetuning callbacks do."""
@@ -163,6 +175,9 @@ class Composite(StepsUncompiled):
         self.state = state
         for part in self.parts.values():
             part.state = state
+
+    def _of_no_parameter(self) -> dict[Any, Any]:
+        return {key: value for key, value in self.state.items() if not isinstance(key, Tensor)}
 
     def _places(self) -> Iterator[tuple[Optimizer, list[int]]]:
         """Yields each part with the positions of its groups."""

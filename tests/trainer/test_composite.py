@@ -35,8 +35,9 @@ from lightning_optim import (
     UnknownOptimizer,
     build_optimizer,
 )
-from lightning_optim.stepping import Composite
+from lightning_optim.stepping import Composite, averaging_parts
 from lightning_optim.table.rows import ROWS
+from tests.cases import BY_NAME
 from tests.composites import PAIRS, PATTERN, by_hand, fit, request, state_of, steps_in_backward
 from tests.models import ForeignTokens, LitTokens, TokenModel, loader, trainer
 from tests.trainer.test_resume import assert_equal, assert_plain
@@ -114,6 +115,25 @@ def test_a_schedule_free_part_is_evaluated_and_saved_at_its_average(tmp_path: Pa
     assert torch.equal(saved["model.head.weight"], head), "the average is saved"
     part.train()
     assert not torch.equal(saved["model.head.weight"], head)
+
+
+@pytest.mark.parametrize(("main", "other"), PAIRS)
+def test_a_copy_of_a_pair_trains_on_by_itself(main: str, other: str) -> None:
+    torch.manual_seed(0)
+    model = TokenModel()
+    part = {"optim": other, "lr": BY_NAME[other].lr, "clip": {"norm": 1.0}}
+    optimizer = build_optimizer(model, main, lr=BY_NAME[main].lr, param_groups={"(embedding|head)[.].*": part})
+    for averaging in averaging_parts(optimizer):
+        averaging.train()
+    step(model, optimizer)
+    copies = [copy.deepcopy((model, optimizer)), pickle.loads(pickle.dumps((model, optimizer)))]
+    before = copy.deepcopy(model.state_dict())
+    step(model, optimizer)
+    for copied, own in copies:
+        assert_equal(copied.state_dict(), before, "not moved with the original")
+        step(copied, own)
+        assert_equal(copied.state_dict(), model.state_dict(), "weights")
+        assert_equal(own.state_dict(), optimizer.state_dict(), "state")
 
 
 def test_it_is_copied_pickled_and_goes_through_a_distributed_checkpoint() -> None:

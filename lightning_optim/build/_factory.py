@@ -258,10 +258,8 @@ def _build(
         if not spec.runs_on(devices):
             problems.append(f"and it is not for parameters on {', '.join(sorted(devices))}")
         raise availability.missing(config.optim, problems, nearest)
-    options, policy = settle(config)
-    policy = dataclasses.replace(policy, among=everything, roles=part.roles)
+    options, policy, groups = grouped(part, config, everything)
     lr, weight_decay = policy.lr, policy.weight_decay
-    groups = make_groups(parameters, spec, options, policy)
     rules.check_run(rules.Run(rules.Request(spec, config, options), parameters, groups, trainer))
 
     # Imported late: importing an accelerator's package may initialize the device.
@@ -324,6 +322,15 @@ def settle(config: OptimConfig) -> tuple[Options, GroupPolicy]:
         config.optim_target_modules,
     )
     return options, policy
+
+
+def grouped(
+    part: Part, config: OptimConfig, everything: list[NamedParameter]
+) -> tuple[Options, GroupPolicy, list[dict[str, Any]]]:
+    """Returns the options of a request for a part, how its parameters are divided, and their groups."""
+    options, policy = settle(config)
+    policy = dataclasses.replace(policy, among=everything, roles=part.roles)
+    return options, policy, make_groups(part.parameters, config.spec, options, policy)
 
 
 @takes_arguments(OptimizerArguments)

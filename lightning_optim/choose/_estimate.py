@@ -18,6 +18,7 @@ from lightning_optim.build import (
     OptimizerArguments,
     Part,
     divide,
+    grouped,
     rules,
     settle,
     state_bytes,
@@ -32,7 +33,7 @@ from lightning_optim.choose._sharded import ShardedTraining, run_sharded
 from lightning_optim.choose._temporaries import StepTemporaries
 from lightning_optim.choose._tracker import Moment
 from lightning_optim.errors import IncompatibleTrainer, InvalidOption, InvalidParamGroups, MissingDependency, listing
-from lightning_optim.groups import NamedParameter, every_parameter, make_groups, named_parameters
+from lightning_optim.groups import NamedParameter, every_parameter, named_parameters
 from lightning_optim.layerwise import Clipping
 from lightning_optim.table import REGISTRY, SUFFIX, OptimizerSpec, layerwise_row, refuse_unknown
 
@@ -223,9 +224,7 @@ class Estimator:
         return dataclasses.replace(part, config=config.replace(optim=chosen))
 
     def _state_of(self, part: Part, temporaries: StepTemporaries) -> int:
-        options, policy = settle(part.config)
-        policy = dataclasses.replace(policy, among=self._parameters, roles=part.roles)
-        groups = make_groups(part.parameters, part.config.spec, options, policy)
+        options, _, groups = grouped(part, part.config, self._parameters)
         # Of a sharded parameter the shard.
         groups = [{**group, "params": tensors_in(group["params"])} for group in groups]
         state = state_bytes(part.config.spec, options, groups)

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 from torch import nn
 
-from lightning_optim.build import OptimConfig, Part, divide, settle
+from lightning_optim.build import OptimConfig, Part, divide, grouped, settle
 from lightning_optim.choose import Shape, as_module
 from lightning_optim.command import _render as render
 from lightning_optim.command._machine import Facts
-from lightning_optim.groups import every_parameter, make_groups, trainable
+from lightning_optim.groups import NamedParameter, every_parameter, trainable
 from lightning_optim.table import SUFFIX
 
 _REST = "all other parameters"
@@ -79,16 +78,14 @@ def _part(part: Part, takes: str, groups: Facts | None) -> Facts:
     }
 
 
-def _groups(part: Part, trained: list[Any]) -> Facts:
-    options, policy = settle(part.config)
-    policy = dataclasses.replace(policy, among=trained, roles=part.roles)
+def _groups(part: Part, trained: list[NamedParameter]) -> Facts:
     return {
         group["name"]: {
             "tensors": len(group["params"]),
             "elements": sum(parameter.numel() for parameter in group["params"]),
             "lr": group["lr"],
         }
-        for group in make_groups(part.parameters, part.config.spec, options, policy)
+        for group in grouped(part, part.config, trained)[2]
     }
 
 

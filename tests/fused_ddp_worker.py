@@ -32,6 +32,7 @@ CLIPPING: dict[str, dict[str, Any]] = {
     "value": {"gradient_clip_val": 0.003, "gradient_clip_algorithm": "value"},
     "norm, accumulation": {"gradient_clip_val": 0.1, "accumulate_grad_batches": 2},
 }
+SEVERAL = {"model[.]head[.].*": {"optim": "adagrad", "lr": 1e-2}}
 VIEWS = {"gradient_as_bucket_view": True, "static_graph": True, "find_unused_parameters": False}
 
 
@@ -99,12 +100,13 @@ def fit(
     optim: str,
     strategy: Any,
     module: type[Model] = Model,
+    param_groups: dict[str, Any] | None = None,
     **flags: Any,
 ) -> dict[str, Any]:
     """Trains twelve steps; returns the weights and what was noted."""
     torch.manual_seed(0)
     Calls.count = 0
-    model = module(optim=optim, lr=1e-2, weight_decay=0.1, optim_args=OPTIMS[optim])
+    model = module(optim=optim, lr=1e-2, weight_decay=0.1, optim_args=OPTIMS[optim], param_groups=param_groups)
     watch = Watch()
     run = trainer(strategy=strategy, devices=2, max_steps=STEPS, plugins=[fp16_mixed()], callbacks=[watch], **flags)
     run.fit(model, loader(20))
@@ -132,6 +134,14 @@ def runs() -> Iterator[tuple[str, dict[str, dict[str, Any]]]]:
                 "fused": fit(optim, "fused_ddp", OverflowsOnOneRank, **CLIPPING["norm"]),
             },
         )
+    several = {"param_groups": SEVERAL, **CLIPPING["norm"]}
+    yield (
+        "several optimizers",
+        {
+            "ddp": fit("adamw_torch", "ddp", OverflowsOnOneRank, **several),
+            "fused": fit("adamw_torch", "fused_ddp", OverflowsOnOneRank, **several),
+        },
+    )
     yield (
         "bucket views",
         {

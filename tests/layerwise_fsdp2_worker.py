@@ -48,6 +48,9 @@ RESUMED = [
     for first, second in (("", "_layerwise"), ("_layerwise", ""), ("_layerwise", "_layerwise"))
 ]
 # Their states and groups hold integers, strings and None besides tensors.
+#: Several as one: the optimizer of the ends of the model; the main one is AnyPrecision.
+SEVERAL = {"model[.](0|4)[.].*": {"optim": "adamw_torch", "lr": 1e-3, "lr_scheduler": "cosine"}}
+MAIN = "adamw_anyprecision"
 RESUMED += [("grokadamw", "grokadamw_layerwise", False), ("adamw_anyprecision_layerwise", "adamw_anyprecision", True)]
 
 
@@ -107,6 +110,7 @@ def fit(
     whole_file: bool = False,
     strategy: type[ModelParallelStrategy] | None = None,
     callbacks: tuple[Callback, ...] = (),
+    param_groups: dict[str, Any] | None = None,
     **flags: Any,
 ) -> dict[str, Any]:
     """Trains eight steps, from a checkpoint if there is one; returns what was noted, or the error."""
@@ -119,6 +123,7 @@ def fit(
         weight_decay=0.1,
         lr_scheduler=case.schedule,
         optim_args={**case.options, **(options or {})},
+        param_groups=param_groups,
     )
     watch = Watch()
     callbacks = watch, *callbacks
@@ -147,6 +152,16 @@ def both(name: str, options: dict[str, Any] | None = None, **kwargs: Any) -> dic
     return {"plain": fit(case_of(name).plain, **kwargs), "layerwise": fit(f"{name}_layerwise", options, **kwargs)}
 
 
+def several(directory: Path, **flags: Any) -> dict[str, Any]:
+    """Fits several optimizers as one in both forms, and each from the other's checkpoint, in shards and as a file."""
+    found = {}
+    for first, second, whole in ((MAIN, f"{MAIN}_layerwise", True), (f"{MAIN}_layerwise", MAIN, False)):
+        saved = directory / f"several, {first}"
+        found[first] = fit(first, save=saved, whole_file=whole, **flags)
+        found[f"{second}, resumed"] = fit(second, checkpoint=saved / "step=4.ckpt", whole_file=whole, **flags)
+    return found
+
+
 def runs(directory: Path) -> Iterator[tuple[str, Any]]:
     """Yields every run by name."""
     for name, setting in COMPARED:
@@ -159,6 +174,7 @@ def runs(directory: Path) -> Iterator[tuple[str, Any]]:
     yield "plain strategy", fit("adamw_torch_layerwise", strategy=ModelParallelStrategy)
     flags = SETTINGS["norm clipping"][0]
     yield "norm_budget_mb", fit("adamw_torch_layerwise", {"norm_budget_mb": 1}, **flags)
+    yield "several optimizers", several(directory, param_groups=SEVERAL, **flags)
     for first, second, whole_file in RESUMED:
         saved = directory / f"{first}, {whole_file}"
         if not saved.exists():

@@ -46,3 +46,15 @@ def test_an_overflow_in_one_process_skips_the_step_in_both(ranks: list[dict[str,
         fused = rank[f"{optim}, overflow"]["fused"]
         assert [not moved for moved in fused["moved"]] == [step in OVERFLOWED for step in range(STEPS)]
         assert fused["scales"][-1] == 65536.0 / 4
+
+
+def test_several_optimizers_as_one_are_fused_and_skip_a_step_together(ranks: list[dict[str, dict[str, Any]]]) -> None:
+    for rank in ranks:
+        plain, fused = rank["several optimizers"]["ddp"], rank["several optimizers"]["fused"]
+        # Each part has two groups; for several as one the scaler reads the overflow, and calls no kernel.
+        assert (plain["kernels"], fused["kernels"]) == (0, 4 * (STEPS - len(OVERFLOWED)))
+        assert all(fused["same"])
+        assert fused["moved"] == plain["moved"] == [step not in OVERFLOWED for step in range(STEPS)]
+        assert fused["scales"] == plain["scales"]
+        for name, weight in plain["weights"].items():
+            assert (fused["weights"][name] - weight).abs().max() < TOLERANCE

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from tests.cases import case_of
-from tests.layerwise_fsdp2_worker import ACCUMULATED, BUCKETS, COMPARED, RESUMED, SETTINGS, WIDTH
+from tests.layerwise_fsdp2_worker import ACCUMULATED, BUCKETS, COMPARED, MAIN, RESUMED, SETTINGS, WIDTH
 from tests.processes import run_fresh
 
 MIB = 2**20
@@ -82,6 +82,14 @@ def test_resumes_exactly_and_moves_to_and_from_the_plain_strategy(
         assert len(resumed["reduced"]) == 4, "it started in the middle"
         name = case_of(first).name
         assert distance(resumed, rank[f"{name}, norm clipping"]["plain"]) == 0
+
+
+def test_several_optimizers_as_one_are_sharded_and_resume_from_each_other(ranks: list[dict[str, Any]]) -> None:
+    for rank in ranks:
+        several = rank["several optimizers"]
+        assert len(several) == 4
+        assert all(distance(several[MAIN], run) == 0 for run in several.values())
+        assert distance(several[MAIN], rank[f"{MAIN}, norm clipping"]["plain"]) > 1e-3, "the part changes something"
 
 
 def test_gradients_that_fit_a_budget_wait_for_their_norm(ranks: list[dict[str, Any]]) -> None:

@@ -112,7 +112,9 @@ def test_the_state_of_other_parameters_of_the_same_shapes_is_refused(name: str, 
     """Layer 1 would get the moments of layer 0."""
     case = next(case for case in CASES if case.name == name)
     optimizer = build_optimizer(model(frozen=0), getattr(case, form), lr=1e-3)
-    with pytest.raises(InvalidOption, match=r"'1\.weight' stands where the checkpoint has '0\.weight'"):
+    # For those that look for the output layer the frozen one is it, so that they have other groups.
+    moved, regrouped = r"'1\.weight' stands where the checkpoint has '0\.weight'", "belongs to other groups"
+    with pytest.raises(InvalidOption, match=moved if case.row.takes == "all" else regrouped):
         optimizer.load_state_dict(saved(name if form == "plain" and not case.in_backward else case.plain))
 
 

@@ -4,7 +4,6 @@ VENV := .venv
 BIN := $(VENV)/bin
 XLA_VENV := .venv-xla
 COLLECTIONS_VENV := .venv-collections
-SURVEY_VENV := .venv-survey
 # For another Python: `make test-oldest PYTHON=python3.10 OLDEST_VENV=.venv-oldest-3.10`.
 OLDEST_VENV := .venv-oldest
 
@@ -32,12 +31,17 @@ test: venv
 test-benchmarks: venv
 	$(BIN)/python -m pytest tests/test_benchmarks.py
 
-# Optimizers of the big collections, which no row describes, in an environment of their own. timm needs torchvision.
-test-collections:
-	test -x $(COLLECTIONS_VENV)/bin/python || $(PYTHON) -m venv $(COLLECTIONS_VENV)
-	$(COLLECTIONS_VENV)/bin/python -m pip install --quiet --constraint constraints.txt torch torchvision pytest \
-	    timm==1.0.31 pytorch-optimizer==4.1.0 --editable ".[cli]"
+# Optimizers of the big collections, which no row describes, in an environment of their own. timm needs torchvision: see
+# benchmarks/declare_torchvision_operators.py.
+test-collections: $(COLLECTIONS_VENV)/.installed
 	$(COLLECTIONS_VENV)/bin/python -m pytest tests/collections
+
+$(COLLECTIONS_VENV)/.installed: pyproject.toml setup.cfg constraints.txt requirements-collections.txt
+	test -x $(@D)/bin/python || $(PYTHON) -m venv $(@D)
+	$(@D)/bin/python -m pip install --quiet --constraint constraints.txt torch \
+	    --requirement requirements-collections.txt --editable ".[cli]"
+	$(@D)/bin/python -c "import torchvision" 2> /dev/null || $(@D)/bin/python benchmarks/declare_torchvision_operators.py
+	touch $@
 
 # Needs a CUDA GPU and a torch built for it, and fails without.
 test-gpu: venv
@@ -120,11 +124,8 @@ bench-quick: venv
 
 # Every optimizer class of torch.optim and the big collections against every promise: docs/other-optimizers.md. Ctrl-C
 # interrupts it, and the same command goes on.
-survey:
-	test -x $(SURVEY_VENV)/bin/python || $(PYTHON) -m venv $(SURVEY_VENV)
-	$(SURVEY_VENV)/bin/python -m pip install --quiet --constraint constraints.txt torch torchvision \
-	    timm==1.0.31 pytorch-optimizer==4.1.0 heavyball==3.2.1 --editable .
-	$(SURVEY_VENV)/bin/python benchmarks/survey.py
+survey: $(COLLECTIONS_VENV)/.installed
+	$(COLLECTIONS_VENV)/bin/python benchmarks/survey.py
 
 clean:
-	rm -rf $(VENV) $(XLA_VENV) $(COLLECTIONS_VENV) $(SURVEY_VENV) $(OLDEST_VENV) $(VENV)-3.* docs/_build docs/generated demo_output
+	rm -rf $(VENV) $(XLA_VENV) $(COLLECTIONS_VENV) $(OLDEST_VENV) $(VENV)-3.* docs/_build docs/generated demo_output

@@ -252,7 +252,7 @@ def test_api_page_documents_every_public_name() -> None:
 
 def test_refusals_page_has_a_row_per_rule() -> None:
     rows = re.findall(r"^\| (?!What|-)", (ROOT / "docs" / "refusals.md").read_text(encoding="utf-8"), re.MULTILINE)
-    tables = (rules.CONFIG_RULES, rules.RUN_RULES, rules.FUSED_RULES, rules.LAYERWISE_RULES)
+    tables = (rules.CONFIG_RULES, rules.RUN_RULES, rules.DEMAND_RULES, rules.FUSED_RULES, rules.LAYERWISE_RULES)
     assert len(rows) == sum(map(len, tables))
 
 

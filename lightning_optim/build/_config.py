@@ -92,7 +92,7 @@ class OptimConfig(Arguments):
         if spec.takes != "all":
             object.__setattr__(self, "others", self._part("optim_args", others_arguments(self, spec)))
         options = parse(spec.options, self.optim_args, self.optim)
-        rules.check_config(rules.Request(spec, self, options, self.parts))
+        rules.check_config(rules.Request(spec, self, options, self.parts, self.others))
 
     @classmethod
     def from_transformers(cls, args: Any) -> OptimConfig:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -26,6 +27,7 @@ class Part:
         clip: How its gradients are clipped by themselves; ``None`` if with all others.
         remark: How its parameters were found, for the report.
         roles: Which of them are a model's ends, by id, for an optimizer that treats those in a way of their own.
+        hidden: Hidden matrices, by id, for an optimizer that must be told of them.
     """
 
     name: str
@@ -35,6 +37,7 @@ class Part:
     clip: Clipping | None = None
     remark: str = ""
     roles: Mapping[int, Role] = field(default_factory=dict)
+    hidden: frozenset[int] = frozenset()
 
 
 def divide(parameters: Sequence[NamedParameter], config: OptimConfig, model: Sequence[NamedParameter]) -> list[Part]:
@@ -50,7 +53,7 @@ def divide(parameters: Sequence[NamedParameter], config: OptimConfig, model: Seq
     """
     patterns = config.param_groups or {}
     if not config.parts and config.spec.takes == "all":
-        return [Part(_plain_name(config.optim), config, list(parameters))]
+        return [_flagged(Part(_plain_name(config.optim), config, list(parameters)), parameters, model)]
     pattern_of = first_matches(parameters, patterns)
     taken = {pattern: _matched(parameters, pattern_of, pattern) for pattern in config.parts}
     rest = [p for p in parameters if pattern_of.get(id(p.parameter)) not in taken]
@@ -70,7 +73,16 @@ def divide(parameters: Sequence[NamedParameter], config: OptimConfig, model: Seq
         Part(pattern, config.parts[pattern], members, clip=part_clip(pattern, patterns[pattern]))
         for pattern, members in taken.items()
     )
-    return [*parts, *named]
+    return [_flagged(part, parameters, model) for part in (*parts, *named)]
+
+
+def _flagged(part: Part, parameters: Sequence[NamedParameter], model: Sequence[NamedParameter]) -> Part:
+    """Returns a part with what its class must be told, if it must be, of hidden matrices."""
+    if part.config.spec.flag is None:
+        return part
+    # Of the whole model: what is thawed later may hold none, and is told so.
+    found = hidden_matrices(model or parameters, part.config.optim_target_modules)
+    return dataclasses.replace(part, remark=found.remark, hidden=frozenset(found.stack_dims))
 
 
 def _matrices_and_others(

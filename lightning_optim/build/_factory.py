@@ -136,7 +136,9 @@ class ResolvedOptimizer:
                 )
             built = by_name[part.name]
             rate = lr if built is self.each[0] or not self.lr else built.lr * lr / self.lr
-            policy = dataclasses.replace(built.policy, lr=rate, layer_decay=None, layer_pattern=None, roles=part.roles)
+            policy = dataclasses.replace(
+                built.policy, lr=rate, layer_decay=None, layer_pattern=None, roles=part.roles, hidden=part.hidden
+            )
             first = built.optimizer.param_groups[0]
             whose = {key: first[key] for key in (IDENTIFIER, FORMAT, PART) if key in first}
             found += [{**group, **whose} for group in make_groups(part.parameters, built.spec, built.options, policy)]
@@ -329,7 +331,7 @@ def grouped(
 ) -> tuple[Options, GroupPolicy, list[dict[str, Any]]]:
     """Returns the options of a request for a part, how its parameters are divided, and their groups."""
     options, policy = settle(config)
-    policy = dataclasses.replace(policy, among=everything, roles=part.roles)
+    policy = dataclasses.replace(policy, among=everything, roles=part.roles, hidden=part.hidden)
     return options, policy, make_groups(part.parameters, config.spec, options, policy)
 
 

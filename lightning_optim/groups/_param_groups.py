@@ -7,13 +7,14 @@ The policy, in the order in which it is applied to a parameter:
 3. biases, parameters of norm layers and others with fewer than two dimensions are not decayed, unless a pattern sets
    weight_decay;
 4. if states are quantized, those of embeddings stay in 32 bits, unless the options say otherwise;
-5. if gradients are projected, those of parameters that no target module owns are not.
+5. if gradients are projected, those of parameters that no target module owns are not;
+6. if groups must say by a flag whether they are hidden matrices, they do.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -37,6 +38,7 @@ class GroupPolicy:
         target_modules: The modules whose matrices a projecting optimizer projects; ``None`` means ``"all-linear"``.
         among: All parameters of the model, among which layers are counted; ``()`` means those that are divided.
         roles: Which matrices are a model's ends, by id, for an optimizer that treats those in a way of their own.
+        hidden: Which parameters are hidden matrices, by id, for a class whose groups must say so.
     """
 
     lr: float
@@ -47,6 +49,7 @@ class GroupPolicy:
     target_modules: TargetModules = None
     among: Sequence[NamedParameter] = ()
     roles: Mapping[int, Role] = field(default_factory=dict)
+    hidden: Set[int] = frozenset()
 
 
 def make_groups(
@@ -56,8 +59,8 @@ def make_groups(
 
     Returns:
         Param groups with ``name``, ``params``, ``lr``, ``weight_decay`` (if the class decays), ``optim_bits`` (if its
-        states are quantized), ``rank`` (if the class projects; ``None`` for groups that are not projected) and the
-        overridden options.
+        states are quantized), ``rank`` (if the class projects; ``None`` for groups that are not projected), the flag of
+        hidden matrices (if the class has one) and the overridden options.
 
     Raises:
         InvalidParamGroups: If a pattern is malformed, matches nothing or only what an earlier pattern took, or if
@@ -70,6 +73,7 @@ def make_groups(
     depths = layer_depths(among, policy.layer_pattern) if policy.layer_decay is not None else {}
     targets = projected(parameters, policy.target_modules) if spec.projects else {}
     stacks = matrices(parameters, policy.target_modules) if spec.takes != "all" else {}
+    flag = spec.flag
     _check_projected(parameters, pattern_of, overrides, targets, options)
     groups: dict[tuple[Any, ...], dict[str, Any]] = {}
     for parameter in parameters:
@@ -77,15 +81,21 @@ def make_groups(
         pattern = pattern_of.get(identity)
         override = overrides[pattern] if pattern is not None else {}
         labels = [pattern] if pattern is not None else []
-        group: dict[str, Any] = {"lr": policy.lr}
+        rates = (policy.lr, policy.weight_decay)
+        group: dict[str, Any] = {}
+        if flag is not None:
+            group[flag.key] = identity in policy.hidden
+            labels += ["hidden"] if identity in policy.hidden else []
+            rates = rates if identity in policy.hidden else flag.rates(options)
+        group["lr"] = rates[0]
         if identity in depths:
             labels.append(f"layer_{depths[identity].layer}")
-            group["lr"] = policy.lr * (policy.layer_decay or 1.0) ** depths[identity].from_top
+            group["lr"] *= (policy.layer_decay or 1.0) ** depths[identity].from_top
         if identity in policy.roles:
             labels.append(policy.roles[identity])
             group.update(options.for_role(policy.roles[identity]))
         if spec.decays:
-            group["weight_decay"] = policy.weight_decay if parameter.decays else 0.0
+            group["weight_decay"] = rates[1] if parameter.decays else 0.0
             labels += [] if "weight_decay" in override else ["decay" if parameter.decays else "no_decay"]
         if spec.bits is not None:
             keep = parameter.is_embedding and not getattr(options, "quantize_embeddings", False)

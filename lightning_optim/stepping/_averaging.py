@@ -29,9 +29,11 @@ class KeepsTrainingPoint(StepsUncompiled):
 
     Attributes:
         saves_averages: True while the model's state dict holds the averaged weights, whatever the mode.
+        kept_average: What a parameter's state holds once its average differs from it.
     """
 
     saves_averages = False
+    kept_average = "z"
 
     @property
     def training(self) -> bool:
@@ -62,7 +64,7 @@ class KeepsTrainingPoint(StepsUncompiled):
     def averaged_weights(self) -> dict[Tensor, Tensor]:
         """Returns the averaged value of every parameter that is at its training point, without changing parameters."""
         return {
-            parameter: parameter.detach().lerp(state["z"], 1 - 1 / _interpolation(group))
+            parameter: self._average(parameter, state, group)
             for parameter, state, group in self._moved(train_mode=True)
         }
 
@@ -81,12 +83,17 @@ class KeepsTrainingPoint(StepsUncompiled):
         parameters = [parameter for group in self.param_groups for parameter in group["params"]]
         for index, parameter in enumerate(parameters):
             state = state_dict["state"].get(index, {})
-            if "z" in state and _POINT not in state:
+            if self.kept_average in state and _POINT not in state:
                 # A new dict and a copy: state_dict() shares its tensors with the optimizer, and y is the weight itself.
                 state_dict["state"][index] = {**state, _POINT: parameter.detach().clone()}
         for group in state_dict["param_groups"]:
             group["train_mode"] = False
         return state_dict
+
+    def _average(self, parameter: Tensor, state: dict[str, Any], group: dict[str, Any]) -> Tensor:
+        """Returns the averaged value of a parameter that is at its training point."""
+        interpolation = float(group["betas"][0] if "betas" in group else group["momentum"])
+        return parameter.detach().lerp(state["z"], 1 - 1 / interpolation)
 
     def _drop_empty(self) -> None:
         """Removes the states that upstream makes by looking: ``torch.distributed.checkpoint`` takes them for whole."""
@@ -98,10 +105,5 @@ class KeepsTrainingPoint(StepsUncompiled):
         for group in self.param_groups:
             if group["train_mode"] == train_mode:
                 for parameter in group["params"]:
-                    if "z" in self.state.get(parameter, {}):
+                    if self.kept_average in self.state.get(parameter, {}):
                         yield parameter, self.state[parameter], group
-
-
-def _interpolation(group: dict[str, Any]) -> float:
-    """Returns the weight of the average in the training point."""
-    return float(group["betas"][0] if "betas" in group else group["momentum"])

@@ -15,10 +15,11 @@ from dataclasses import make_dataclass
 from types import MappingProxyType
 from typing import Any
 
-from torch.optim import LBFGS, Optimizer
+from torch.optim import Optimizer
 
 from lightning_optim.errors import DuplicateOptimizer, MissingDependency, UnknownOptimizer, close_names, listing
 from lightning_optim.table._collections import COLLECTIONS, collection_of
+from lightning_optim.table._known import known_fields, mended, refuse_unfit
 from lightning_optim.table._layerwise import SUFFIX, layerwise_row
 from lightning_optim.table._misnomers import refuse_arguments
 from lightning_optim.table._options import Options, describe, option, required
@@ -26,8 +27,6 @@ from lightning_optim.table._spec import OptimizerSpec
 from lightning_optim.table.rows import ROWS
 
 ENTRY_POINT_GROUP = "lightning_optim.optimizers"
-
-_COUPLED = "LBFGS evaluates the model several times for one step over all parameters"
 
 # Arguments of a dotted path's class that are not options: they are separate arguments.
 _NOT_OPTIONS = ("lr", "weight_decay")
@@ -262,34 +261,32 @@ def _spec_from_class(
         UnknownOptimizer: If its constructor does not take the parameters first, and ``lr`` and all others by name.
     """
     module_name, _, class_name = path.rpartition(".")
-    if callable(getattr(loaded, "train", None)) and callable(getattr(loaded, "eval", None)):
-        raise UnknownOptimizer(
-            f"optim={name!r} has to be switched between training and evaluation, which is done for identifiers only; "
-            "use optim='schedule_free_adamw', 'schedule_free_radam' or 'schedule_free_sgd'"
-        )
+    refuse_unfit(name, loaded, ROWS)
     parameters = {
         key: parameter.replace(default=changed.get(key, parameter.default))
-        for key, parameter in inspect.signature(loaded).parameters.items()
+        for key, parameter in inspect.signature(mended(loaded)).parameters.items()
     }
     _check_signature(name, parameters)
     defaults = {key: _default(parameters, key) for key in ("lr", "weight_decay")}
-    return OptimizerSpec(
+    known = known_fields(loaded, path, parameters)
+    left_out = (*_NOT_OPTIONS, "warmup_steps") if known.get("warmup") == "optimizer" else _NOT_OPTIONS
+    spec = OptimizerSpec(
         name=name,
         target=f"{module_name}:{class_name}",
         summary=summary,
         source=path,
-        options=_options_from_signature(class_name, parameters),
+        options=_options_from_signature(class_name, parameters, left_out),
         default_lr=defaults["lr"],
         default_weight_decay=defaults["weight_decay"] or 0.0,
         decays="weight_decay" in parameters,
         state=None,
-        coupled=_COUPLED if issubclass(loaded, LBFGS) else "",
         # Unknown for such classes: only torch's checks in the first step apply.
         sparse=True,
         complex=True,
         sharded=True,
         half_weights=True,
     )
+    return dataclasses.replace(spec, **known)
 
 
 def _check_signature(name: str, parameters: Mapping[str, inspect.Parameter]) -> None:
@@ -307,11 +304,13 @@ def _default(parameters: Mapping[str, inspect.Parameter], name: str) -> Any:
     return default if isinstance(default, (int, float)) else None
 
 
-def _options_from_signature(class_name: str, parameters: Mapping[str, inspect.Parameter]) -> type[Options]:
+def _options_from_signature(
+    class_name: str, parameters: Mapping[str, inspect.Parameter], left_out: Collection[str]
+) -> type[Options]:
     fields: list[Any] = []
     # The first argument is the parameters, whatever its name.
     for name, parameter in list(parameters.items())[1:]:
-        if name in _NOT_OPTIONS or parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
+        if name in left_out or parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
             continue
         if isinstance(parameter.default, dict) or hasattr(Options, name):
             raise UnknownOptimizer(

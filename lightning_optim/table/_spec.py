@@ -16,6 +16,9 @@ from lightning_optim.table._options import Options
 
 Warmup = Literal["schedule", "optimizer", "none"]
 
+_CALLS = "its step calls the closure itself, which computes the gradients of all parameters"
+_DIFFERENTIATES = "its step differentiates the gradients once more, which needs those of all parameters and their graph"
+
 
 @dataclass(frozen=True)
 class Buffer:
@@ -108,6 +111,25 @@ class StateLayout:
 
 
 @dataclass(frozen=True)
+class MatrixFlag:
+    """What the groups of a class say by a flag: whether it steps their parameters as hidden matrices.
+
+    Attributes:
+        key: The group's key: ``"use_muon"``.
+        lr: The option that is the learning rate of all other parameters.
+        weight_decay: The option that is their weight decay.
+    """
+
+    key: str
+    lr: str
+    weight_decay: str
+
+    def rates(self, options: Options) -> tuple[float, float]:
+        """Returns learning rate and weight decay of the other parameters."""
+        return getattr(options, self.lr), getattr(options, self.weight_decay)
+
+
+@dataclass(frozen=True)
 class OptimizerSpec:
     """One optimizer of the table.
 
@@ -142,8 +164,16 @@ class OptimizerSpec:
             name.
         takes: ``"hidden matrices"`` if it steps only these and leaves the other parameters to the identifier in its
             option ``others``; ``"matrices"`` if it also takes embeddings and the output layer.
+        flag: What its groups say of hidden matrices, for a class that steps these and all others; ``None`` if nothing.
+        only_matrices: True if it takes parameters of two dimensions only.
+        one_group: True if it takes one param group only.
+        needs_closure: True if its step calls the closure itself, once or more (LBFGS).
+        needs_graph: True if its step differentiates the gradients once more, which takes
+            ``backward(create_graph=True)``; under a Trainer that is taken care of.
+        needs_process_group: True if it takes part in ``torch.distributed`` itself, which must be initialized.
         projects: True if it projects the gradients of chosen matrices (``optim_target_modules``) to a ``rank``.
-        coupled: Why one parameter cannot be stepped without the others, or empty if it can.
+        coupled: Why one parameter cannot be stepped without the others, or empty if it can; said for those that need
+            the closure or the graph.
         xla: Why it cannot run on XLA devices, or empty if it can.
         choices: Identifiers of which this one takes the first that can run; none of them has choices itself.
         fallbacks: The closest identifiers; ``optim_fallback=True`` takes the first that can run.
@@ -180,6 +210,12 @@ class OptimizerSpec:
     layerwise: bool = False
     lists_layerwise: bool = False
     takes: Literal["all", "hidden matrices", "matrices"] = "all"
+    flag: MatrixFlag | None = None
+    only_matrices: bool = False
+    one_group: bool = False
+    needs_closure: bool = False
+    needs_graph: bool = False
+    needs_process_group: bool = False
     projects: bool = False
     coupled: str = ""
     xla: str = ""
@@ -190,6 +226,10 @@ class OptimizerSpec:
     state_format: str = ""
     kin: tuple[str, ...] = ()
     note: str = ""
+
+    def __post_init__(self) -> None:
+        if not self.coupled and (self.needs_closure or self.needs_graph):
+            object.__setattr__(self, "coupled", _CALLS if self.needs_closure else _DIFFERENTIATES)
 
     @property
     def implementation(self) -> str:

@@ -76,7 +76,7 @@ def _copies(subject: Subject, through: Callable[[Any], Any], expected: str) -> N
     trial = subject.trial()
     trial.advance(range(_BEFORE))
     with expecting(expected):
-        copied = Trial(*through((trial.module, trial.optimizer)))
+        copied = subject.training(*through((trial.module, trial.optimizer)))
     expect_same(copied.outcome(), trial.outcome(), "a copy that equals the original")
     with expecting("a copy that can be stepped"):
         copied.advance(range(_BEFORE, REFERENCE))
@@ -107,7 +107,7 @@ def state_bytes(subject: Subject) -> None:
     resolved = subject.resolve(module)
     if resolved.state_bytes is None:
         raise NotSaid("the row does not describe the state")
-    trial = Trial(module, resolved.optimizer)
+    trial = subject.training(module, resolved.optimizer)
     trial.advance(range(1))
     quantization = resolved.spec.state.quantization if resolved.spec.state else None
     measured = measured_bytes(trial.optimizer.state_dict(), quantization.tables if quantization else ())

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from lightning_optim.build import OptimConfig, ResolvedOptimizer, constructor_arguments, resolve
+from lightning_optim.build import OptimConfig, ResolvedOptimizer, TrainerFacts, constructor_arguments, resolve
 from lightning_optim.errors import InvalidOption
 from lightning_optim.stepping import seed
 from lightning_optim.table import REGISTRY, OptimizerSpec
@@ -58,18 +58,30 @@ class Subject:
         seed(0)
         return kind().to(self.device, dtype)
 
-    def resolve(self, module: nn.Module, **arguments: Any) -> ResolvedOptimizer:
+    def resolve(self, module: nn.Module, *, trainer: TrainerFacts | None = None, **arguments: Any) -> ResolvedOptimizer:
         """Builds the optimizer of a module, and says how."""
-        return resolve(module, self.config(**arguments))
+        return resolve(module, self.config(**arguments), trainer=trainer)
 
     def build(self, module: nn.Module, **arguments: Any) -> Optimizer:
         """Builds the optimizer of a module."""
         return self.resolve(module, **arguments).optimizer
 
-    def trial(self, kind: type[nn.Module] = Tokens, dtype: torch.dtype = torch.float32, **arguments: Any) -> Trial:
-        """Returns a new training, the same every time."""
+    def trial(
+        self,
+        kind: type[nn.Module] = Tokens,
+        dtype: torch.dtype = torch.float32,
+        *,
+        trainer: TrainerFacts | None = None,
+        **arguments: Any,
+    ) -> Trial:
+        """Returns a new training, the same every time; what a Trainer's ``trainer`` rules out is refused."""
         module = self.module(kind, dtype)
-        return Trial(module, self.build(module, **arguments))
+        return self.training(module, self.resolve(module, trainer=trainer, **arguments).optimizer)
+
+    def training(self, module: nn.Module, optimizer: Optimizer) -> Trial:
+        """Returns a training of a module by an optimizer of this row."""
+        row = self.row
+        return Trial(module, optimizer, closes=row.needs_closure, makes_graphs=row.needs_graph)
 
     def after(self, steps: int) -> dict[str, Any]:
         """Returns what an uninterrupted training leaves behind after so many steps; it runs once for all promises."""

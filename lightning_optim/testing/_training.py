@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.amp import GradScaler
 from torch.optim.lr_scheduler import LambdaLR, LinearLR
 
+from lightning_optim.build import TrainerFacts
 from lightning_optim.testing._broken import expect, expect_same, expecting
 from lightning_optim.testing._subject import REFERENCE, Subject
 from lightning_optim.testing._trial import Trial
@@ -89,14 +90,14 @@ def missing_gradients(subject: Subject) -> None:
 
 def accumulation(subject: Subject) -> None:
     """A gradient that arrives in four shares is stepped once, as the whole is."""
-    trial = subject.trial()
+    trial = subject.trial(trainer=TrainerFacts(accumulates=4))
     trial.advance(range(3), micro_batches=4)
     expect_same(trial.outcome(), subject.after(3), "the same step from four backward passes as from one")
 
 
 def fp16_scaling(subject: Subject) -> None:
     """Scaled losses give the same steps, and an overflow is skipped."""
-    scaled = subject.trial()
+    scaled = subject.trial(trainer=TrainerFacts(scales=True))
     scaler = GradScaler(subject.device.type, init_scale=1024.0)
     with expecting("steps under a GradScaler"):
         scaled.advance(range(3), scaler=scaler)

@@ -53,11 +53,17 @@ class Trial:
     Args:
         module: Its parameters are trained.
         optimizer: Steps them, plainly or during backward.
+        closes: Whether its step is given the closure, which it calls.
+        makes_graphs: Whether its step differentiates the gradients.
     """
 
-    def __init__(self, module: nn.Module, optimizer: Optimizer) -> None:
+    def __init__(
+        self, module: nn.Module, optimizer: Optimizer, *, closes: bool = False, makes_graphs: bool = False
+    ) -> None:
         self.module = module
         self.optimizer = optimizer
+        self.closes = closes
+        self.makes_graphs = makes_graphs
         self.parameters = dict(module.named_parameters())
         for part in averaging_parts(optimizer):
             part.train()
@@ -116,7 +122,7 @@ class Trial:
         """
         for step in steps:
             for _ in range(micro_batches - 1):
-                self.pull(step, missing, scale / micro_batches).backward()  # type: ignore[no-untyped-call]
+                self.backward(self.pull(step, missing, scale / micro_batches))
             self._step(lambda step=step: self.pull(step, missing, scale / micro_batches), step, scaler)  # type: ignore[misc]
             if schedule is not None:
                 schedule.step()
@@ -124,24 +130,35 @@ class Trial:
     def pull(
         self, step: int, missing: Callable[[int, int], bool] = lambda index, step: False, scale: float = 1.0
     ) -> Tensor:
-        """Returns a loss that is linear in the parameters: its gradients are given numbers."""
+        """Returns a loss whose gradients are given numbers."""
         generator = torch.Generator().manual_seed(1000 + step)
         loss = torch.zeros(())
         for index, parameter in enumerate(self.parameters.values()):
             gradient = torch.randn(parameter.shape, generator=generator, device="cpu") * scale
             if not missing(index, step):
                 loss = loss.to(parameter.device) + (parameter * gradient.to(parameter)).sum()
+            if not missing(index, step) and self.makes_graphs:
+                # Adds 0 to the gradient, and the identity to what it is differentiated to.
+                loss = loss + (parameter - parameter.detach()).square().sum() * (scale / 2)
         return loss
+
+    def backward(self, loss: Tensor) -> None:
+        """Computes the gradients, as the optimizer needs them."""
+        loss.backward(create_graph=self.makes_graphs)  # type: ignore[no-untyped-call]
 
     def _step(self, make: Callable[[], Tensor], number: int, scaler: GradScaler | None = None) -> None:
         seed(number, self.optimizer)
+        if self.closes:
+            self.optimizer.step(lambda: self._compute(make))  # type: ignore[arg-type,return-value]
+            self.optimizer.zero_grad()
+            return
         layerwise = Layerwise.of(self.optimizer)
         loss = make()
         if layerwise is not None and loss.requires_grad:
             layerwise.backward(loss, scaler=scaler)
         else:
             if loss.requires_grad:
-                (scaler.scale(loss) if scaler else loss).backward()  # type: ignore[no-untyped-call]
+                self.backward(scaler.scale(loss) if scaler else loss)
             if scaler:
                 scaler.step(self.optimizer)
             else:
@@ -149,3 +166,12 @@ class Trial:
         if scaler:
             scaler.update()
         self.optimizer.zero_grad()
+
+    def _compute(self, make: Callable[[], Tensor]) -> Tensor:
+        """What a closure does; as Lightning's, it enables gradients itself."""
+        with torch.enable_grad():
+            self.optimizer.zero_grad()
+            loss = make()
+            if loss.requires_grad:
+                self.backward(loss)
+        return loss

@@ -7,7 +7,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
+from lightning.pytorch.callbacks import GradientAccumulationScheduler, StochasticWeightAveraging, WeightAveraging
 from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor
 from torch.optim import Optimizer
@@ -33,7 +33,8 @@ from lightning_optim.trainer import _packages as packages
 from lightning_optim.trainer._expected import Expected, OwnHook
 from lightning_optim.trainer._length import Length
 from lightning_optim.trainer.callbacks._finders import AfterFinders, Built, forgetful_finder, has_finder
-from lightning_optim.trainer.callbacks._layerwise import LayerwiseCallback, steps_in_backward
+from lightning_optim.trainer.callbacks._graph import GraphCallback
+from lightning_optim.trainer.callbacks._layerwise import LayerwiseCallback, steps_in_backward, takes
 from lightning_optim.trainer.callbacks._manual_schedule import ManualSchedule
 from lightning_optim.trainer.callbacks._own_clips import OwnClips
 from lightning_optim.trainer.callbacks._plateau import PlateauCallback, lightning_config
@@ -166,6 +167,8 @@ def _resolve(
         OwnClips.attach(trainer)
     if any(part.spec.averages_weights for part in resolved.each):
         ScheduleFreeCallback.attach(trainer)
+    if spec.needs_graph:
+        GraphCallback.attach(trainer)
     if spec.layerwise or steps_in_backward(trainer):
         options = LayerwiseOptions(**resolved.options.select("layerwise"))
         LayerwiseCallback.attach(trainer, optimizer, options, asked if spec.layerwise else None)
@@ -174,8 +177,18 @@ def _resolve(
 
 def _facts(trainer: Trainer) -> TrainerFacts:
     rivals = packages.kin(WeightAveraging, StochasticWeightAveraging)
-    averaging = (c for c in trainer.callbacks if isinstance(c, rivals))  # type: ignore[attr-defined]
-    return TrainerFacts(forgetful_finder(trainer), next((type(callback).__name__ for callback in averaging), ""))
+    callbacks = trainer.callbacks  # type: ignore[attr-defined]
+    averaging = (callback for callback in callbacks if isinstance(callback, rivals))
+    changing = (c for c in callbacks if isinstance(c, packages.kin(GradientAccumulationScheduler)))
+    return TrainerFacts(
+        forgetful=forgetful_finder(trainer),
+        averaging=next((type(callback).__name__ for callback in averaging), ""),
+        scales=getattr(trainer.precision_plugin, "scaler", None) is not None,
+        accumulates=max([trainer.accumulate_grad_batches, *(n for c in changing for n in c.scheduling.values())]),
+        processes=trainer.world_size,
+        makes_graphs=takes(trainer.lightning_module, "create_graph"),
+        steps_in_backward=steps_in_backward(trainer),
+    )
 
 
 def _announce(

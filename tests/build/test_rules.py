@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,6 +16,7 @@ import torch.distributed as dist
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import (
     EMAWeightAveraging,
+    GradientAccumulationScheduler,
     StochasticWeightAveraging,
     WeightAveraging,
 )
@@ -44,6 +45,28 @@ class NoDefaultRate(SGD):
 class RelativeStep(SGD):
     def __init__(self, params: Any, lr: float = 1e-3, relative_step: bool = True) -> None:
         super().__init__(params, lr)
+
+
+class Differentiates(SGD):
+    def __init__(self, params: Any, lr: float = 1e-3) -> None:
+        super().__init__(params, lr)
+
+
+# What only a row can say, for classes that are not known.
+DEMANDING = {
+    "differentiates": {"needs_graph": True},
+    "exchanges": {"needs_process_group": True},
+    "couples": {"coupled": "it steps all parameters along one direction"},
+}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def demanding_rows() -> Iterator[None]:
+    row = REGISTRY.find(f"{__name__}.Differentiates")
+    with ExitStack() as registered:
+        for name, fields in DEMANDING.items():
+            registered.enter_context(REGISTRY.knowing(dataclasses.replace(row, name=name, **fields)))
+        yield
 
 
 @dataclass(frozen=True)
@@ -121,6 +144,16 @@ CONFIG_CASES = (
         ("lr_scheduler='reduce_lr_on_plateau'", "optim='schedule_free_sgd'", "Use lr_scheduler='linear'"),
     ),
     Case(
+        rules._request._demanding_ones_have_no_other_parts,
+        {"optim": "torch.optim.LBFGS", "param_groups": {".*head.*": {"optim": "sgd"}}},
+        ("optim='torch.optim.LBFGS' together with other optimizers", "calls the closure itself", "Use it alone"),
+    ),
+    Case(
+        rules._request._demanding_ones_have_no_other_parts,
+        {"optim": "muon", "optim_args": {"others": "differentiates"}},
+        ("optim='differentiates' together with other optimizers", "whose graph the others' steps", "Use it alone"),
+    ),
+    Case(
         rules._request._lr_is_known,
         {"optim": f"{__name__}.NoDefaultRate"},
         (f"optim='{__name__}.NoDefaultRate'", "no default learning rate", "lr=1e-3"),
@@ -185,7 +218,7 @@ def fired(monkeypatch: pytest.MonkeyPatch) -> list[Callable[..., str | None]]:
 
         return call
 
-    for table in ("CONFIG_RULES", "RUN_RULES"):
+    for table in ("CONFIG_RULES", "RUN_RULES", "DEMAND_RULES"):
         monkeypatch.setattr(rules, table, tuple(recorded(rule) for rule in getattr(rules, table)))
     return refusing
 
@@ -230,7 +263,70 @@ def make_gaps(lit: LitTokens) -> None:
     lit.model.gaps = nn.Parameter(torch.zeros(4, 6)[:, ::2])
 
 
+def with_plain_backward(lit: LitTokens) -> None:
+    # As a module's own method would be.
+    lit.backward = lambda loss: loss.backward()  # type: ignore[method-assign]
+
+
 FIT_CASES = (
+    Run(
+        rules._demands._graph_is_not_scaled,
+        {"optim": "differentiates"},
+        ("optim='differentiates' under a GradScaler", "second derivatives", "Trainer(precision='bf16-mixed')"),
+        trainer=lambda: {"plugins": fp16_mixed()},
+    ),
+    Run(
+        rules._demands._backward_makes_a_graph,
+        {"optim": "differentiates"},
+        ("optim='differentiates' needs backward(create_graph=True)", "def backward(self, loss, *args, **kwargs)"),
+        model=with_plain_backward,
+    ),
+    Run(
+        rules._demands._closure_is_not_scaled,
+        {"optim": "torch.optim.LBFGS"},
+        ("optim='torch.optim.LBFGS' under a GradScaler", "takes none", "Trainer(precision='bf16-mixed')"),
+        trainer=lambda: {"plugins": fp16_mixed()},
+    ),
+    *[
+        Run(
+            rules._demands._closure_is_one_batch,
+            {"optim": "torch.optim.LBFGS"},
+            (
+                "optim='torch.optim.LBFGS' with accumulate_grad_batches=2",
+                "the last batch only",
+                "Leave accumulate_grad_batches out",
+            ),
+            trainer=lambda accumulation=accumulation: accumulation(),
+        )
+        for accumulation in (
+            lambda: {"accumulate_grad_batches": 2},
+            lambda: {"callbacks": GradientAccumulationScheduler({4: 2})},
+        )
+    ],
+    Run(
+        rules._demands._takes_one_group,
+        {"optim": "torch.optim.LBFGS", "param_groups": {".*head.*": {"lr": 0.1}}},
+        ("optim='torch.optim.LBFGS' takes one param group, and there are 2: 'all', ", "Leave param_groups"),
+    ),
+    Run(
+        rules._demands._needs_a_process_group,
+        {"optim": "exchanges"},
+        ("optim='exchanges' exchanges tensors between processes", "Use Trainer(strategy='ddp')"),
+    ),
+    Run(
+        rules._demands._takes_only_matrices,
+        {"optim": "torch.optim.Muon"},
+        ("optim='torch.optim.Muon' takes parameters of two dimensions only", "has 1", "Use optim='muon'"),
+    ),
+    Run(
+        rules._demands._not_in_backward,
+        {"optim": "couples"},
+        (
+            "optim='couples' under a strategy that steps during backward: it steps all parameters along one direction",
+            "Use another strategy",
+        ),
+        trainer=lambda: {"strategy": "layerwise"},
+    ),
     *[
         Run(
             rules._run._compiler,
@@ -456,11 +552,30 @@ def test_states_that_are_not_paged_count_only_where_something_else_may_be_taken(
     assert rules._run._paging(run_on("cpu", config, REGISTRY["lion_8bit"])) is None
 
 
+@pytest.mark.parametrize(
+    ("rule", "name", "why"),
+    [
+        (rules._demands._graph_is_of_one_process, "differentiates", "leaves no graph"),
+        (rules._demands._closure_is_of_one_process, "torch.optim.LBFGS", "they would drift apart"),
+    ],
+)
+def test_some_are_for_one_process(rule: Callable[..., str | None], name: str, why: str) -> None:
+    spec = REGISTRY.find(name)
+    run = run_on("cpu", OptimConfig(name), spec)
+    text = rule(dataclasses.replace(run, trainer=rules.TrainerFacts(processes=2)))
+    assert text is not None
+    assert text.startswith(f"optim={name!r} with 2 processes: its step")
+    assert why in text
+    assert text.endswith("Use Trainer(devices=1, num_nodes=1).")
+    assert rule(dataclasses.replace(run, trainer=rules.TrainerFacts(processes=1))) is None
+
+
 def test_every_rule_has_a_case() -> None:
     covered = {case.rule for case in (*CONFIG_CASES, *FIT_CASES, *BUILD_CASES)}
     # For devices that are not here; for a resumed run (tests/trainer/test_finders.py).
     apart = {rules._run._xla, rules._run._paging, rules._run._finder_with_resume}
-    assert covered | apart == {*rules.CONFIG_RULES, *rules.RUN_RULES}
+    several = {rules._demands._graph_is_of_one_process, rules._demands._closure_is_of_one_process}
+    assert covered | apart | several == {*rules.CONFIG_RULES, *rules.RUN_RULES, *rules.DEMAND_RULES}
 
 
 # --- neighbours that work --------------------------------------------------------------------------------------------

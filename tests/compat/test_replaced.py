@@ -19,6 +19,7 @@ from tests.models import ForeignTokens, fp16_mixed, loader, trainer
 #: ``test_imports.py`` finds them.
 REPLACED = {
     "add_param_group": "the policy for groups that finetuning callbacks add (trainer/callbacks/_thawed.py)",
+    "backward": "optimizers that differentiate gradients (trainer/callbacks/_graph.py)",
     "clip_gradients": "the clipping of layerwise optimizers (trainer/callbacks/_layerwise.py)",
     "configure_optimizers": "OptimCallback (trainer/_optim_callback.py)",
     "load_state_dict": "exact resume of optimizers that run no hooks (build/_resume.py)",
@@ -76,6 +77,7 @@ class Thaws(BaseFinetuning):
     ("name", "owner", "flags"),
     [
         ("add_param_group", "", {"callbacks": Thaws}),
+        ("backward", "lightning_module", {}),
         ("clip_gradients", "precision_plugin", {}),
         ("clip_gradients", "precision_plugin", {"plugins": fp16_mixed}),
         ("configure_optimizers", "lightning_module", {}),

@@ -1,12 +1,13 @@
 """What cannot work together: each rule says what was passed, why it fails and what to type instead.
 
 There is one table per file. :data:`CONFIG_RULES` need only the request and are checked when it is made. The others are
-checked before the first batch: :data:`RUN_RULES` need the model and, where there is one, the Trainer,
-:data:`LAYERWISE_RULES` an optimizer stepped during backward, :data:`FUSED_RULES` one stepped by fused kernels.
+checked before the first batch: :data:`RUN_RULES` and :data:`DEMAND_RULES` need the model and, where there is one, the
+Trainer, :data:`LAYERWISE_RULES` an optimizer stepped during backward, :data:`FUSED_RULES` one stepped by fused kernels.
 """
 
 from __future__ import annotations
 
+from lightning_optim.build.rules._demands import DEMAND_RULES
 from lightning_optim.build.rules._fused import FUSED_RULES, Fusing
 from lightning_optim.build.rules._layerwise import LAYERWISE_RULES, STEPPING_STRATEGIES, Stepping, gradient_is_gone
 from lightning_optim.build.rules._request import CONFIG_RULES, Request
@@ -15,6 +16,7 @@ from lightning_optim.errors import IncompatibleTrainer
 
 __all__ = [
     "CONFIG_RULES",
+    "DEMAND_RULES",
     "FUSED_RULES",
     "LAYERWISE_RULES",
     "RUN_RULES",
@@ -36,8 +38,8 @@ def check_config(request: Request) -> None:
 
 
 def check_run(run: Run) -> None:
-    """Raises :class:`IncompatibleTrainer` with every rule of :data:`RUN_RULES` that the run breaks."""
-    _raise([rule(run) for rule in RUN_RULES])
+    """Raises :class:`IncompatibleTrainer` with every rule of the tables for runs that the run breaks."""
+    _raise([rule(run) for rule in (*RUN_RULES, *DEMAND_RULES)])
 
 
 def check_fused(fusing: Fusing) -> None:

@@ -14,12 +14,16 @@ from lightning_optim.table import REGISTRY, OptimizerSpec, Options, describe
 
 @dataclass(frozen=True)
 class Request:
-    """An identifier's row, the user's arguments, and the options among them with defaults filled in."""
+    """An identifier's row, the user's arguments, and the options among them with defaults filled in.
+
+    ``parts`` are the requests of patterns, ``rest`` is what an optimizer for hidden matrices leaves to another.
+    """
 
     spec: OptimizerSpec
     config: Arguments
     options: Options
     parts: Mapping[str, Arguments] = field(default_factory=dict)
+    rest: Arguments | None = None
 
     @property
     def others(self) -> list[OptimizerSpec]:
@@ -100,6 +104,23 @@ def _layer_pattern_needs_layer_decay(request: Request) -> str | None:
     return None
 
 
+def _demanding_ones_have_no_other_parts(request: Request) -> str | None:
+    rest = [REGISTRY.find(request.rest.optim)] if request.rest is not None else []
+    rows = [request.spec, *request.others, *rest]
+    found = next((row for row in rows if row.needs_closure or row.needs_graph), None)
+    if found is None or len(rows) == 1:
+        return None
+    why = (
+        "calls the closure itself, which would leave the others without a gradient of their own"
+        if found.needs_closure
+        else "differentiates gradients whose graph the others' steps would have written over"
+    )
+    return (
+        f"optim={found.name!r} together with other optimizers: its step {why}. Use it alone, or in manual optimization "
+        "beside them."
+    )
+
+
 def _lr_is_known(request: Request) -> str | None:
     if request.config.lr is not None or request.options.default_lr(request.spec.default_lr) is not None:
         return None
@@ -133,7 +154,7 @@ def _averages_need_a_learning_rate(request: Request) -> str | None:
 
 def _target_modules_are_projected(request: Request) -> str | None:
     modules = request.config.optim_target_modules
-    if modules is None or request.spec.projects or request.spec.takes == "hidden matrices":
+    if modules is None or request.spec.projects or request.spec.takes == "hidden matrices" or request.spec.flag:
         return None
     return (
         f"optim_target_modules={modules!r} together with optim={request.name!r}, which projects nothing, would be "
@@ -189,4 +210,5 @@ CONFIG_RULES: tuple[Callable[[Request], str | None], ...] = (
     _target_modules_are_projected,
     _relative_step_makes_the_learning_rate,
     _parts_follow_a_function_of_the_step,
+    _demanding_ones_have_no_other_parts,
 )

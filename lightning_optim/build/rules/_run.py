@@ -28,10 +28,20 @@ class TrainerFacts:
     Attributes:
         forgetful: Class name of a finder that would make Lightning forget the checkpoint it resumes, or empty.
         averaging: Class name of a callback that replaces the weights by its own average, or empty.
+        scales: Whether a ``GradScaler`` is used.
+        accumulates: Batches per step, the most of them.
+        processes: How many train together.
+        makes_graphs: Whether ``LightningModule.backward`` can be called with ``create_graph=True``.
+        steps_in_backward: Whether the strategy makes every optimizer layerwise.
     """
 
     forgetful: str = ""
     averaging: str = ""
+    scales: bool = False
+    accumulates: int = 1
+    processes: int = 1
+    makes_graphs: bool = True
+    steps_in_backward: bool = False
 
 
 @dataclass(frozen=True)

@@ -346,16 +346,17 @@ def _facts(
         norm_clipping=options.norm_clipping,
         norm_budget_mb=options.norm_budget_mb,
         own_clipping=packages.is_overridden("configure_gradient_clipping", module),
-        retains_graph=_takes_retain_graph(module),
+        retains_graph=takes(module, "retain_graph"),
         overflow=options.overflow,
         scales=getattr(trainer.precision_plugin, "scaler", None) is not None,
         sparse=_sparse_parameter(module),
     )
 
 
-def _takes_retain_graph(module: LightningModule) -> bool:
+def takes(module: LightningModule, argument: str) -> bool:
+    """Whether the module's ``backward`` can be called with an argument of ``Tensor.backward``."""
     parameters = inspect.signature(module.backward).parameters.values()
-    return any(p.kind is p.VAR_KEYWORD or p.name == "retain_graph" for p in parameters)
+    return any(p.kind is p.VAR_KEYWORD or p.name == argument for p in parameters)
 
 
 def _sparse_parameter(module: nn.Module) -> str:

@@ -20,6 +20,20 @@ WATCHED_STEPS = 3
 ATTRIBUTES = -1
 
 
+class Disagreement(IncompatibleTrainer):
+    """The parts of one step computed different values of something.
+
+    Args:
+        text: What a user is told.
+        key: Of what: a key of a group, or an attribute.
+        of_group: Whether it is a group's.
+    """
+
+    def __init__(self, text: str, key: str, of_group: bool) -> None:
+        super().__init__(text)
+        self.key, self.of_group = key, of_group
+
+
 def refuse_coupled(optimizer: Optimizer) -> None:
     """Raises :class:`IncompatibleTrainer` for an optimizer known to step all its parameters together."""
     name = type(optimizer).__name__
@@ -48,22 +62,24 @@ def refuse_coupled(optimizer: Optimizer) -> None:
         )
 
 
-def merged(optimizer: Optimizer, what: str, before: Any, values: Sequence[Any], watched: bool) -> Any:
+def merged(optimizer: Optimizer, key: str, before: Any, values: Sequence[Any], *, of_group: bool, watched: bool) -> Any:
     """Returns the value after a step from ``before`` and the parts' ``values``.
 
     ``watched`` also compares values on other devices than the CPU, which waits for them.
 
     Raises:
-        IncompatibleTrainer: If two parts changed it differently; the text names ``optimizer`` and ``what``.
+        Disagreement: If two parts changed it differently; the text names ``optimizer`` and ``key``.
     """
     if not watched and isinstance(before, Tensor) and before.device.type != "cpu":
         return values[0]
     # Some optimizers write only when they meet certain parameters.
     changed = [value for value in values if differ(value, before)]
     if any(differ(value, changed[0]) for value in changed[1:]):
-        raise IncompatibleTrainer(
-            f"{type(optimizer).__name__} computed different values of {what} for the parts of one step: it couples "
-            "its parameters and cannot be stepped layer by layer. Use it plainly."
+        raise Disagreement(
+            f"{type(optimizer).__name__} computed different values of {key!r} for the parts of one step: it couples "
+            "its parameters and cannot be stepped layer by layer. Use it plainly.",
+            key,
+            of_group,
         )
     return changed[0] if changed else before
 

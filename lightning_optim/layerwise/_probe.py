@@ -6,7 +6,7 @@ import copy
 import inspect
 import warnings
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -16,8 +16,8 @@ from torch.optim import Optimizer
 
 from lightning_optim._compat.torch import bare_optimizer
 from lightning_optim.errors import IncompatibleTrainer
-from lightning_optim.layerwise._coupled import differ
-from lightning_optim.layerwise._split_step import SplitStep
+from lightning_optim.layerwise._coupled import Disagreement, differ
+from lightning_optim.layerwise._split_step import PRIVATE, SplitStep
 from lightning_optim.stepping import MEMBERS, seed, undisturbed
 
 # D-Adaptation's estimate moves in the second step, a common counter shows in the second one, too.
@@ -44,10 +44,13 @@ class Probe:
             depend on the order of the parameters; ``"coupled"`` if one depends on the others; ``"unknown"`` if the
             class does not step such parameters.
         reason: What was seen, for the last two.
+        private: Keys of groups that parts write otherwise than the whole, and that no number depends on: parameters and
+            states are the same, whichever a step reads.
     """
 
     verdict: Verdict
     reason: str = ""
+    private: frozenset[str] = frozenset()
 
 
 def probe(optimizer: Optimizer) -> Probe:
@@ -108,6 +111,8 @@ def ask(optimizer: Optimizer) -> None:
             f"{name} cannot be stepped layer by layer, as a few steps of small parameters show: {found.reason}. Use it "
             "plainly."
         )
+    if found.private:
+        setattr(optimizer, PRIVATE, found.private)
 
 
 def _settled(optimizer: Optimizer) -> Any:
@@ -137,16 +142,32 @@ class _Probing:
         self._optimizer, self._make, self._device = optimizer, make, device
         self._members = [(number, shape) for number, shapes in _shapes(optimizer) for shape in shapes]
         self._begin = [_normal(shape, index).to(device) for index, (_, shape) in enumerate(self._members)]
+        self._private: set[str] = set()
+        # Whether a parameter's state had keys in one form of a run that it had not in another.
+        self._uneven = False
 
     def verdict(self) -> Probe:
-        try:
-            reason = self._coupling()
-        except IncompatibleTrainer as error:
-            # What the parts wrote into groups or attributes.
-            reason = str(error).partition(": ")[0]
-        if reason:
-            return Probe("random" if reason is _BY_CHANCE else "coupled", "" if reason is _BY_CHANCE else reason)
-        return Probe("alone")
+        reason = self._reason()
+        if reason and reason is not _BY_CHANCE:
+            return Probe("coupled", reason)
+        return Probe("random" if reason else "alone", private=frozenset(self._private))
+
+    def _reason(self) -> str:
+        """Returns what :meth:`_coupling` does, with parts that keep to themselves what none of them began with.
+
+        Such a value is no setting. If a number depends on it, parameters or states differ: the whole reads its own, and
+        each part another.
+        """
+        begun = {key for group in self._optimizer.param_groups for key in group}
+        while True:
+            try:
+                return self._coupling()
+            except Disagreement as error:
+                if not error.of_group or error.key in begun | self._private:
+                    return str(error).partition(": ")[0]
+                self._private.add(error.key)
+            except IncompatibleTrainer as error:
+                return str(error).partition(": ")[0]
 
     def _coupling(self) -> str:
         """Returns what depends on other parameters, or an empty text."""
@@ -166,18 +187,51 @@ class _Probing:
                 return f"a parameter of shape {shape} moves otherwise when others are stepped with it"
         backwards = self._run(everyone, everyone[::-1])
         if not any(self._differ(plain, backwards, index) for index in everyone):
-            return ""
+            return (self._crossing(plain) if self._uneven else "") or self._late()
         otherwise = self._run(everyone, draw=1)
         if any(self._differ(plain, otherwise, index) for index in everyone):
             return _BY_CHANCE
         return "a parameter moves otherwise when others are stepped before it"
 
+    def _crossing(self, plain: _Outcome) -> str:
+        """Returns what one form of stepping misses in the states of the other, or an empty text.
+
+        A counter that is kept with one parameter for its group shows in the states, and need not matter.
+        """
+        everyone = range(len(self._members))
+        for whole in (range(_STEPS // 2), range(_STEPS // 2, _STEPS)):
+            crossed = self._run(everyone, everyone, whole=whole)
+            if any(self._differ(plain, crossed, index) for index in everyone):
+                return "the state of a parameter holds what others need, too, which parts do not find"
+        return ""
+
+    def _late(self) -> str:
+        """Returns what depends on when other parameters have their first gradient, or an empty text."""
+        everyone = range(len(self._members))
+        together, apart = self._run(everyone, late=True), self._run(everyone, everyone, late=True)
+        if any(self._differ(together, apart, index) for index in everyone):
+            return "a parameter moves otherwise when others have their first gradient later"
+        return ""
+
     def _differ(self, one: _Outcome, other: _Outcome, index: int) -> bool:
         moved = one.parameters[index] - self._begin[index], other.parameters[index] - self._begin[index]
-        return _far(*moved) or _far(one.states[index], other.states[index])
+        states = one.states[index], other.states[index]
+        self._uneven = self._uneven or _keys(states[0]) != _keys(states[1])
+        return _far(*moved) or _far(*states)
 
-    def _run(self, order: Sequence[int], apart: Sequence[int] = (), draw: int = 0) -> _Outcome:
-        """Takes some steps over all parameters in ``order``; with ``apart`` over one after the other in that order."""
+    def _run(
+        self,
+        order: Sequence[int],
+        apart: Sequence[int] = (),
+        draw: int = 0,
+        whole: Collection[int] = (),
+        late: bool = False,
+    ) -> _Outcome:
+        """Takes some steps over all parameters in ``order``; with ``apart`` over one after the other in that order.
+
+        The steps whose numbers are in ``whole`` are over all parameters even then. With ``late``, every second
+        parameter has no gradient in the first step.
+        """
         parameters = [begin.clone().requires_grad_() for begin in self._begin]
         grouped: dict[int, list[Tensor]] = defaultdict(list)
         for index in order:
@@ -191,12 +245,17 @@ class _Probing:
                 # Norms far from each other and from 1: what clips or adapts all together has something to do.
                 scale = 4.0 ** (index % 3 - 1)
                 parameter.grad = _normal(parameter.shape, 1000 * step + index + 100).to(self._device) * scale
+                if late and step == 0 and index % 2:
+                    parameter.grad = None
             seed(1000 * draw + step, optimizer)
-            if not apart:
+            if not apart or step in whole:
                 optimizer.step()
                 continue
+            setattr(optimizer, PRIVATE, frozenset(self._private))
             split = SplitStep(optimizer)
             for index in apart:
+                if parameters[index].grad is None:
+                    continue
                 split.inner([parameters[index]]).step()
                 if apart == order:
                     # The next to come meets what it would meet as the first, too.
@@ -208,7 +267,7 @@ class _Probing:
 
 
 def _far(one: Any, other: Any) -> bool:
-    """Whether two values differ by more than rounding."""
+    """Whether two values differ by more than rounding; of dicts, what only one has is left out."""
     if isinstance(one, Tensor) and isinstance(other, Tensor):
         if one.shape != other.shape:
             return True
@@ -217,10 +276,15 @@ def _far(one: Any, other: Any) -> bool:
         largest = torch.nan_to_num(one.detach().abs()).max() if one.numel() else 0.0
         return not torch.allclose(one, other, rtol=0.0, atol=_ROUNDING * float(largest), equal_nan=True)
     if isinstance(one, dict) and isinstance(other, dict):
-        return one.keys() != other.keys() or any(_far(one[key], other[key]) for key in one)
+        return any(_far(one[key], other[key]) for key in one.keys() & other.keys())
     if isinstance(one, (list, tuple)) and isinstance(other, (list, tuple)):
         return len(one) != len(other) or any(map(_far, one, other))
     return isinstance(one, (bool, int, float, str)) and one != other
+
+
+def _keys(state: Any) -> Any:
+    """Returns the keys of a dict, and of those that it holds."""
+    return {key: _keys(value) for key, value in state.items()} if isinstance(state, dict) else None
 
 
 def _shapes(optimizer: Optimizer) -> Iterator[tuple[int, list[tuple[int, ...]]]]:

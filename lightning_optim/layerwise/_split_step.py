@@ -18,8 +18,10 @@ from lightning_optim.stepping import preparations
 
 #: The attribute of an optimizer that holds its ``Layerwise``.
 ATTACHED = "_layerwise"
+#: The attribute that names keys of groups that each part writes for itself, and that the whole never gets.
+PRIVATE = "_layerwise_private"
 # Attributes of the outer optimizer that its parts do not share: what is restricted, and what runs once per step.
-_NOT_SHARED = ("param_groups", "step", ATTACHED, *HOOK_ATTRIBUTES)
+_NOT_SHARED = ("param_groups", "step", ATTACHED, PRIVATE, *HOOK_ATTRIBUTES)
 # What is a part's own in its groups.
 _OF_PARTS = ("params",)
 _ABSENT = object()
@@ -42,6 +44,7 @@ class SplitStep:
     def __init__(self, optimizer: Optimizer, watch: Watch | None = None) -> None:
         self._optimizer = optimizer
         self._watch = watch
+        self._of_parts = (*_OF_PARTS, *vars(optimizer).get(PRIVATE, ()))
         # By id: Tensor.__hash__ is a Python function, and this is asked for every parameter of every step.
         self._group_of: dict[int, int] = {}
         for index, group in enumerate(optimizer.param_groups):
@@ -125,7 +128,14 @@ class SplitStep:
         for key in dict.fromkeys(key for own in parts for key in own):
             made = [own[key] for own in parts if key in own]
             values[key] = (
-                merged(self._optimizer, repr(key), before.get(key), made, self._watch is not None)
+                merged(
+                    self._optimizer,
+                    key,
+                    before.get(key),
+                    made,
+                    of_group=parts is not self._attributes,
+                    watched=self._watch is not None,
+                )
                 if parts is not self._attributes or all(map(_is_number, made))
                 else made[0]
             )
@@ -135,7 +145,7 @@ class SplitStep:
         """Yields the groups (and :data:`ATTRIBUTES`) that a part's step changed."""
         for index, group in zip(indices, inner.param_groups, strict=True):
             before = self._optimizer.param_groups[index]
-            if any(differ(value, before.get(key)) for key, value in _replaced(group, before, _OF_PARTS).items()):
+            if any(differ(value, before.get(key)) for key, value in _replaced(group, before, self._of_parts).items()):
                 yield index
         before = vars(self._optimizer)
         if any(differ(value, before.get(key)) for key, value in self._attributes[-1].items() if _is_number(value)):
@@ -165,7 +175,7 @@ class SplitStep:
         result = self._class_step(inner, *args, **kwargs)
         for index, group in zip(indices, inner.param_groups, strict=True):
             self._advanced.setdefault(index, []).append(
-                _replaced(group, self._optimizer.param_groups[index], _OF_PARTS)
+                _replaced(group, self._optimizer.param_groups[index], self._of_parts)
             )
         self._attributes.append(_replaced(vars(inner), self._shared, _NOT_SHARED))
         if self._watch is not None:

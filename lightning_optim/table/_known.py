@@ -17,7 +17,11 @@ _USE_MUON = {"flag": MatrixFlag("use_muon", "adamw_lr", "adamw_wd")}
 
 # Fields of the row by package and class; what derives from the class inherits them.
 _FIELDS: Mapping[str, Mapping[str, Any]] = {
-    "torch.LBFGS": {"needs_closure": True, "one_group": True},
+    "torch.LBFGS": {
+        "needs_closure": True,
+        "one_group": True,
+        "coupled": "LBFGS evaluates the model several times for one step over all parameters",
+    },
     "torch.Muon": {"only_matrices": True},
     "pytorch_optimizer.AliG": {
         "needs_closure": True,
@@ -43,8 +47,10 @@ _SWITCHED: Mapping[str, str] = {
 }
 _MENDED: Mapping[str, str] = {
     **_SWITCHED,
-    **dict.fromkeys(("pytorch_optimizer.BSAM", "pytorch_optimizer.SAM"), "_pytorch_optimizer"),
+    **dict.fromkeys(("pytorch_optimizer.BSAM", "pytorch_optimizer.SAM"), "_pytorch_optimizer_sam"),
 }
+# Of these, those whose constructor is another than the class's.
+_REBUILT = ("pytorch_optimizer.SAM",)
 # Arguments that are another optimizer, or its class.
 _WRAPPED = ("base_optimizer", "optimizer", "wrapped_optimizer")
 
@@ -67,9 +73,9 @@ def known_fields(kind: type[Optimizer], path: str, parameters: Iterable[str]) ->
     return found
 
 
-def mended(kind: type[Optimizer]) -> type[Optimizer]:
-    """Returns the adapter that takes the place of a class, or the class."""
-    return pkgutil.resolve_name(_adapter(kind)) if _key(kind) in _MENDED else kind
+def constructed(kind: type[Optimizer]) -> type[Optimizer]:
+    """Returns the class whose constructor is called for a class, which its adapter may have replaced."""
+    return pkgutil.resolve_name(_adapter(kind)) if _key(kind) in _REBUILT else kind
 
 
 def refuse_unfit(name: str, kind: type[Optimizer], rows: Iterable[OptimizerSpec]) -> None:

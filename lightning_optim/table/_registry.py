@@ -19,7 +19,7 @@ from torch.optim import Optimizer
 
 from lightning_optim.errors import DuplicateOptimizer, MissingDependency, UnknownOptimizer, close_names, listing
 from lightning_optim.table._collections import COLLECTIONS, collection_of
-from lightning_optim.table._known import known_fields, mended, refuse_unfit
+from lightning_optim.table._known import constructed, known_fields, refuse_unfit
 from lightning_optim.table._layerwise import SUFFIX, layerwise_row
 from lightning_optim.table._misnomers import refuse_arguments
 from lightning_optim.table._options import Options, describe, option, required
@@ -264,7 +264,7 @@ def _spec_from_class(
     refuse_unfit(name, loaded, ROWS)
     parameters = {
         key: parameter.replace(default=changed.get(key, parameter.default))
-        for key, parameter in inspect.signature(mended(loaded)).parameters.items()
+        for key, parameter in inspect.signature(constructed(loaded)).parameters.items()
     }
     _check_signature(name, parameters)
     defaults = {key: _default(parameters, key) for key in ("lr", "weight_decay")}

@@ -17,7 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.optim import Optimizer
 
 from lightning_optim import IncompatibleTrainer, Layerwise, build_optimizer
-from lightning_optim.layerwise import probe
+from lightning_optim.layerwise import Probe, probe
 from tests.models import ForeignTokens, loader, trainer
 
 HERE = "tests.layerwise.test_probe"
@@ -110,6 +110,53 @@ class StepsStacks(Descent):
         parameter.sub_(group["lr"] * gradient * (1 + 3e-7 * self.several))
 
 
+class KeepsBooks(Descent):
+    """As heavyball: how much a group holds, which it does not read, and a counter with its first parameter."""
+
+    def look(self) -> None:
+        for group in self.param_groups:
+            stepped = [p for p in group["params"] if p.grad is not None]
+            group.setdefault("held", sum(p.numel() for p in group["params"]))
+            group["count"] = group.get("count", 0) + 1
+            if stepped:
+                self.state[stepped[0]]["count"] = group["count"]
+
+    def update(self, parameter: Tensor, gradient: Tensor, state: dict[str, Any], group: dict[str, Any]) -> None:
+        parameter.sub_(group["lr"] / group["count"] * gradient)
+
+
+class ReadsItsBooks(KeepsBooks):
+    def update(self, parameter: Tensor, gradient: Tensor, state: dict[str, Any], group: dict[str, Any]) -> None:
+        parameter.sub_(group["lr"] / group["held"] * gradient)
+
+
+class CountsWithTheFirst(Descent):
+    """Keeps the counter of a group with its first parameter alone."""
+
+    def look(self) -> None:
+        self.counts = []
+        for group in self.param_groups:
+            state = self.state[next(p for p in group["params"] if p.grad is not None)]
+            state["count"] = state.get("count", 0) + 1
+            self.counts.append(state["count"])
+
+    def update(self, parameter: Tensor, gradient: Tensor, state: dict[str, Any], group: dict[str, Any]) -> None:
+        parameter.sub_(group["lr"] / self.counts[0] * gradient)
+
+
+class WaitsForAll(Descent):
+    """As heavyball's ADOPT: while one is new, none of its group is stepped."""
+
+    def look(self) -> None:
+        stepped = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
+        self.waits = any(p not in self.state for p in stepped)
+        for parameter in stepped:
+            self.state[parameter]["seen"] = 1
+
+    def update(self, parameter: Tensor, gradient: Tensor, state: dict[str, Any], group: dict[str, Any]) -> None:
+        parameter.sub_(group["lr"] * gradient * (0.0 if self.waits else 1.0))
+
+
 class NeedsAClosure(Descent):
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         if closure is None:
@@ -133,6 +180,9 @@ COUPLED = [
     (ClipsAll, {}, "moves otherwise when others are stepped with it"),
     (DecaysByTheMean, {"weight_decay": 0.1}, "moves otherwise when others are stepped with it"),
     (CountsInItsState, {}, "the state holds 'k' for all parameters together, which every part would advance"),
+    (ReadsItsBooks, {}, "moves otherwise when others are stepped with it"),
+    (CountsWithTheFirst, {}, "the state of a parameter holds what others need, too, which parts do not find"),
+    (WaitsForAll, {}, "moves otherwise when others have their first gradient later"),
 ]
 
 
@@ -154,6 +204,39 @@ def test_what_couples_is_refused_by_every_way_in(kind: type[Descent], arguments:
         assert text.startswith(f"{kind.__name__} cannot be stepped layer by layer")
         assert reason in text
         assert text.endswith("Use it plainly.")
+
+
+def test_books_that_no_number_depends_on_are_kept_by_parts() -> None:
+    assert probe(made(KeepsBooks)) == Probe("alone", private=frozenset({"held"}))
+
+    def train(layerwise: int, other: int) -> tuple[Descent, list[Tensor]]:
+        """Takes three steps in one form, and three in the other, which has read the first's state dict."""
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 4))
+        optimizer = KeepsBooks(model.parameters())
+        for form in (layerwise, other):
+            resumed = KeepsBooks(model.parameters())
+            resumed.load_state_dict(optimizer.state_dict())
+            optimizer = resumed
+            engine = Layerwise(optimizer) if form else None
+            for step in range(3):
+                generator = torch.Generator().manual_seed(step)
+                loss = model(torch.randn(8, 4, generator=generator)).square().mean()
+                if engine is not None:
+                    engine.backward(loss)
+                else:
+                    loss.backward()
+                    optimizer.step()
+                optimizer.zero_grad()
+        return optimizer, [parameter.detach() for parameter in model.parameters()]
+
+    _, plain = train(0, 0)
+    for forms in ((0, 1), (1, 0), (1, 1)):
+        optimizer, weights = train(*forms)
+        assert all(map(torch.equal, weights, plain)), forms
+        assert optimizer.param_groups[0]["count"] == 6
+        # Of the whole, or of none.
+        assert optimizer.param_groups[0].get("held") == (None if forms == (1, 1) else 4 * 8 + 8 + 8 * 4 + 4)
 
 
 @pytest.mark.parametrize(("kind", "arguments"), [(ClipsAll, {"limit": None}), (DecaysByTheMean, {})])

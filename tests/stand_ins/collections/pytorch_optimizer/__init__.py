@@ -26,7 +26,7 @@ class SOAP(Optimizer):
         return loss
 
 
-class ScheduleFreeAdamW(SOAP):
+class Switched(SOAP):
     def train(self):
         """Switches to the weights to train."""
 
@@ -39,7 +39,7 @@ class Lookahead(Optimizer):
         super().__init__(optimizer.param_groups, {"k": k})
 
 
-_OPTIMIZERS = {kind.__name__.lower(): kind for kind in (SOAP, ScheduleFreeAdamW, NAdam)}
+_OPTIMIZERS = {kind.__name__.lower(): kind for kind in (SOAP, Switched, NAdam)}
 
 
 def get_supported_optimizers() -> list[str]:

@@ -128,11 +128,16 @@ def _settled(optimizer: Optimizer) -> Any:
 
 @dataclass
 class _Outcome:
-    """What a run ends with: the parameters, their states, and what the state holds besides."""
+    """What a run ends with: the parameters, their states, what the state holds besides, the groups after each step.
+
+    ``drew`` says whether a step over all parameters drew random numbers of torch.
+    """
 
     parameters: list[Tensor]
     states: list[dict[str, Any]]
     common: dict[Any, Any]
+    groups: list[list[dict[str, Any]]]
+    drew: bool
 
 
 class _Probing:
@@ -155,19 +160,24 @@ class _Probing:
     def _reason(self) -> str:
         """Returns what :meth:`_coupling` does, with parts that keep to themselves what none of them began with.
 
-        Such a value is no setting. If a number depends on it, parameters or states differ: the whole reads its own, and
-        each part another.
+        Such a value is no setting, and no estimate either if it never changes, whatever the gradients. If a number
+        depends on it, parameters or states differ: the whole reads its own, and each part another.
         """
         begun = {key for group in self._optimizer.param_groups for key in group}
         while True:
             try:
                 return self._coupling()
             except Disagreement as error:
-                if not error.of_group or error.key in begun | self._private:
+                if not error.of_group or error.key in begun | self._private or self._changes(error.key):
                     return str(error).partition(": ")[0]
                 self._private.add(error.key)
             except IncompatibleTrainer as error:
                 return str(error).partition(": ")[0]
+
+    def _changes(self, key: str) -> bool:
+        """Whether a step over all parameters writes another value into a group than the step before."""
+        first, *later = self._run(range(len(self._members))).groups
+        return any(differ(new.get(key), old.get(key)) for step in later for new, old in zip(step, first, strict=True))
 
     def _coupling(self) -> str:
         """Returns what depends on other parameters, or an empty text."""
@@ -187,7 +197,9 @@ class _Probing:
                 return f"a parameter of shape {shape} moves otherwise when others are stepped with it"
         backwards = self._run(everyone, everyone[::-1])
         if not any(self._differ(plain, backwards, index) for index in everyone):
-            return (self._crossing(plain) if self._uneven else "") or self._late()
+            # What it draws may matter for larger ones only, as in an estimate that is exact for these.
+            chance = _BY_CHANCE if plain.drew else ""
+            return (self._crossing(plain) if self._uneven else "") or self._late() or chance
         otherwise = self._run(everyone, draw=1)
         if any(self._differ(plain, otherwise, index) for index in everyone):
             return _BY_CHANCE
@@ -240,6 +252,8 @@ class _Probing:
         optimizer = self._make(self._optimizer, groups)
         if callable(getattr(optimizer, "train", None)):
             optimizer.train()  # type: ignore[attr-defined]
+        history: list[list[dict[str, Any]]] = []
+        drew = False
         for step in range(_STEPS):
             for index, parameter in enumerate(parameters):
                 # Norms far from each other and from 1: what clips or adapts all together has something to do.
@@ -249,7 +263,10 @@ class _Probing:
                     parameter.grad = None
             seed(1000 * draw + step, optimizer)
             if not apart or step in whole:
+                before = self._generator()
                 optimizer.step()
+                drew = drew or not torch.equal(before, self._generator())
+                history.append([_settings(group) for group in optimizer.param_groups])
                 continue
             setattr(optimizer, PRIVATE, frozenset(self._private))
             split = SplitStep(optimizer)
@@ -263,7 +280,14 @@ class _Probing:
             split.commit()
         state: Any = optimizer.state
         common = {key: value for key, value in state.items() if not isinstance(key, Tensor)}
-        return _Outcome([p.detach() for p in parameters], [dict(state.get(p, {})) for p in parameters], common)
+        states = [dict(state.get(p, {})) for p in parameters]
+        return _Outcome([p.detach() for p in parameters], states, common, history, drew)
+
+    def _generator(self) -> Tensor:
+        """Returns the state of torch's generator for the device."""
+        module: Any = torch if self._device == "cpu" else torch.get_device_module(self._device)
+        state: Tensor = module.get_rng_state()
+        return state
 
 
 def _far(one: Any, other: Any) -> bool:

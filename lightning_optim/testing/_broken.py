@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
 
 
 class BrokenPromise(AssertionError):
@@ -49,6 +50,10 @@ def expecting(what: str) -> Iterator[None]:
         yield
     except BrokenPromise:
         raise
+    except CheckpointException as error:
+        # No Exception, and its text has all stacks: of the processes there is one.
+        cause = next((failure for failure, _ in error.failures.values()), error)
+        raise BrokenPromise(what, f"{type(cause).__name__}: {cause}") from error
     except Exception as error:
         raise BrokenPromise(what, f"{type(error).__name__}: {error}") from error
 

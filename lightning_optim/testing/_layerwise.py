@@ -9,8 +9,8 @@ from lightning_optim.testing._subject import Subject
 from lightning_optim.testing._trial import Trial
 
 _STEPS = 6
-# By how much gradients are changed to see what rounding does in an algorithm that amplifies it, and how many times that
-# is rounding, too.
+# By how much, at most, elements of gradients are changed to see what rounding does in an algorithm that amplifies it,
+# and how many times that is rounding, too.
 _NUDGE, _AS_MUCH = 1e-6, 10
 
 
@@ -29,7 +29,8 @@ def layerwise(subject: Subject) -> str | None:
     if probe(one.optimizer).verdict == "random":
         return "its random numbers depend on the order of the parameters"
     nudged = subject.trial()
-    nudged.advance(range(_STEPS), _missing, scale=1 + _NUDGE)
+    nudged.nudge = _NUDGE
+    nudged.advance(range(_STEPS), _missing)
     rounding = _gap(nudged, one)
     expect(_gap(same, one) <= _AS_MUCH * rounding, "the same bits in both forms", found)
     return f"{found}, as if gradients were rounded otherwise"

@@ -64,6 +64,8 @@ class Trial:
         self.optimizer = optimizer
         self.closes = closes
         self.makes_graphs = makes_graphs
+        #: By what share of itself an element of a gradient is changed, at most: each by another, as by rounding.
+        self.nudge = 0.0
         self.parameters = dict(module.named_parameters())
         for part in averaging_parts(optimizer):
             part.train()
@@ -135,6 +137,9 @@ class Trial:
         loss = torch.zeros(())
         for index, parameter in enumerate(self.parameters.values()):
             gradient = torch.randn(parameter.shape, generator=generator, device="cpu") * scale
+            if self.nudge:
+                shares = torch.linspace(-self.nudge, self.nudge, gradient.numel())
+                gradient = gradient * (1 + shares.view(gradient.shape))
             if not missing(index, step):
                 loss = loss.to(parameter.device) + (parameter * gradient.to(parameter)).sum()
             if not missing(index, step) and self.makes_graphs:

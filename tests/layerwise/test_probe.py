@@ -130,6 +130,25 @@ class ReadsItsBooks(KeepsBooks):
         parameter.sub_(group["lr"] / group["held"] * gradient)
 
 
+class SumsUp(Descent):
+    """As pytorch_optimizer's DAdaptLion: an estimate that moves late, in a key that groups do not begin with."""
+
+    def look(self) -> None:
+        for group in self.param_groups:
+            norms = (float(p.grad.abs().sum()) for p in group["params"] if p.grad is not None)
+            group["total"] = group.get("total", 0.0) + sum(norms)
+
+    def update(self, parameter: Tensor, gradient: Tensor, state: dict[str, Any], group: dict[str, Any]) -> None:
+        parameter.sub_(group["lr"] * gradient * max(1.0, group["total"] / 1e4))
+
+
+class AddsNoise(Descent):
+    """As heavyball's PSGDPRO for small parameters: what it draws hardly matters."""
+
+    def update(self, parameter: Tensor, gradient: Tensor, state: dict[str, Any], group: dict[str, Any]) -> None:
+        parameter.sub_(group["lr"] * (gradient + 1e-6 * torch.randn_like(gradient)))
+
+
 class CountsWithTheFirst(Descent):
     """Keeps the counter of a group with its first parameter alone."""
 
@@ -180,6 +199,7 @@ COUPLED = [
     (ClipsAll, {}, "moves otherwise when others are stepped with it"),
     (DecaysByTheMean, {"weight_decay": 0.1}, "moves otherwise when others are stepped with it"),
     (CountsInItsState, {}, "the state holds 'k' for all parameters together, which every part would advance"),
+    (SumsUp, {}, "SumsUp computed different values of 'total' for the parts of one step"),
     (ReadsItsBooks, {}, "moves otherwise when others are stepped with it"),
     (CountsWithTheFirst, {}, "the state of a parameter holds what others need, too, which parts do not find"),
     (WaitsForAll, {}, "moves otherwise when others have their first gradient later"),
@@ -254,7 +274,7 @@ def test_a_small_weight_decay_hides_nothing() -> None:
     assert probe(made(DecaysByTheMean, weight_decay=1e-6)).verdict == "coupled"
 
 
-@pytest.mark.parametrize("kind", [StartsAtRandom, DecidesAtRandom])
+@pytest.mark.parametrize("kind", [StartsAtRandom, DecidesAtRandom, AddsNoise])
 def test_random_numbers_are_told_from_coupling_and_said_once(kind: type[Descent]) -> None:
     assert probe(made(kind)).verdict == "random"
     with pytest.warns(UserWarning, match=f"{kind.__name__} draws random numbers while it steps"):

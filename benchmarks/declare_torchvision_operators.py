@@ -12,7 +12,7 @@ from __future__ import annotations
 import importlib.util
 from pathlib import Path
 
-_DECLARATIONS = """import torch as _torch
+DECLARATIONS = """import torch as _torch
 
 _library = _torch.library.Library("torchvision", "DEF")
 _library.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
@@ -27,8 +27,8 @@ def main() -> None:
         raise SystemExit("torchvision is not installed")
     file = Path(found.origin)
     code = file.read_text(encoding="utf-8")
-    if not code.startswith(_DECLARATIONS):
-        file.write_text(_DECLARATIONS + code, encoding="utf-8")
+    if not code.startswith(DECLARATIONS):
+        file.write_text(DECLARATIONS + code, encoding="utf-8")
         print("torchvision's compiled operators do not fit this torch: declared, and not to be called")
 
 

@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import datetime
 import importlib.metadata
+import importlib.util
 import json
 import multiprocessing
 import os
@@ -31,6 +32,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+import declare_torchvision_operators
 import survey_page
 import torch
 from torch.optim import Optimizer
@@ -45,8 +47,9 @@ TORCH = "torch"
 ORDER = (TORCH, "pytorch_optimizer", "timm", "heavyball")
 # For classes without a default.
 LEARNING_RATE = 1e-2
-# What classes ask for that have no default: the length of the training.
+# What classes ask for that have no default, or only for parameters without groups: lengths of trainings, a rank.
 OPTIONS = {
+    "heavyball:PSGDLRA": {"rank": 4},
     "pytorch_optimizer:bsam": {"num_data": 16},
     "pytorch_optimizer:ranger21": {"num_iterations": 20},
 }
@@ -57,7 +60,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("collections", nargs="*", metavar="COLLECTION", help=f"of {', '.join(ORDER)}; all by default")
     parser.add_argument("--anew", action="store_true", help="try again what has been tried")
-    parser.add_argument("--limit", type=float, default=20.0, help="seconds for one class")
+    parser.add_argument("--limit", type=float, default=45.0, help="seconds for one class")
     parser.add_argument("--output", type=Path, default=ROOT / "docs", help="folder for the page and bench/survey.json")
     parser.add_argument("--in-process", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -99,6 +102,7 @@ def write(folder: Path, limit: float) -> None:
         "hardware": f"CPU ({platform.machine()}, {torch.backends.cpu.get_cpu_capability()}), one thread",
         "python": platform.python_version(),
         "versions": {name: importlib.metadata.version(distributions[name]) for name in ORDER if known[name]},
+        "torchvision": _torchvision(),
         "promises": {name: str(promise.__doc__).partition("\n")[0] for name, promise in PROMISES.items()},
         "lr": LEARNING_RATE,
         "limit": limit,
@@ -112,6 +116,18 @@ def write(folder: Path, limit: float) -> None:
     (folder / "bench").mkdir(parents=True, exist_ok=True)
     (folder / "bench" / "survey.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     (folder / "other-optimizers.md").write_text(survey_page.page(report), encoding="utf-8")
+
+
+def _torchvision() -> str:
+    """Returns the version that timm imports, and whether its operators are only declared."""
+    code = Path(str(importlib.util.find_spec("torchvision").origin)).read_text(encoding="utf-8")  # type: ignore[union-attr]
+    declared = code.startswith(declare_torchvision_operators.DECLARATIONS)
+    whole = (
+        "its compiled operators declared only, as this build of torch cannot load them"
+        if declared
+        else "with its operators"
+    )
+    return f"{importlib.metadata.version('torchvision')}, {whole}"
 
 
 def _classes(collection: str) -> dict[str, type[Optimizer]]:

@@ -62,7 +62,8 @@ def _lines(report: dict[str, Any]) -> Iterator[str]:
         f"{len(everything)} classes, of which {len(tried)} can be "
         "built here from parameters and options alone. This page is what it wrote.",
         f"{report['date']}: {versions}; Python {report['python']}, {report['hardware']}. Defaults of each class, "
-        f"lr={report['lr']:g} where it has none; at most {report['limit']:.0f} s for each.",
+        f"lr={report['lr']:g} where it has none; at most {report['limit']:.0f} s for each. timm imports torchvision "
+        f"{report['torchvision']}; no optimizer calls these.",
     )
     rows = [_summary(name, records, report) for name, records in collections.items()]
     yield from _table(
@@ -176,7 +177,7 @@ def _without_name(record: dict[str, Any]) -> str:
     """Returns why a class cannot be built, as far as others have the same reason."""
     text = record["problem"].replace(f"optim={record['name']!r}", "it").replace(f"{record['name']!r}", "it")
     # What a signature holds differs from class to class.
-    return text.partition("; Allowed")[0].partition(": ['")[0]
+    return text.partition("; Allowed")[0].partition(": ['")[0].rstrip(".")
 
 
 def _escaped(text: str) -> str:

@@ -95,8 +95,9 @@ def refuse_unfit(name: str, kind: type[Optimizer], rows: Iterable[OptimizerSpec]
     wrapped = next((key for key in _WRAPPED if key in parameters and _key(kind) not in _MENDED), None)
     if wrapped is not None:
         raise UnknownOptimizer(
-            f"optim={name!r} wraps another optimizer ({wrapped!r}), which a name and options do not build. Build "
-            f"{kind.__name__} around build_optimizer(...) in a configure_optimizers of your own."
+            f"optim={name!r} wraps another optimizer ({wrapped!r}), which a name and options do not build. Build it "
+            "yourself, in a configure_optimizers of your own; under manual optimization if its step needs gradients "
+            "from before the closure, as SAM's."
         )
     switched = callable(getattr(kind, "train", None)) and callable(getattr(kind, "eval", None))
     if switched and _key(kind) not in _SWITCHED:

@@ -105,7 +105,7 @@ def test_layerwise_is_plain(name: str) -> None:
         ("pytorch_optimizer:Lookahead", UnknownOptimizer, "wraps another optimizer .'optimizer'."),
         ("pytorch_optimizer:FriendlySAM", UnknownOptimizer, "wraps another optimizer .'base_optimizer'."),
         ("pytorch_optimizer:WSAM", UnknownOptimizer, "Build it yourself: WSAM.module"),
-        ("pytorch_optimizer:ScheduleFreeWrapper", UnknownOptimizer, "Build ScheduleFreeWrapper around build_optimizer"),
+        ("pytorch_optimizer:ScheduleFreeWrapper", UnknownOptimizer, "Build it yourself, in a configure_optimizers"),
         ("pytorch_optimizer:distributedmuon", IncompatibleTrainer, "torch.distributed is not initialized"),
         ("pytorch_optimizer:spectralsphere", IncompatibleTrainer, "two dimensions only"),
     ],

@@ -7,7 +7,7 @@ COLLECTIONS_VENV := .venv-collections
 # For another Python: `make test-oldest PYTHON=python3.10 OLDEST_VENV=.venv-oldest-3.10`.
 OLDEST_VENV := .venv-oldest
 
-.PHONY: venv demo test test-benchmarks test-collections test-npu-contract test-gpu test-xla test-oldest test-python lint docs benchmarks bench-quick survey clean
+.PHONY: venv demo test test-benchmarks test-sharded test-collections test-npu-contract test-gpu test-xla test-oldest test-python lint docs benchmarks bench-quick survey clean
 
 venv: $(VENV)/.installed
 
@@ -30,6 +30,10 @@ test: venv
 # The scripts in benchmarks/, each with tiny models.
 test-benchmarks: venv
 	$(BIN)/python -m pytest tests/test_benchmarks.py
+
+# Our optimizers on shards, in two and in four processes.
+test-sharded: venv
+	LIGHTNING_OPTIM_SHARDED_TESTS=1 $(BIN)/python -m pytest tests/sharded
 
 # Optimizers of the big collections, which no row describes, in an environment of their own. timm needs torchvision: see
 # benchmarks/declare_torchvision_operators.py.

@@ -17,6 +17,7 @@ from torch.optim import Optimizer
 from lightning_optim.build import measured_bytes
 from lightning_optim.layerwise._engine import Layerwise
 from lightning_optim.optimizers._projection import find_bases
+from lightning_optim.stepping import alone
 
 LR = 1e-3
 NEVER = 10**9  # steps between two projections: the first step, which is not timed, finds the only ones
@@ -218,7 +219,7 @@ def give_bases(optimizer: Optimizer, load: Load) -> None:
     projector_class = import_module("galore_torch.galore_projector").GaLoreProjector
     (group,) = optimizer.param_groups
     for parameter, gradient in zip(group["params"], load.gradients, strict=True):
-        basis = find_bases(gradient, load.rank, "randomized")["right"]
+        basis = alone(find_bases(gradient, load.rank, "randomized"))["right"]
         projector = projector_class(load.rank, update_proj_gap=NEVER, scale=group["scale"])
         projector.ortho_matrix = basis.mT.contiguous()
         optimizer.state[parameter].update(step=1, projector=projector)  # at step 0 it would find its own

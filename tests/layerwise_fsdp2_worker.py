@@ -39,7 +39,18 @@ SETTINGS: dict[str, tuple[dict[str, Any], float]] = {
     ACCUMULATED: ({"accumulate_grad_batches": 3, "gradient_clip_val": 0.03}, 1e-6),
 }
 COMPARED = [("adamw_torch", setting) for setting in SETTINGS] + [("sgd", "norm clipping"), ("sgd", ACCUMULATED)]
-COMPARED += [(name, "norm clipping") for name in ("adamw_anyprecision", "grokadamw", "lomo")]
+OURS = (
+    "adamw_anyprecision",
+    "grokadamw",
+    "lomo",
+    "adafactor",
+    "adalomo",
+    "galore_adamw",
+    "apollo_adamw",
+    "muon",
+    "scale",
+)
+COMPARED += [(name, "norm clipping") for name in OURS]
 BUCKETS = (0.0, 0.001, None)
 #: The optimizers before and after the checkpoint in the middle, and whether it is a single file.
 RESUMED = [
@@ -47,11 +58,18 @@ RESUMED = [
     for whole_file in (False, True)
     for first, second in (("", "_layerwise"), ("_layerwise", ""), ("_layerwise", "_layerwise"))
 ]
-# Their states and groups hold integers, strings and None besides tensors.
 #: Several as one: the optimizer of the ends of the model; the main one is AnyPrecision.
 SEVERAL = {"model[.](0|4)[.].*": {"optim": "adamw_torch", "lr": 1e-3, "lr_scheduler": "cosine"}}
 MAIN = "adamw_anyprecision"
+# Their states and groups hold integers, strings and None besides tensors.
 RESUMED += [("grokadamw", "grokadamw_layerwise", False), ("adamw_anyprecision_layerwise", "adamw_anyprecision", True)]
+# States that are spread unlike their parameter, or not at all.
+RESUMED += [
+    *(("galore_adamw", "galore_adamw_layerwise", whole_file) for whole_file in (False, True)),
+    *(("adafactor_layerwise", "adafactor", whole_file) for whole_file in (False, True)),
+    ("apollo_adamw", "apollo_adamw", True),
+    ("muon", "muon_layerwise", False),
+]
 
 
 class Sharded(LitTokens):
@@ -124,6 +142,7 @@ def fit(
         lr_scheduler=case.schedule,
         optim_args={**case.options, **(options or {})},
         param_groups=param_groups,
+        optim_target_modules="all-linear" if case.projects else None,
     )
     watch = Watch()
     callbacks = watch, *callbacks

@@ -6,7 +6,7 @@ gathered. Without them ``lightning_optim.estimate_memory`` does not shard.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -16,9 +16,19 @@ from torch import UntypedStorage
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule
+    from torch import Tensor
     from torch.distributed.device_mesh import DeviceMesh
 
-__all__ = ["COMMUNICATES", "absent_processes", "give_mesh", "has_processes", "watch_resizes"]
+__all__ = [
+    "COMMUNICATES",
+    "absent_processes",
+    "along",
+    "give_mesh",
+    "has_processes",
+    "local_indices",
+    "split_dim",
+    "watch_resizes",
+]
 
 #: The namespaces of the operations that gather shards and reduce gradients.
 COMMUNICATES = frozenset({"fsdp", "c10d"})
@@ -69,3 +79,35 @@ def watch_resizes(resized: Callable[[Any], None]) -> Iterator[None]:
         yield
     finally:
         torch.UntypedStorage.resize_ = before  # type: ignore[method-assign]
+
+
+def split_dim(placement: Any) -> int | None:
+    """Returns which dimension a placement splits, ``None`` if none.
+
+    ``is_shard()`` is false for the shards that FSDP2 makes of what tensor parallelism has split along the same
+    dimension.
+    """
+    return getattr(placement, "dim", None)
+
+
+def local_indices(mesh: DeviceMesh, placements: Sequence[Any], dim: int, entries: Tensor) -> Tensor:
+    """Returns which of the entries of one dimension of a DTensor this process holds.
+
+    Public functions say so only of shards that are contiguous, which those of FSDP2 over tensor parallelism are not.
+    """
+    coordinate = mesh.get_coordinate()
+    assert coordinate is not None, "this process belongs to the mesh"
+    # A strided shard is a part of what a later dimension of the mesh has split.
+    order = sorted(range(len(placements)), key=lambda index: hasattr(placements[index], "split_factor"))
+    for index in order:
+        if split_dim(placements[index]) == dim:
+            # As torch.chunk, which leaves the last processes without any.
+            size = -(-len(entries) // mesh.size(index))
+            entries = entries[size * coordinate[index] : size * (coordinate[index] + 1)]
+    return entries
+
+
+def along(placement: Any, dim: int) -> Any:
+    """Returns the same placement of another dimension."""
+    factor = getattr(placement, "split_factor", None)
+    return type(placement)(dim) if factor is None else type(placement)(dim, split_factor=factor)

@@ -224,6 +224,9 @@ class Estimator:
         return dataclasses.replace(part, config=config.replace(optim=chosen))
 
     def _state_of(self, part: Part, temporaries: StepTemporaries) -> int:
+        if self._sharded and part.config.spec.projects:
+            # Which side is projected the whole matrix decides, and what is shared the processes have each.
+            return temporaries.state()
         options, _, groups = grouped(part, part.config, self._parameters)
         # Of a sharded parameter the shard.
         groups = [{**group, "params": tensors_in(group["params"])} for group in groups]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -70,11 +71,10 @@ class StepTemporaries:
         """Returns the bytes of the state, for a class of which nobody says them; 0 if it cannot be stepped so."""
         assert self._optimizer is not None, "rows with kernels say what they store"
         try:
-            self._step(list(self._kind_of))
+            self._step([members[0] for members in self._members.values()])
         except (RuntimeError, TypeError, NotImplementedError, AssertionError, ValueError):
             return 0
-        storages = {id(s): s for t in tensors_in(list(self._optimizer.state.values())) for s in (t.untyped_storage(),)}
-        return sum(storage.nbytes() for storage in storages.values())
+        return sum(len(members) * _state_bytes(self._optimizer.state[members[0]]) for members in self._members.values())
 
     def _build(self, part: Part, everything: list[NamedParameter]) -> Optimizer:
         with self._training.without_memory(()):
@@ -136,6 +136,11 @@ class StepTemporaries:
         finally:
             self._optimizer.zero_grad(set_to_none=True)
         return tracker.peak.total - before
+
+
+def _state_bytes(state: Any) -> int:
+    storages = {id(storage): storage for tensor in tensors_in(state) for storage in (tensor.untyped_storage(),)}
+    return sum(storage.nbytes() for storage in storages.values())
 
 
 def _give_gradients(parameters: Sequence[Tensor], tracker: MemoryTracker) -> None:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import math
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
 from torch.nn import Parameter
+
+from lightning_optim.stepping import Layout
 
 Bucket = list[Tensor]
 
@@ -35,14 +36,9 @@ def nbytes(tensor: Tensor) -> int:
     return tensor.nbytes
 
 
-def largest_shard_bytes(tensor: Any) -> int:
+def largest_shard_bytes(tensor: Tensor) -> int:
     """Returns the bytes of a tensor in the process with the largest shard: the same number in every process."""
-    sizes = list(tensor.shape)
-    if hasattr(tensor, "placements"):
-        for processes, placement in zip(tensor.device_mesh.shape, tensor.placements, strict=True):
-            if placement.is_shard():
-                sizes[placement.dim] = -(-sizes[placement.dim] // processes)
-    return int(math.prod(sizes) * tensor.element_size())
+    return Layout.of(tensor).largest * tensor.element_size()
 
 
 class ArrivalBuckets:

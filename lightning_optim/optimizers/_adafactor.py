@@ -6,15 +6,17 @@ Adafactor: Adaptive Learning Rates with Sublinear Memory Cost, https://arxiv.org
 from __future__ import annotations
 
 import math
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from lightning_optim.errors import InvalidOption
 from lightning_optim.optimizers._base import OwnOptimizer, compute_dtype, hyperparameters
-from lightning_optim.optimizers._factored import factored_update, moment_shapes, rms
+from lightning_optim.optimizers._factored import factored_update, moment_dims, moment_shapes, rms
 from lightning_optim.optimizers._stacks import batches, stacked, stacked_weights
+from lightning_optim.stepping import Layout, Together, Update, side_by_side
 
 
 def default_lr(relative_step: bool) -> float:
@@ -45,6 +47,8 @@ class Adafactor(OwnOptimizer):
         InvalidOption: If a group has ``warmup_init`` without ``relative_step``.
     """
 
+    sharded: ClassVar[bool] = True
+
     def __init__(
         self,
         params: Any,
@@ -64,7 +68,7 @@ class Adafactor(OwnOptimizer):
     def used_rate(self, group: dict[str, Any]) -> float:
         # Without scale_parameter's factor, which each parameter has of its own.
         steps = (self.state[parameter].get("step", 0) for parameter in group["params"] if parameter in self.state)
-        return float(self._rate(None, max([1, *steps]), group))
+        return self._rate(max([1, *steps]), group)
 
     def _check_group(self, group: dict[str, Any]) -> None:
         super()._check_group(group)
@@ -79,46 +83,62 @@ class Adafactor(OwnOptimizer):
         dtype, device = compute_dtype(parameter), parameter.device
         return {name: torch.zeros(size, dtype=dtype, device=device) for name, size in _kept(shape, group).items()}
 
-    def _update(self, parameters: list[Tensor], step: int, group: dict[str, Any]) -> None:
-        for batch in batches(parameters, _shapes):
+    def _dims(self, name: str, parameter: Tensor, value: Tensor) -> Sequence[int | None]:
+        return moment_dims(name, parameter.ndim)
+
+    def _update(self, parameters: list[Tensor], step: int, group: dict[str, Any]) -> Update:
+        def stepped(batch: list[Tensor], layout: Layout) -> Update:
             with stacked_weights(batch) as (values, gradients):
-                rate = self._rate(values, step, group)
-                update = self._moved(batch, gradients, rate, step, group)
+                rate = yield from self._rates(values, layout, step, group)
+                update = yield from self._moved(batch, gradients, layout, rate, step, group)
                 if group["weight_decay"]:
                     values.mul_(1 - rate * group["weight_decay"])
                 values.sub_(update)
 
-    def _rate(self, parameters: Tensor | None, step: int, group: dict[str, Any]) -> float | Tensor:
-        """Returns the learning rate for each of a stack of parameters ``[B, *shape]``, or one for all.
+        yield from side_by_side(stepped(*batch) for batch in batches(parameters, _shapes, self.layout))
 
-        Only ``scale_parameter`` needs the parameters.
-        """
+    def _rate(self, step: int, group: dict[str, Any]) -> float:
+        """Returns the learning rate, without the factor of ``scale_parameter``."""
         lr = float(group["lr"])
         if group["relative_step"]:
             lr *= min(1e-6 * step if group["warmup_init"] else 1e-2, 1 / math.sqrt(step))
+        return lr
+
+    def _rates(
+        self, parameters: Tensor | None, layout: Layout, step: int, group: dict[str, Any]
+    ) -> Together[float | Tensor]:
+        """Returns the learning rate for each of a stack of parameters ``[B, *shape]``, or one for all.
+
+        Only ``scale_parameter`` needs the parameters. ``layout`` is that of one.
+        """
+        lr = self._rate(step, group)
         if parameters is None or not group["scale_parameter"]:
             return lr
-        return rms(parameters).clamp_(min=group["eps"][1]).mul_(lr)
+        size = yield from rms(parameters, layout)
+        return size.clamp_(min=group["eps"][1]).mul_(lr)
 
     def _moved(
         self,
         parameters: list[Tensor],
         gradients: Tensor,
+        layout: Layout,
         rate: float | Tensor,
         step: int,
         group: dict[str, Any],
         stack_dims: int = 0,
-    ) -> Tensor:
+    ) -> Together[Tensor]:
         """Returns what to subtract for a stack of gradients ``[B, *shape]`` and advances the moments.
 
-        The first ``stack_dims`` dimensions of the moments in a state are part of the stack. ``rate`` is a number, or
-        ``[B, 1, ...]`` with as many dimensions as the gradients; an average of updates includes it.
+        The first ``stack_dims`` dimensions of the moments in a state are part of the stack. ``layout`` is that of one
+        gradient. ``rate`` is a number, or ``[B, 1, ...]`` with as many dimensions as the gradients; an average of
+        updates includes it.
         """
         states, beta1 = [self.state[parameter] for parameter in parameters], group["beta1"]
         with stacked(states, _kept(tuple(gradients.shape[1:]), group), stack_dims) as moments:
-            update = factored_update(
+            update = yield from factored_update(
                 gradients,
                 moments,
+                layout,
                 step=step,
                 eps=group["eps"][0],
                 clip_threshold=group["clip_threshold"],

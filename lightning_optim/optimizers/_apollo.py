@@ -13,9 +13,11 @@ import torch
 from torch import Tensor
 
 from lightning_optim.optimizers._base import gradients, hyperparameters, to_compute_dtype, write_back
-from lightning_optim.optimizers._low_rank import LowRankAdamW, StateDtype, as_matrices, as_stack
+from lightning_optim.optimizers._low_rank import LowRankAdamW, StateDtype
+from lightning_optim.optimizers._matrices import as_matrices, as_matrix, as_stack, low_rank
 from lightning_optim.optimizers._projection import base_shapes, gaussian, project
 from lightning_optim.optimizers._stacks import stacked, unstack
+from lightning_optim.stepping import Sum, Together, Update
 
 # Elements whose squares fit into the cache; smaller blocks would start and join the threads more often.
 _BLOCK = 2**22
@@ -56,9 +58,10 @@ class ApolloAdamW(LowRankAdamW):
         InvalidOption: If ``rank`` or ``update_proj_gap`` is not a whole number of at least 1; if ``proj``,
             ``proj_type``, ``scale_type`` or ``state_dtype`` is not one of the above; for float16 parameters with
             ``state_dtype="parameter"``.
-        InvalidParamGroups: If a parameter is complex or sharded, or a gradient is sparse.
+        InvalidParamGroups: If a parameter is complex, or a gradient is sparse.
     """
 
+    sharded: ClassVar[bool] = True
     choices: ClassVar = {
         "proj": ("random", "svd"),
         # Not "full": a channel is a row or a column, so one side must not be projected.
@@ -93,18 +96,26 @@ class ApolloAdamW(LowRankAdamW):
         super().__setstate__(state)
         self._forget_projections()
 
-    def _step_projected(self, parameters: list[Tensor], step: int, group: dict[str, Any]) -> None:
+    def _step_projected(self, parameters: list[Tensor], step: int, group: dict[str, Any]) -> Update:
         found, stack_dims = gradients(parameters), group["stack_dims"]
         matrices = as_matrices(found, stack_dims)
-        left, right = self._bases(parameters, matrices, step, group)
-        low = project(matrices, left, right)
+        layout = as_matrix(self.layout(parameters[0]), stack_dims)
+        left, right = yield from self._bases(parameters, matrices, step, group)
+        low = yield from project(matrices, left, right, layout)
         gradient = as_stack(found, stack_dims)
         update = self._adamw_of(parameters, low, step, group)
-        scaled = (1, 2) if group["scale_type"] == "tensor" else (1,) if right is None else (2,)
+        scaled = (0, 1) if group["scale_type"] == "tensor" else (0,) if right is None else (1,)
+        subspace = low_rank(layout, left is not None, right is not None, low.shape[1:])
+        stepped_by, projected, norms = yield [
+            *(Sum(_norms(each, scaled), subspace, scaled, is_norm=True) for each in (update, low)),
+            Sum(_norms(gradient, scaled), layout, scaled, is_norm=True),
+        ]
         # Zero divided by zero, or a moment that outlasts its gradient.
-        scaling = (_norms(update, scaled) / _norms(low, scaled)).nan_to_num_(0.0, 0.0)
+        scaling = (stepped_by / projected).nan_to_num_(0.0, 0.0)
         if group["norm_growth_limit"] is not None:
-            norm = torch.linalg.vector_norm(_norms(gradient, scaled) * scaling, dim=(1, 2)).unsqueeze(1)
+            norm = torch.linalg.vector_norm(norms * scaling, dim=(1, 2)).unsqueeze(1)
+            others = tuple({0, 1} - set(scaled))
+            (norm,) = yield [Sum(norm, layout, others, is_norm=True)]
             scaling *= self._limited(parameters, norm, group["norm_growth_limit"]).unsqueeze(2)
 
         lr = float(group["lr"])
@@ -116,6 +127,9 @@ class ApolloAdamW(LowRankAdamW):
         if len(weights) > 1:
             unstack(stepped, as_matrices(weights))
         write_back(parameters, weights)
+
+    def _moment_dims(self, name: str, dims: Sequence[int | None]) -> Sequence[int | None]:
+        return (None,) if name == "update_norm" else dims
 
     def _limited(self, parameters: Sequence[Tensor], norm: Tensor, growth: float) -> Tensor:
         """Returns factors ``[matrices, 1]`` that limit the updates' growth, and stores the limited norms."""
@@ -132,17 +146,19 @@ class ApolloAdamW(LowRankAdamW):
 
     def _bases(
         self, parameters: Sequence[Tensor], gradients: Sequence[Tensor], step: int, group: dict[str, Any]
-    ) -> tuple[list[Tensor] | None, list[Tensor] | None]:
+    ) -> Together[tuple[list[Tensor] | None, list[Tensor] | None]]:
         if group["proj"] == "svd":
-            return super()._bases(parameters, gradients, step, {**group, "projection": "svd"})
+            return (yield from super()._bases(parameters, gradients, step, {**group, "projection": "svd"}))
         states = [self.state[parameter] for parameter in parameters]
         if (step - 1) % group["update_proj_gap"] == 0:
             for state in states:
                 state["seed"] = state["seed"] + 1 if "seed" in state else group["seed"]
-        ((name, (side, rank)),) = base_shapes(gradients[0].shape, group["rank"], group["proj_type"]).items()
+        layout = as_matrix(self.layout(parameters[0]), group["stack_dims"])
+        ((name, (side, rank)),) = base_shapes(layout.shape, group["rank"], group["proj_type"]).items()
         seeds = [state["seed"] for state in states]
         # A single seed, unless the gap was changed while some parameters had no gradient.
         found = {seed: self._projection(seed, side, rank, gradients[0]) for seed in set(seeds)}
+        found = {seed: layout.entries(basis, 0 if name == "left" else 1) for seed, basis in found.items()}
         bases = [found[seed] for seed in seeds for _ in range(len(gradients) // len(parameters))]
         return (bases, None) if name == "left" else (None, bases)
 
@@ -159,9 +175,9 @@ class ApolloAdamW(LowRankAdamW):
 
 
 def _norms(matrices: Tensor, dims: tuple[int, ...]) -> Tensor:
-    """Returns the 2-norms of ``[batch, rows, columns]`` over ``dims``, kept with size 1."""
-    if dims != (1,) or matrices.device.type != "cpu":
-        norms: Tensor = torch.linalg.vector_norm(matrices, dim=dims, keepdim=True)
+    """Returns the 2-norms of a stack of matrices over dimensions of a matrix, which are kept with size 1."""
+    if dims != (0,) or matrices.device.type != "cpu" or not matrices.numel():
+        norms: Tensor = torch.linalg.vector_norm(matrices, dim=tuple(dim + 1 for dim in dims), keepdim=True)
         return norms
     # On CPU, 20 times faster than torch's norm over the rows, without a temporary of the matrix's size.
     blocks = torch.split(matrices, max(1, _BLOCK // matrices.shape[-1]), dim=1)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from typing import Any, ClassVar
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor
@@ -14,15 +14,22 @@ from lightning_optim.errors import InvalidOption, InvalidParamGroups
 from lightning_optim.stepping import (
     FORMAT,
     MARKS,
+    Layout,
     StepsUncompiled,
+    Update,
     is_sharded,
+    local,
     only_valid_groups,
     refuse_foreign,
+    run_together,
+    spread_alike,
     uncompiled,
 )
 
 # How many elements are updated together at most.
 _TEMPORARY = 2**24
+
+_Item = TypeVar("_Item")
 
 
 class OwnOptimizer(StepsUncompiled):
@@ -38,6 +45,11 @@ class OwnOptimizer(StepsUncompiled):
 
     All state is in ``self.state``, and no parameter's update depends on which others are stepped with it: the layerwise
     engine steps buckets with the same results.
+
+    A sharded parameter (a DTensor) is stepped as a plain tensor, this process's part of it: that is what
+    :meth:`_initial_state` and :meth:`_update` see, in the state, too, while ``self.state`` keeps DTensors.
+    :meth:`layout` says what the whole is like. What an update needs of other processes it yields, see
+    :class:`~lightning_optim.stepping.Sum`.
 
     Args:
         params: Parameters or param groups, real and dense.
@@ -56,15 +68,32 @@ class OwnOptimizer(StepsUncompiled):
     def __init__(self, params: Any, defaults: dict[str, Any]) -> None:
         # The state dict being loaded.
         self._taken: dict[str, Any] | None = None
+        # The sharded parameters of the parts that are stepped for them.
+        self._origins: dict[Tensor, Tensor] = {}
         super().__init__(params, {**defaults, FORMAT: self.format()})
 
     def _initial_state(self, parameter: Tensor, group: dict[str, Any]) -> dict[str, Any]:
         """Returns the state before the first step; ``"step"`` is added to it."""
         raise NotImplementedError
 
-    def _update(self, parameters: list[Tensor], step: int, group: dict[str, Any]) -> None:
-        """Takes step number ``step`` (the first is 1) in place, with parameters of the same device and dtype."""
+    def _update(self, parameters: list[Tensor], step: int, group: dict[str, Any]) -> Update | None:
+        """Takes step number ``step`` (the first is 1) in place, with parameters of the same device and dtype.
+
+        What needs sums over whole parameters is a generator; the parameters are spread over the same processes, alike.
+        """
         raise NotImplementedError
+
+    def _dims(self, name: str, parameter: Tensor, value: Tensor) -> Sequence[int | None]:
+        """Returns which dimension of a parameter each of a state tensor's follows; ``None`` where it is not sharded."""
+        return range(value.ndim) if value.shape == parameter.shape else (None,) * value.ndim
+
+    def origin(self, parameter: Tensor) -> Tensor:
+        """Returns the parameter that an update sees this process's part of."""
+        return self._origins.get(parameter, parameter) if self._origins else parameter
+
+    def layout(self, parameter: Tensor) -> Layout:
+        """Returns how what an update sees as a parameter is spread."""
+        return Layout.of(self.origin(parameter))
 
     def _steppable(self, parameters: list[Tensor]) -> list[Tensor]:
         """Returns which of these parameters of one group, all with gradients, to step."""
@@ -93,19 +122,61 @@ class OwnOptimizer(StepsUncompiled):
     @uncompiled
     @torch.no_grad()
     def _step(self) -> None:
+        sharded: list[tuple[list[Tensor], int, dict[str, Any]]] = []
         for group in self.param_groups:
             live = [parameter for parameter in group["params"] if parameter.grad is not None and parameter.numel()]
             self._refuse_sparse(live)
             kinds: dict[tuple[int, Any, Any, Any], list[Tensor]] = {}
             for parameter in self._steppable(live) if live else ():
-                # By type: a DTensor and a plain tensor cannot share an operation.
-                kind = self._begin(parameter, group), parameter.device, parameter.dtype, type(parameter)
+                kind = self._begin(parameter, group), parameter.device, parameter.dtype, Layout.of(parameter).spread
                 kinds.setdefault(kind, []).append(parameter)
-            for (step, device, *_), parameters in kinds.items():
-                # In training_step (manual optimization), autocast may be active.
-                with _without_autocast(device.type):
-                    for part in _parts(parameters):
-                        self._update(part, step, group)
+            for (step, device, _, spread), parameters in kinds.items():
+                for part in _parts(parameters, _elements):
+                    if spread is not None:
+                        sharded.append((part, step, group))
+                        continue
+                    # In training_step (manual optimization), autocast may be active.
+                    with _without_autocast(device.type):
+                        run_together([self._update(part, step, group)])
+        # Of all groups, so that they send together.
+        for some in _parts(sharded, lambda each: sum(map(_elements, each[0]))):
+            with _without_autocast(some[0][0][0].device.type):
+                run_together(self._update_shards(*each) for each in some)
+
+    def _update_shards(self, parameters: Sequence[Tensor], step: int, group: dict[str, Any]) -> Update:
+        """Updates this process's parts of sharded parameters."""
+        with self.as_parts(parameters) as parts:
+            update = self._update(parts, step, group)
+            if update is not None:
+                yield from update
+
+    @contextmanager
+    def as_parts(self, parameters: Sequence[Tensor]) -> Iterator[list[Tensor]]:
+        """Yields plain tensors in the memory of sharded parameters, with gradients and state; keeps new state.
+
+        Parameters that are whole are yielded as they are.
+        """
+        if not any(map(is_sharded, parameters)):
+            yield [*parameters]
+            return
+        parts: list[Tensor] = [local(parameter) for parameter in parameters]
+        states = [{name: local(value) for name, value in self.state[p].items()} for p in parameters]
+        for parameter, part, state in zip(parameters, parts, states, strict=True):
+            self._origins[part], self.state[part] = parameter, dict(state)
+            if parameter.grad is not None:
+                part.grad = local(spread_alike(parameter.grad, parameter))
+        try:
+            yield parts
+            for parameter, part, state in zip(parameters, parts, states, strict=True):
+                for name, value in self.state[part].items():
+                    if not isinstance(value, Tensor):
+                        self.state[parameter][name] = value
+                    elif value is not state.get(name):
+                        dims = self._dims(name, part, value)
+                        self.state[parameter][name] = Layout.of(parameter).followed(dims, value.shape).wrap(value)
+        finally:
+            for part in parts:
+                del self._origins[part], self.state[part]
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Loads as torch does, hyperparameters included, but keeps states in the compute dtype, not the parameter's.
@@ -142,6 +213,7 @@ class OwnOptimizer(StepsUncompiled):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
+        vars(self).setdefault("_origins", {})
         taken = vars(self).setdefault("_taken", None)
         if taken is None:
             return
@@ -172,7 +244,12 @@ class OwnOptimizer(StepsUncompiled):
         """Counts a step of a parameter and returns its number; initializes the state before the first."""
         state = self.state[parameter]
         if "step" not in state:
-            state.update({"step": 0, **self._initial_state(parameter, group), **state})
+            if is_sharded(parameter):
+                with self.as_parts([parameter]) as (part,):
+                    initial = self._initial_state(part, group)
+                    self.state[part] = {"step": 0, **initial, **self.state[part]}
+            else:
+                state.update({"step": 0, **self._initial_state(parameter, group), **state})
         state["step"] += 1
         step: int = state["step"]
         return step
@@ -241,17 +318,23 @@ def _converted(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     return tensor if tensor.dtype is dtype and tensor.is_contiguous() else tensor.detach().to(dtype).contiguous()
 
 
-def _parts(parameters: list[Tensor]) -> Iterator[list[Tensor]]:
-    """Splits parameters into parts whose temporary copies stay small, unless a single parameter is large."""
-    part: list[Tensor] = []
-    elements = 0
-    for parameter in parameters:
-        if part and elements + parameter.numel() > _TEMPORARY:
+def _parts(items: Iterable[_Item], elements: Callable[[_Item], int]) -> Iterator[list[_Item]]:
+    """Splits what is updated into parts whose temporary copies stay small, unless a single item is large."""
+    part: list[_Item] = []
+    total = 0
+    for item in items:
+        if part and total + elements(item) > _TEMPORARY:
             yield part
-            part, elements = [], 0
-        part.append(parameter)
-        elements += parameter.numel()
-    yield part
+            part, total = [], 0
+        part.append(item)
+        total += elements(item)
+    if part:
+        yield part
+
+
+def _elements(parameter: Tensor) -> int:
+    """Returns how many elements a process has of a parameter, at most; all processes must make the same parts."""
+    return Layout.of(parameter).largest if is_sharded(parameter) else parameter.numel()
 
 
 def _without_autocast(device_type: str) -> AbstractContextManager[Any]:

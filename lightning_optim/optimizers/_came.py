@@ -5,15 +5,16 @@ CAME: Confidence-guided Adaptive Memory Efficient Optimization, https://arxiv.or
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from lightning_optim.optimizers._base import OwnOptimizer, compute_dtype, hyperparameters
-from lightning_optim.optimizers._factored import moment_shapes, over_root, rms
+from lightning_optim.optimizers._factored import TENSORS, moment_dims, moment_shapes, over_root, rms
 from lightning_optim.optimizers._stacks import batches, stacked, stacked_weights
+from lightning_optim.stepping import Layout, Together, Update, side_by_side
 
 #: Names of the tensors of the second moment of residuals, which only matrices have.
 RESIDUAL = _ROW, _COLUMN, _FULL = "exp_avg_res_row", "exp_avg_res_col", "exp_avg_res"
@@ -38,8 +39,10 @@ class CAME(OwnOptimizer):
         weight_decay: Decoupled weight decay.
 
     Raises:
-        InvalidParamGroups: If a parameter is complex or sharded, or its gradient sparse.
+        InvalidParamGroups: If a parameter is complex or its gradient sparse.
     """
+
+    sharded: ClassVar[bool] = True
 
     def __init__(
         self,
@@ -57,17 +60,24 @@ class CAME(OwnOptimizer):
         shapes = state_shapes(tuple(parameter.shape))
         return {name: torch.zeros(shape, dtype=dtype, device=device) for name, shape in shapes.items()}
 
-    def _update(self, parameters: list[Tensor], step: int, group: dict[str, Any]) -> None:
+    def _dims(self, name: str, parameter: Tensor, value: Tensor) -> Sequence[int | None]:
+        return moment_dims(dict(zip(RESIDUAL, TENSORS, strict=True)).get(name, name), parameter.ndim)
+
+    def _update(self, parameters: list[Tensor], step: int, group: dict[str, Any]) -> Update:
         lr = float(group["lr"])
-        for batch in batches(parameters, lambda shape: state_shapes(shape).values()):
+
+        def stepped(batch: list[Tensor], layout: Layout) -> Update:
             names = state_shapes(tuple(batch[0].shape))
             with stacked_weights(batch) as (values, given), stacked([self.state[p] for p in batch], names) as state:
-                update = came_update(
-                    given, state, betas=group["betas"], eps=group["eps"], clip_threshold=group["clip_threshold"]
+                update = yield from came_update(
+                    given, state, layout, betas=group["betas"], eps=group["eps"], clip_threshold=group["clip_threshold"]
                 )
                 if group["weight_decay"]:
                     values.mul_(1 - lr * group["weight_decay"])
                 values.add_(update, alpha=-lr)
+
+        kinds = batches(parameters, lambda shape: state_shapes(shape).values(), self.layout)
+        yield from side_by_side(stepped(*batch) for batch in kinds)
 
 
 def state_shapes(shape: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
@@ -80,17 +90,22 @@ def state_shapes(shape: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
 def came_update(
     gradients: Tensor,
     state: Mapping[str, Tensor],
+    layout: Layout,
     *,
     betas: tuple[float, float, float],
     eps: tuple[float, float],
     clip_threshold: float,
-) -> Tensor:
-    """Advances the state of a stack of parameters and returns the updates, before the learning rate."""
+) -> Together[Tensor]:
+    """Advances the state of a stack of parameters and returns the updates, before the learning rate.
+
+    ``layout`` is that of one parameter.
+    """
     beta1, beta2, beta3 = betas
-    update = over_root(gradients, gradients.square(), state, weight=1 - beta2, eps=eps[0])
-    update.div_((rms(update) / clip_threshold).clamp_(min=1.0))
+    update = yield from over_root(gradients, gradients.square(), state, layout, weight=1 - beta2, eps=eps[0])
+    size = yield from rms(update, layout)
+    update.div_((size / clip_threshold).clamp_(min=1.0))
     average = state["exp_avg"].lerp_(update, 1 - beta1)
     if _ROW not in state:
         return average
     residuals = update.sub_(average).square_()
-    return over_root(average, residuals, state, weight=1 - beta3, eps=eps[1], names=RESIDUAL)
+    return (yield from over_root(average, residuals, state, layout, weight=1 - beta3, eps=eps[1], names=RESIDUAL))

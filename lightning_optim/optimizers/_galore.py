@@ -7,13 +7,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor
 
 from lightning_optim.optimizers._base import gradients, hyperparameters, to_compute_dtype, write_back
-from lightning_optim.optimizers._low_rank import LowRankAdamW, StateDtype, as_matrices
+from lightning_optim.optimizers._low_rank import LowRankAdamW, StateDtype
+from lightning_optim.optimizers._matrices import as_matrices, as_matrix
 from lightning_optim.optimizers._projection import ProjectionMethod, ProjectionType, products, project
+from lightning_optim.stepping import Update
 
 
 class GaLoreAdamW(LowRankAdamW):
@@ -43,8 +45,10 @@ class GaLoreAdamW(LowRankAdamW):
     Raises:
         InvalidOption: If ``rank`` or ``update_proj_gap`` is not a whole number of at least 1; for float16 parameters
             with ``state_dtype="parameter"``.
-        InvalidParamGroups: If a parameter is complex or sharded, or a gradient is sparse.
+        InvalidParamGroups: If a parameter is complex, or a gradient is sparse.
     """
+
+    sharded: ClassVar[bool] = True
 
     def __init__(
         self,
@@ -76,10 +80,10 @@ class GaLoreAdamW(LowRankAdamW):
         for parameter in parameters:
             parameter.mul_(1 - float(group["lr"]) * group["weight_decay"])
 
-    def _step_projected(self, parameters: list[Tensor], step: int, group: dict[str, Any]) -> None:
+    def _step_projected(self, parameters: list[Tensor], step: int, group: dict[str, Any]) -> Update:
         matrices = as_matrices(gradients(parameters), group["stack_dims"])
-        left, right = self._bases(parameters, matrices, step, group)
-        low = project(matrices, left, right)
+        left, right = yield from self._bases(parameters, matrices, step, group)
+        low = yield from project(matrices, left, right, as_matrix(self.layout(parameters[0]), group["stack_dims"]))
         lr, match = float(group["lr"]), group["match_galore_torch"]
         if match:
             group = _as_upstream(group, step)

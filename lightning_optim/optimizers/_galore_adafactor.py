@@ -5,15 +5,19 @@ GaLore: Memory-Efficient LLM Training by Gradient Low-Rank Projection, https://a
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
 
 from lightning_optim.optimizers._adafactor import Adafactor, default_lr
 from lightning_optim.optimizers._base import OwnOptimizer, gradients, hyperparameters, to_compute_dtype
+from lightning_optim.optimizers._factored import moment_dims
 from lightning_optim.optimizers._galore import add_to_weights
-from lightning_optim.optimizers._low_rank import LowRankOptimizer, StateDtype, as_matrices, as_stack, state_dtype
+from lightning_optim.optimizers._low_rank import LowRankOptimizer, StateDtype, state_dtype
+from lightning_optim.optimizers._matrices import as_matrices, as_matrix, as_stack, low_rank
 from lightning_optim.optimizers._projection import ProjectionMethod, ProjectionType, project
+from lightning_optim.stepping import Update
 
 
 class GaLoreAdafactor(LowRankOptimizer, Adafactor):
@@ -45,7 +49,7 @@ class GaLoreAdafactor(LowRankOptimizer, Adafactor):
     Raises:
         InvalidOption: If ``rank`` or ``update_proj_gap`` is not a whole number of at least 1, or a group has
             ``warmup_init`` without ``relative_step``.
-        InvalidParamGroups: If a parameter is complex or sharded, or a gradient is sparse.
+        InvalidParamGroups: If a parameter is complex, or a gradient is sparse.
     """
 
     def __init__(
@@ -78,12 +82,18 @@ class GaLoreAdafactor(LowRankOptimizer, Adafactor):
         first = {name: moments[name].to(state_dtype(parameter, group)) for name in ("exp_avg",) if name in moments}
         return {**moments, **first}
 
-    def _step_projected(self, parameters: list[Tensor], step: int, group: dict[str, Any]) -> None:
+    def _moment_dims(self, name: str, dims: Sequence[int | None]) -> Sequence[int | None]:
+        return [dims[index] for index in moment_dims(name, len(dims))]
+
+    def _step_projected(self, parameters: list[Tensor], step: int, group: dict[str, Any]) -> Update:
         stack_dims = group["stack_dims"]
         matrices = as_matrices(gradients(parameters), stack_dims)
-        left, right = self._bases(parameters, matrices, step, group)
+        layout = as_matrix(self.layout(parameters[0]), stack_dims)
+        left, right = yield from self._bases(parameters, matrices, step, group)
         weights = as_stack(to_compute_dtype(parameters), stack_dims) if group["scale_parameter"] else None
-        rate = self._rate(weights, step, group)
-        update = self._moved(parameters, project(matrices, left, right), rate, step, group, stack_dims)
+        rate = yield from self._rates(weights, layout, step, group)
+        low = yield from project(matrices, left, right, layout)
+        subspace = low_rank(layout, left is not None, right is not None, low.shape[1:])
+        update = yield from self._moved(parameters, low, subspace, rate, step, group, stack_dims)
         beta = 1 - rate * group["weight_decay"]
         add_to_weights(parameters, update, left, right, beta=beta, alpha=-group["scale"], stack_dims=stack_dims)

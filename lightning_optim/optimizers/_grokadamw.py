@@ -89,6 +89,7 @@ class GrokAdamW(OwnOptimizer):
         states = [self.state[parameter] for parameter in parameters]
         signal = grokking_signal(group["train_loss"], group["eval_loss"])
         beta1, beta2 = group["betas"]
+        positions = [self._positions[self.origin(parameter)] for parameter in parameters]
         values = to_compute_dtype(parameters)
         grokadamw_update(
             values,
@@ -98,7 +99,7 @@ class GrokAdamW(OwnOptimizer):
             [state["grok_ema"] for state in states],
             step=step,
             lr=float(group["lr"]),
-            beta1s=[beta1 * (1 - group["gamma"]) ** self._positions[parameter] for parameter in parameters],
+            beta1s=[beta1 * (1 - group["gamma"]) ** position for position in positions],
             beta2=beta2,
             eps=group["eps"],
             weight_decay=group["weight_decay"],

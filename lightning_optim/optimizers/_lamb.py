@@ -6,7 +6,7 @@ Large Batch Optimization for Deep Learning: Training BERT in 76 minutes, https:/
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor
 
@@ -20,6 +20,7 @@ from lightning_optim.optimizers._base import (
     zeros_for,
 )
 from lightning_optim.optimizers._trust_ratio import Adapt, adapted, check_adapt, norms, ratios, scale
+from lightning_optim.stepping import Update
 
 
 class Lamb(OwnOptimizer):
@@ -32,7 +33,7 @@ class Lamb(OwnOptimizer):
     parameters first: ``Trainer(gradient_clip_val=1.0)`` does.
 
     Args:
-        params: Parameters or param groups, real, dense and not sharded.
+        params: Parameters or param groups, real and dense.
         lr: Learning rate.
         betas: Decay rates of the first and second moment.
         eps: Added to the denominator.
@@ -41,9 +42,11 @@ class Lamb(OwnOptimizer):
         trust_clip: Whether the trust ratio is at most 1 (LAMBC).
 
     Raises:
-        InvalidParamGroups: If a parameter is complex or sharded, or its gradient sparse.
+        InvalidParamGroups: If a parameter is complex or its gradient sparse.
         InvalidOption: If ``adapt`` is unknown.
     """
+
+    sharded: ClassVar[bool] = True
 
     def __init__(
         self,
@@ -64,7 +67,7 @@ class Lamb(OwnOptimizer):
     def _initial_state(self, parameter: Tensor, group: dict[str, Any]) -> dict[str, Any]:
         return {name: zeros_for(parameter) for name in ("exp_avg", "exp_avg_sq")}
 
-    def _update(self, parameters: list[Tensor], step: int, group: dict[str, Any]) -> None:
+    def _update(self, parameters: list[Tensor], step: int, group: dict[str, Any]) -> Update:
         states = [self.state[parameter] for parameter in parameters]
         exp_avgs, exp_avg_sqs = ([state[name] for state in states] for name in ("exp_avg", "exp_avg_sq"))
         beta1, beta2 = group["betas"]
@@ -82,7 +85,9 @@ class Lamb(OwnOptimizer):
             kernels.foreach_add_(updates, values, alpha=group["weight_decay"])
         if chosen := adapted(parameters, group["adapt"]):
             own = [updates[index] for index in chosen]
-            trust = ratios(norms([values[index] for index in chosen]), norms(own))
+            layouts = [self.layout(parameters[index]) for index in chosen]
+            lengths, steps = yield from norms(layouts, [values[index] for index in chosen], own)
+            trust = ratios(lengths, steps)
             scale(own, trust.clamp_(max=1.0) if group["trust_clip"] else trust)
         kernels.foreach_add_(values, updates, alpha=-float(group["lr"]))
         write_back(parameters, values)

@@ -5,7 +5,7 @@ Large Batch Training of Convolutional Networks, https://arxiv.org/abs/1708.03888
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor
 
@@ -20,6 +20,7 @@ from lightning_optim.optimizers._base import (
     zeros_for,
 )
 from lightning_optim.optimizers._trust_ratio import Adapt, adapted, check_adapt, norms, ratios, scale
+from lightning_optim.stepping import Update
 
 
 class Lars(OwnOptimizer):
@@ -32,7 +33,7 @@ class Lars(OwnOptimizer):
     PyTorch. In the paper it is within the momentum, which differs while the learning rate changes.
 
     Args:
-        params: Parameters or param groups, real, dense and not sharded.
+        params: Parameters or param groups, real and dense.
         lr: Learning rate.
         momentum: Decay rate of the sum of scaled gradients; 0 keeps none.
         weight_decay: Part of the weights added to the gradient.
@@ -41,9 +42,11 @@ class Lars(OwnOptimizer):
         adapt: ``"matrices"`` adapts parameters with two dimensions or more, ``"all"`` every one, ``"none"`` none.
 
     Raises:
-        InvalidParamGroups: If a parameter is complex or sharded, or its gradient sparse.
+        InvalidParamGroups: If a parameter is complex or its gradient sparse.
         InvalidOption: If ``adapt`` is unknown, or ``nesterov`` is set without momentum.
     """
+
+    sharded: ClassVar[bool] = True
 
     def __init__(
         self,
@@ -70,13 +73,14 @@ class Lars(OwnOptimizer):
     def _initial_state(self, parameter: Tensor, group: dict[str, Any]) -> dict[str, Any]:
         return {"momentum_buffer": zeros_for(parameter)} if group["momentum"] else {}
 
-    def _update(self, parameters: list[Tensor], step: int, group: dict[str, Any]) -> None:
+    def _update(self, parameters: list[Tensor], step: int, group: dict[str, Any]) -> Update:
         momentum, decay = group["momentum"], group["weight_decay"]
         values, given = to_compute_dtype(parameters), gradients(parameters)
         updates = kernels.foreach_add(given, values, alpha=decay)
         if chosen := adapted(parameters, group["adapt"]):
-            lengths = norms([values[index] for index in chosen])
-            steps = norms([given[index] for index in chosen]).add_(lengths, alpha=decay)
+            layouts = [self.layout(parameters[index]) for index in chosen]
+            lengths, steps = yield from norms(layouts, *([each[i] for i in chosen] for each in (values, given)))
+            steps = steps.add(lengths, alpha=decay)
             scale([updates[index] for index in chosen], ratios(lengths * group["trust_coeff"], steps))
         if momentum:
             buffers = [self.state[parameter]["momentum_buffer"] for parameter in parameters]

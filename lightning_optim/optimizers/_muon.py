@@ -8,9 +8,10 @@ https://arxiv.org/abs/2510.05491; Cautious Weight Decay, https://arxiv.org/abs/2
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from functools import partial
 from numbers import Integral, Real
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -25,10 +26,10 @@ from lightning_optim.optimizers._base import (
     to_compute_dtype,
     write_back,
 )
-from lightning_optim.optimizers._factored import rms
-from lightning_optim.optimizers._low_rank import as_matrices
-from lightning_optim.optimizers._matrices import named, refuse_vectors
+from lightning_optim.optimizers._matrices import as_matrices, named, refuse_vectors
 from lightning_optim.optimizers._newton_schulz import iteration_dtype, orthogonalize, stack_size
+from lightning_optim.optimizers._projection import matrix_shape
+from lightning_optim.stepping import Deal, Layout, Sum, Together, Update, side_by_side
 
 #: The rule for the length of an update.
 LrScale = Literal["original", "match_rms_adamw"]
@@ -44,16 +45,6 @@ _CHOICES: Mapping[str, tuple[str, ...]] = {
 }
 # Beside a root mean square of rows, as the authors of NorMuon have it.
 _NEURON_EPS = 1e-10
-
-
-class _Matrix(NamedTuple):
-    """One matrix of a parameter, in views: what is changed together."""
-
-    weight: Tensor
-    gradient: Tensor
-    momentum: Tensor
-    #: The second moment of each row.
-    rows: Tensor | None
 
 
 class Muon(OwnOptimizer):
@@ -93,9 +84,11 @@ class Muon(OwnOptimizer):
         batched: Whether to orthogonalize small matrices of one shape as stacks.
 
     Raises:
-        InvalidParamGroups: If a parameter has too few dimensions, its rows cannot be split, it is complex or sharded,
+        InvalidParamGroups: If a parameter has too few dimensions, its rows cannot be split, it is complex,
             or its gradient is sparse.
     """
+
+    sharded: ClassVar[bool] = True
 
     def __init__(
         self,
@@ -159,36 +152,31 @@ class Muon(OwnOptimizer):
             state["exp_avg_sq_row"] = torch.zeros(rows, dtype=dtype, device=device)
         return state
 
-    def _update(self, parameters: list[Tensor], step: int, group: dict[str, Any]) -> None:
-        weights = to_compute_dtype(parameters)
-        device, dtype = weights[0].device, weights[0].dtype
-        named = group["ns_dtype"]
-        iterated = getattr(torch, named) if named else iteration_dtype(dtype, device)
-        alike: dict[torch.Size, list[_Matrix]] = {}
-        for matrix in self._matrices(parameters, weights, group):
-            alike.setdefault(matrix.weight.shape, []).append(matrix)
-        for shape, matrices in alike.items():
-            size = stack_size(shape, iterated, device) if group["batched"] else 1
-            for start in range(0, len(matrices), size):
-                _step(matrices[start : start + size], size, iterated, group)
-        write_back(parameters, weights)
+    def _dims(self, name: str, parameter: Tensor, value: Tensor) -> Sequence[int | None]:
+        return range(value.ndim)
 
-    def _matrices(
-        self, parameters: Sequence[Tensor], weights: Sequence[Tensor], group: dict[str, Any]
-    ) -> Iterator[_Matrix]:
-        states = [self.state[parameter] for parameter in parameters]
-        momenta = [state["momentum_buffer"] for state in states]
-        split, stack_dims = group["split"], group["stack_dims"]
-        views: list[list[Tensor] | list[None]] = [
-            _split(as_matrices(tensors, stack_dims), split) for tensors in (weights, gradients(parameters), momenta)
-        ]
+    def _update(self, parameters: list[Tensor], step: int, group: dict[str, Any]) -> Update:
+        weights, given = to_compute_dtype(parameters), gradients(parameters)
+        momenta = [self.state[parameter]["momentum_buffer"] for parameter in parameters]
+        kernels.foreach_lerp_(momenta, given, 1 - group["momentum"])
+        sought = kernels.foreach_lerp(given, momenta, group["momentum"]) if group["nesterov"] else momenta
+        layouts = [self.layout(parameter) for parameter in parameters]
+        costs = [_cost(layout.shape, group) for layout in layouts]
+        (updates,) = yield [Deal(list(sought), layouts, partial(_orthogonalized, group=group), costs)]
         if group["normalize"] == "neuron":
-            moments = (state["exp_avg_sq_row"] for state in states)
-            rows = [row for each in moments for row in each.view(-1, each.shape[-1]).unbind()]
-            views.append(_split(rows, split))
-        else:
-            views.append([None] * len(views[0]))
-        return (_Matrix(*each) for each in zip(*views, strict=True))
+            rows = [self.state[parameter]["exp_avg_sq_row"] for parameter in parameters]
+            updates = yield from side_by_side(
+                _normalized(*each, group) for each in zip(updates, rows, layouts, strict=True)
+            )
+        lr = float(group["lr"])
+        _decay(weights, updates, lr * group["weight_decay"], cautious=group["cautious"])
+        alike: dict[tuple[int, int], list[int]] = {}
+        for index, layout in enumerate(layouts):
+            alike.setdefault(_piece(layout.shape, group), []).append(index)
+        for shape, members in alike.items():
+            rate = lr * scale(shape, group["lr_scale"])
+            kernels.foreach_add_([weights[i] for i in members], [updates[i] for i in members], alpha=-rate)
+        write_back(parameters, weights)
 
 
 class NorMuon(Muon):
@@ -218,36 +206,75 @@ class NorMuon(Muon):
         super().__init__(params, normalize="neuron", **hyperparameters(locals()))
 
 
-def _step(matrices: Sequence[_Matrix], size: int, dtype: torch.dtype, group: Mapping[str, Any]) -> None:
-    """Steps at most ``size`` matrices of one shape, which are orthogonalized together in ``dtype``."""
-    weights, given, momenta, rows = (list(views) for views in zip(*matrices, strict=True))
-    kernels.foreach_lerp_(momenta, given, 1 - group["momentum"])
-    update = orthogonalize(
-        kernels.foreach_lerp(given, momenta, group["momentum"]) if group["nesterov"] else momenta,
-        size=size,
-        dtype=dtype,
-        steps=group["ns_steps"],
-        coefficients=group["ns_coefficients"],
-        eps=group["eps"],
-    ).to(weights[0].dtype)
-    if group["normalize"] == "neuron":
-        update = _normalized(update, rows, group["beta2"])
-    updates = list(update[: len(weights)].unbind())
-    lr = float(group["lr"])
-    _decay(weights, updates, lr * group["weight_decay"], cautious=group["cautious"])
-    kernels.foreach_add_(weights, updates, alpha=-lr * scale(weights[0].shape, group["lr_scale"]))
+def _piece(shape: Sequence[int], group: Mapping[str, Any]) -> tuple[int, int]:
+    """Returns the shape of what is orthogonalized by itself."""
+    rows, columns = matrix_shape(shape, group["stack_dims"])
+    return rows // group["split"], columns
 
 
-def _normalized(update: Tensor, rows: Sequence[Tensor], beta2: float) -> Tensor:
-    """Advances the second moments of the rows of a stack, which may be shorter, and divides by their roots."""
-    update = update.contiguous()
-    moments = update.new_zeros(update.shape[:2])
-    known = list(moments[: len(rows)].unbind())
-    kernels.foreach_copy_(known, list(rows))
-    moments.lerp_(update.square().mean(-1), 1 - beta2)
-    kernels.foreach_copy_(list(rows), known)
-    normalized = update / moments.sqrt().add_(_NEURON_EPS).unsqueeze(-1)
-    return normalized.mul_(rms(update) / rms(normalized).add_(_NEURON_EPS))
+def _cost(shape: Sequence[int], group: Mapping[str, Any]) -> float:
+    """Returns what orthogonalizing a parameter of this shape costs, in multiplications of a half iteration."""
+    short, long = sorted(_piece(shape, group))
+    return float(math.prod(shape) / max(1, short * long) * short * short * long)
+
+
+def _orthogonalized(tensors: Sequence[Tensor], group: Mapping[str, Any]) -> list[Tensor]:
+    """Returns what is sought for parameters with every matrix orthogonalized; small ones of one shape at once."""
+    results = [torch.empty_like(tensor) for tensor in tensors]
+    if not tensors:
+        return results
+    device, dtype, named = tensors[0].device, tensors[0].dtype, group["ns_dtype"]
+    iterated = getattr(torch, named) if named else iteration_dtype(dtype, device)
+    alike: dict[torch.Size, list[tuple[Tensor, Tensor]]] = {}
+    pieces = (_split(as_matrices(each, group["stack_dims"]), group["split"]) for each in (tensors, results))
+    for given, result in zip(*pieces, strict=True):
+        alike.setdefault(given.shape, []).append((given, result))
+    for shape, pairs in alike.items():
+        size = stack_size(shape, iterated, device) if group["batched"] else 1
+        for start in range(0, len(pairs), size):
+            some = pairs[start : start + size]
+            found = orthogonalize(
+                [given for given, _ in some],
+                size=size,
+                dtype=iterated,
+                steps=group["ns_steps"],
+                coefficients=group["ns_coefficients"],
+                eps=group["eps"],
+            )
+            kernels.foreach_copy_([result for _, result in some], list(found[: len(some)].unbind()))
+    return results
+
+
+def _normalized(update: Tensor, moments: Tensor, layout: Layout, group: Mapping[str, Any]) -> Together[Tensor]:
+    """Advances the second moments of a parameter's rows and divides by their roots; each matrix keeps its norm."""
+    indexed = group["stack_dims"] + 1  # the dimensions that index rows
+    rows, columns = _piece(layout.shape, group)
+    flattened = tuple(range(indexed, len(layout.shape)))
+    flat = update.view(moments.numel(), math.prod(update.shape[indexed:]))
+    (squares,) = yield [Sum(flat.square().sum(-1), layout, flattened)]
+    moments.lerp_((squares / columns).view_as(moments), 1 - group["beta2"])
+    factors = moments.flatten().sqrt().add_(_NEURON_EPS).reciprocal_()
+    owners = _owners(layout, indexed, rows, update.device)
+    sums = torch.stack([squares, squares * factors.square()])
+    if layout.splitting(range(indexed)):
+        pieces = math.prod(layout.shape[:indexed]) // rows
+        belongs = (owners.unsqueeze(1) == torch.arange(pieces, device=owners.device)).to(sums.dtype)
+        (sums,) = yield [Sum(sums @ belongs, layout, range(indexed))]
+    else:
+        sums = sums.view(2, -1, rows).sum(-1)
+    before, after = (sums / (rows * columns)).sqrt()
+    factors *= (before / after.add_(_NEURON_EPS))[owners]
+    return (flat * factors.unsqueeze(-1)).view_as(update)
+
+
+def _owners(layout: Layout, indexed: int, rows: int, device: torch.device) -> Tensor:
+    """Returns which of a parameter's matrices each row belongs to, of the rows that this process has.
+
+    The first ``indexed`` dimensions index rows, and a matrix has ``rows``.
+    """
+    shape = layout.shape[:indexed]
+    numbered = torch.arange(math.prod(shape), device=device).view(shape)
+    return layout.followed(range(indexed), shape).share(numbered).flatten() // rows
 
 
 def _decay(weights: list[Tensor], updates: Sequence[Tensor], rate: float, *, cautious: bool) -> None:

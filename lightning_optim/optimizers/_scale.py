@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from numbers import Integral
-from typing import Any, Literal, get_args
+from typing import Any, ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -21,8 +21,8 @@ from lightning_optim.optimizers._base import (
     to_compute_dtype,
     write_back,
 )
-from lightning_optim.optimizers._low_rank import as_stack
-from lightning_optim.optimizers._matrices import refuse_vectors
+from lightning_optim.optimizers._matrices import as_matrix, as_stack, refuse_vectors
+from lightning_optim.stepping import Sum, Update
 
 #: Where a weight has its outputs.
 Outputs = Literal["rows", "columns"]
@@ -51,8 +51,10 @@ class Scale(OwnOptimizer):
         stack_dims: How many leading dimensions of the group's parameters index matrices.
 
     Raises:
-        InvalidParamGroups: If a parameter has too few dimensions, is complex or sharded, or its gradient is sparse.
+        InvalidParamGroups: If a parameter has too few dimensions, is complex, or its gradient is sparse.
     """
+
+    sharded: ClassVar[bool] = True
 
     def __init__(
         self,
@@ -84,15 +86,24 @@ class Scale(OwnOptimizer):
             "momentum_buffer": torch.zeros(parameter.shape, dtype=compute_dtype(parameter), device=parameter.device)
         }
 
-    def _update(self, parameters: list[Tensor], step: int, group: dict[str, Any]) -> None:
+    def _update(self, parameters: list[Tensor], step: int, group: dict[str, Any]) -> Update:
         lr, momentum, stack_dims = float(group["lr"]), group["momentum"], group["stack_dims"]
         inputs = -2 if group["outputs"] == "columns" else -1
         values = to_compute_dtype(parameters)
-        for parameter, value, gradient in zip(parameters, values, gradients(parameters), strict=True):
-            update = self.state[parameter]["momentum_buffer"].lerp_(gradient, 1 - momentum) if momentum else gradient
-            weight, update = as_stack([value], stack_dims), as_stack([update], stack_dims)
-            length = torch.linalg.vector_norm(update, dim=inputs, keepdim=True).div_(math.sqrt(update.shape[inputs]))
+        given = gradients(parameters)
+        if momentum:
+            averages = [self.state[parameter]["momentum_buffer"] for parameter in parameters]
+            given = [average.lerp_(each, 1 - momentum) for average, each in zip(averages, given, strict=True)]
+        layouts = [as_matrix(self.layout(parameter), stack_dims) for parameter in parameters]
+        updates = [as_stack([update], stack_dims) for update in given]
+        lengths = yield [
+            Sum(torch.linalg.vector_norm(update, dim=inputs, keepdim=True), layout, (inputs,), is_norm=True)
+            for update, layout in zip(updates, layouts, strict=True)
+        ]
+        for value, update, layout, length in zip(values, updates, layouts, lengths, strict=True):
+            weight = as_stack([value], stack_dims)
             if group["weight_decay"]:
                 weight.mul_(1 - lr * group["weight_decay"])
-            weight.addcdiv_(update, length.clamp_(min=group["eps"]), value=-lr)
+            size = (length / math.sqrt(layout.shape[inputs])).clamp_(min=group["eps"])
+            weight.addcdiv_(update, size, value=-lr)
         write_back(parameters, values)

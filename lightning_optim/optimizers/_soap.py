@@ -23,7 +23,7 @@ from lightning_optim.optimizers._base import (
     to_compute_dtype,
     write_back,
 )
-from lightning_optim.optimizers._low_rank import as_matrices
+from lightning_optim.optimizers._matrices import as_matrices
 from lightning_optim.optimizers._projection import matrix_shape
 
 # For each side of a matrix, what its state calls the average of outer products, and its eigenvectors.

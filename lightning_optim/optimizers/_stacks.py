@@ -12,6 +12,7 @@ from torch import Tensor
 
 from lightning_optim._compat import kernels
 from lightning_optim.optimizers._base import to_compute_dtype, write_back
+from lightning_optim.stepping import Layout
 
 # Larger tensors keep the machine busy by themselves, and stacking would copy them.
 _LARGEST = 2**15
@@ -21,22 +22,35 @@ _ALIGNMENT = 64
 
 
 def batches(
-    tensors: Iterable[Tensor], shapes: Callable[[tuple[int, ...]], Iterable[tuple[int, ...]]]
-) -> Iterator[list[Tensor]]:
+    tensors: Iterable[Tensor],
+    shapes: Callable[[tuple[int, ...]], Iterable[tuple[int, ...]]],
+    layout_of: Callable[[Tensor], Layout],
+) -> Iterator[tuple[list[Tensor], Layout]]:
     """Yields batches of equally shaped tensors to stack: many if all that is stacked is small and aligned, else one.
 
-    ``shapes`` returns, for a tensor's shape, the shapes of everything that will be stacked, in four bytes per element
-    or more.
+    Parts of sharded ones stay single. Each batch comes with the layout that its tensors share.
+
+    Args:
+        tensors: Parameters, or this process's parts of them.
+        shapes: Returns, for a tensor's shape, the shapes of everything that will be stacked, in four bytes per element
+            or more.
+        layout_of: Returns how one of the tensors is spread.
     """
-    alike: dict[torch.Size, list[Tensor]] = {}
+    alike: dict[tuple[int, ...], list[Tensor]] = {}
+    layouts: dict[tuple[int, ...], Layout] = {}
     for tensor in tensors:
-        alike.setdefault(tensor.shape, []).append(tensor)
-    for shape, members in alike.items():
-        sizes = [math.prod(each) for each in shapes(tuple(shape))]
-        if max(sizes) <= _LARGEST and all(size * 4 % _ALIGNMENT == 0 for size in sizes):
-            yield members
+        layout = layout_of(tensor)
+        alike.setdefault(layout.shape, []).append(tensor)
+        layouts[layout.shape] = layout
+    for whole, members in alike.items():
+        layout = layouts[whole]
+        sizes = [math.prod(each) for each in shapes(tuple(members[0].shape))]
+        # Other processes' parts may be of other sizes.
+        small = layout.mesh is None and max(sizes) <= _LARGEST
+        if small and all(size * 4 % _ALIGNMENT == 0 for size in sizes):
+            yield members, layout
         else:
-            yield from ([member] for member in members)
+            yield from (([member], layout) for member in members)
 
 
 def stack(tensors: Sequence[Tensor]) -> Tensor:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from lightning_optim._compat import kernels
 from lightning_optim.errors import InvalidOption, listing
+from lightning_optim.stepping import Layout, Sum, Together
 
 #: Which parameters of a group have a trust ratio; those with fewer than two dimensions are biases and norms.
 Adapt = Literal["matrices", "all", "none"]
@@ -27,12 +28,24 @@ def adapted(parameters: Sequence[Tensor], adapt: Adapt) -> list[int]:
     return [] if least is None else [i for i, parameter in enumerate(parameters) if parameter.ndim >= least]
 
 
-def norms(tensors: Sequence[Tensor]) -> Tensor:
-    """Returns the norms of tensors of one device and dtype, as a vector."""
+def norms(layouts: Sequence[Layout], *lists: Sequence[Tensor]) -> Together[list[Tensor]]:
+    """Returns the norms of lists of tensors of one device and dtype, each list's as a vector.
+
+    ``layouts`` says how the tensors of each list are spread.
+    """
+    found = yield [
+        Sum(norm, layout, is_norm=True)
+        for tensors in lists
+        for norm, layout in zip(_norms(tensors).unbind(), layouts, strict=True)
+    ]
+    return list(torch.stack(found).view(len(lists), -1).unbind())
+
+
+def _norms(tensors: Sequence[Tensor]) -> Tensor:
     if tensors[0].device.type != "cpu":
         return torch.stack(kernels.foreach_norm(list(tensors)))
     # In two stages, row by row: on a CPU, one float32 sum over millions of squares loses digits.
-    rows = (tensor.view(-1, tensor.shape[-1] if tensor.ndim else 1) for tensor in tensors)
+    rows = (each.view(-1, each.shape[-1] if each.ndim else 1) if each.numel() else each.view(0, 1) for each in tensors)
     return torch.stack([torch.linalg.vector_norm(torch.linalg.vector_norm(each, dim=1)) for each in rows])
 
 

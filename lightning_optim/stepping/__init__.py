@@ -15,8 +15,9 @@ from lightning_optim.stepping._fused import HALF, FusedStep, fused_class, is_pac
 from lightning_optim.stepping._kernels import keep_kernel, laid_out_as
 from lightning_optim.stepping._preparing import preparations, prepare_step
 from lightning_optim.stepping._random import seed, undisturbed
-from lightning_optim.stepping._sharding import is_sharded, without_reduction
+from lightning_optim.stepping._sharding import Layout, is_sharded, local, spread_alike, without_reduction
 from lightning_optim.stepping._state_marks import FORMAT, IDENTIFIER, MARKS, MEMBERS, check_state, refuse_foreign
+from lightning_optim.stepping._together import Deal, Sum, Together, Update, add_up, alone, run_together, side_by_side
 from lightning_optim.stepping._uncompiled import StepsUncompiled, uncompiled
 from lightning_optim.stepping._valid_groups import only_valid_groups
 
@@ -29,9 +30,16 @@ __all__ = [
     "PART",
     "Clipping",
     "Composite",
+    "Deal",
     "FusedStep",
     "KeepsTrainingPoint",
+    "Layout",
     "StepsUncompiled",
+    "Sum",
+    "Together",
+    "Update",
+    "add_up",
+    "alone",
     "averaging_parts",
     "check_state",
     "fused_class",
@@ -39,6 +47,7 @@ __all__ = [
     "is_sharded",
     "keep_kernel",
     "laid_out_as",
+    "local",
     "norms_of",
     "only_valid_groups",
     "own_clips",
@@ -46,8 +55,11 @@ __all__ = [
     "preparations",
     "prepare_step",
     "refuse_foreign",
+    "run_together",
     "say_if_not_finite",
     "seed",
+    "side_by_side",
+    "spread_alike",
     "total_norm",
     "uncompiled",
     "undisturbed",

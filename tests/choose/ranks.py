@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
+import torch
+import torch.distributed as dist
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, Strategy
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
@@ -170,7 +172,25 @@ def measure(case: Case) -> dict[str, Any]:
     }
 
 
+def settled(case: Case) -> dict[str, Any]:
+    """Measures until the allocator has seen gloo's threads free what they have sent, on a busy machine a few times.
+
+    They do so a moment after they have said that they are done; until then a process has more than it needs.
+    """
+    found = [measure(case)]
+    while len(found) < 4 and wanted_by_any(found[-1]["allocated"] > 1.03 * found[-1]["tracked"]):
+        found.append(measure(case))
+    return min(found, key=lambda one: one["allocated"])
+
+
+def wanted_by_any(wanted: bool) -> bool:
+    """Whether any process wants something."""
+    flag = torch.tensor(float(wanted))
+    dist.all_reduce(flag)
+    return bool(flag)
+
+
 if __name__ == "__main__":
-    measured = {str(case): measure(case) for case in CASES}
+    measured = {str(case): settled(case) for case in CASES}
     if os.environ["LOCAL_RANK"] == "0":
         Path(sys.argv[1]).write_text(json.dumps(measured))

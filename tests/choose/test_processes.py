@@ -101,7 +101,7 @@ class Broken(LitShards):
 @pytest.mark.parametrize(
     ("model", "optim", "strategy", "devices", "error", "text"),
     [
-        (LitShards, "galore_adamw", "fsdp2", 2, IncompatibleTrainer, "cannot step sharded parameters"),
+        (LitShards, "adam_mini", "fsdp2", 2, IncompatibleTrainer, "cannot step sharded parameters"),
         (LitShards, "adamw_8bit", "fsdp2", 2, IncompatibleTrainer, "Use optim='adamw_torch' or 'adamw_torch_8bit'"),
         (LitShards, "adamw_torch", "fsdp2", 1, InvalidOption, "shards over devices, and devices=1"),
         (LitShards, "adamw_torch", "layerwise_fsdp2", 2, IncompatibleTrainer, "use strategy='fsdp2'"),

@@ -579,9 +579,7 @@ def test_memory_of_shards(command: Command) -> None:
     text = command("memory", *shape, *shards, "--optim", "sgd")
     assert "memory of each of 2 devices (fsdp2)" in text
     assert "communication" in text
-    assert "Use optim='adamw_torch'" in unwrapped(
-        command("memory", *shape, *shards, "--optim", "apollo_adamw", status=2)
-    )
+    assert "Use optim='adamw_torch'" in unwrapped(command("memory", *shape, *shards, "--optim", "adam_mini", status=2))
 
 
 def test_memory_compares_all_filters_and_draws(command: Command, tmp_path: Path) -> None:

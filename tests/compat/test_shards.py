@@ -63,6 +63,37 @@ def test_fully_shard_gathers_and_frees_without_memory_and_without_the_others() -
     assert len(sizes) == before, "it watches no longer"
 
 
+def test_placements_say_which_entries_a_process_has() -> None:
+    needed_by = "lightning_optim.optimizers on shards"
+    with (
+        relied_on("shards.absent_processes", NEEDED_BY) as absent,
+        relied_on("shards.split_dim", needed_by) as split_dim,
+        relied_on("shards.local_indices", needed_by) as local_indices,
+        relied_on("shards.along", needed_by) as along,
+        absent(4),
+    ):
+        from torch.distributed.device_mesh import init_device_mesh
+        from torch.distributed.fsdp import fully_shard
+        from torch.distributed.tensor import Replicate, Shard
+        from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
+
+        mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("shards", "columns"))
+        layer: Any = parallelize_module(nn.Linear(5, 11), mesh["columns"], ColwiseParallel())
+        fully_shard(layer, mesh=mesh["shards"])
+        # Split by tensor parallelism first, then by FSDP2, which is the first dimension of the mesh.
+        strided, plain = layer.weight.placements
+        assert [split_dim(each) for each in (strided, plain, Shard(1), Replicate())] == [0, 0, 1, None]
+        found = local_indices(layer.weight.device_mesh, (strided, plain), 0, torch.arange(11))
+        assert found.tolist() == [0, 1, 2]
+        assert layer.weight.to_local().shape == (3, 5)
+        assert local_indices(mesh, (Shard(0), Shard(0)), 0, torch.arange(11)).tolist() == [0, 1, 2]
+        assert local_indices(mesh, (Shard(1), Replicate()), 1, torch.arange(5)).tolist() == [0, 1, 2]
+        for placement in (strided, plain):
+            moved = along(placement, 1)
+            assert (type(moved), split_dim(moved)) == (type(placement), 1)
+            assert getattr(moved, "split_factor", None) == getattr(placement, "split_factor", None)
+
+
 def test_a_module_is_given_a_mesh() -> None:
     module = LightningModule()
     with (

@@ -17,9 +17,15 @@ from lightning_optim.build._memory import measured_bytes, parameter_bytes
 from lightning_optim.optimizers._adafactor import Adafactor
 from lightning_optim.optimizers._adalomo import AdaLomo
 from lightning_optim.optimizers._factored import factored_update, moment_shapes, rms
+from lightning_optim.stepping import Layout, alone
 from lightning_optim.table._options import parse
 from lightning_optim.table.rows._adafactor_lomo import ROWS, AdafactorOptions
 from tests.trainer.test_resume import assert_equal
+
+
+def _rms(stack: Tensor) -> Tensor:
+    return alone(rms(stack, Layout(tuple(stack.shape[1:]))))
+
 
 SPECS = {row.name: row for row in ROWS}
 SHAPES = ((), (1,), (7,), (32,), (32,), *[(32, 32)] * 5, (33, 17), (33, 17), (1, 9), (9, 1), (16, 16, 16), (8, 4, 3, 3))
@@ -133,13 +139,13 @@ class TestDeliberateDifferences:
             give_gradients([parameter], 0)
             Adafactor([parameter], lr=lr, relative_step=True).step()
         torch.testing.assert_close(2 * (half - before), whole - before)
-        assert rms((whole - before).detach()[None]).item() == pytest.approx(1e-2, rel=1e-4)
+        assert _rms((whole - before).detach()[None]).item() == pytest.approx(1e-2, rel=1e-4)
 
     def test_large_matrices_do_not_lose_digits(self) -> None:
         """A single float32 sum over 4 million squares, which the Trainer's clipping takes, is off by 1e-4."""
         large = torch.randn(1, 2048, 2048) + 1
         exact = large.double().square().mean().sqrt().item()
-        assert rms(large).item() == pytest.approx(exact, rel=1e-6)
+        assert _rms(large).item() == pytest.approx(exact, rel=1e-6)
 
 
 class TestPureUpdate:
@@ -150,24 +156,21 @@ class TestPureUpdate:
         moments = {name: torch.rand(count, *each) for name, each in moment_shapes(shape).items()}
         apart = {name: moment.clone() for name, moment in moments.items()}
         arguments: dict[str, Any] = {"step": 3, "eps": 1e-30, "clip_threshold": 0.5, "decay_rate": -0.8}
-        stacked = factored_update(gradients, moments, **arguments)
+        stacked = alone(factored_update(gradients, moments, Layout(shape), **arguments))
+        each = [{name: moment[i : i + 1] for name, moment in apart.items()} for i in range(count)]
         single = [
-            factored_update(
-                gradients[i : i + 1], {name: moment[i : i + 1] for name, moment in apart.items()}, **arguments
-            )
-            for i in range(count)
+            alone(factored_update(gradients[i : i + 1], own, Layout(shape), **arguments)) for i, own in enumerate(each)
         ]
         torch.testing.assert_close(stacked, torch.cat(single))
         torch.testing.assert_close(moments, apart)
-        assert rms(stacked).shape == (count, *(1,) * len(shape))
-        assert (rms(stacked) <= 0.5 + 1e-6).all()
+        assert _rms(stacked).shape == (count, *(1,) * len(shape))
+        assert (_rms(stacked) <= 0.5 + 1e-6).all()
 
     def test_zero_gradients_give_zero_updates(self) -> None:
         for shape in ((8,), (8, 8)):
             moments = {name: torch.zeros(1, *each) for name, each in moment_shapes(shape).items()}
-            update = factored_update(
-                torch.zeros(1, *shape), moments, step=1, eps=1e-30, clip_threshold=1.0, decay_rate=-0.8
-            )
+            options: dict[str, Any] = {"step": 1, "eps": 1e-30, "clip_threshold": 1.0, "decay_rate": -0.8}
+            update = alone(factored_update(torch.zeros(1, *shape), moments, Layout(shape), **options))
             assert torch.equal(update, torch.zeros(1, *shape))
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -52,6 +52,9 @@ class GaLoreAdamW8bit(GaLoreAdamW):
         state_dtype: As in :class:`GaLoreAdamW`, for what is not quantized.
         stack_dims: As in :class:`GaLoreAdamW`.
     """
+
+    # Blocks of 256 would begin elsewhere with each number of processes.
+    sharded: ClassVar[bool] = False
 
     def __init__(
         self,

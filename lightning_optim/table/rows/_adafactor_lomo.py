@@ -82,6 +82,7 @@ ROWS = (
         "lightning_optim.optimizers.Adafactor",
         options=AdafactorOptions,
         state_format="Adafactor/1",
+        sharded=True,
         default_lr=1e-3,
         default_weight_decay=0.0,
         state=StateLayout((*_SECOND_MOMENT, Buffer("exp_avg", float32=True, when=lambda o: o.beta1 is not None))),
@@ -95,6 +96,7 @@ ROWS = (
         "lightning_optim.optimizers.CAME",
         options=CAMEOptions,
         state_format="CAME/1",
+        sharded=True,
         default_lr=2e-4,
         default_weight_decay=0.0,
         state=StateLayout(
@@ -132,6 +134,7 @@ ROWS = (
             "lightning_optim.optimizers.AdaLomo",
             options=AdaLomoOptions,
             state_format="AdaLomo/1",
+            sharded=True,
             default_lr=1e-3,
             default_weight_decay=0.0,
             state=StateLayout(_SECOND_MOMENT),

@@ -61,6 +61,7 @@ APOLLO = OptimizerSpec(
     "lightning_optim.optimizers.ApolloAdamW",
     options=ApolloOptions,
     state_format="ApolloAdamW/1",
+    sharded=True,
     default_lr=1e-2,
     default_weight_decay=0.0,
     state=StateLayout(

@@ -41,6 +41,7 @@ ROWS = (
         "lightning_optim.optimizers.Scale",
         options=ScaleOptions,
         state_format="Scale/1",
+        sharded=True,
         default_lr=1e-3,
         default_weight_decay=0.0,
         takes="matrices",

@@ -21,7 +21,7 @@ from lightning_optim.layerwise import Layerwise
 from lightning_optim.optimizers import LowRankOptimizer
 from lightning_optim.stepping import prepare_step
 from lightning_optim.trainer.callbacks._monitor_histograms import Histograms
-from lightning_optim.trainer.callbacks._monitor_units import Per, Units, local, momentum, norms, used_rate
+from lightning_optim.trainer.callbacks._monitor_units import Per, Units, local, momentum_norm, norms, used_rate
 
 #: What the gradients of every step are looked at for; all else is known from the steps that are measured.
 OF_EVERY_STEP = frozenset(("grad_norm_max", "nonfinite_steps"))
@@ -254,9 +254,10 @@ class Steps:
         if "momentum_norm" in self._metrics:
             found: dict[int, Tensor] = {}
             for parameter in parameters:
-                moment = momentum(self.optimizer.state.get(parameter, {}))
-                if moment is not None:
-                    found[id(parameter)] = norms([moment])[0]  # one by one: it may have been dequantized
+                # One by one: it may have been dequantized.
+                norm = momentum_norm(parameter, self.optimizer.state.get(parameter, {}))
+                if norm is not None:
+                    found[id(parameter)] = norm
                 else:
                     self.unknown_momenta.add(self.units.unit[id(parameter)])
             if found:

@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 
 from lightning_optim._compat import kernels
 from lightning_optim.optimizers import OwnOptimizer
-from lightning_optim.stepping import is_sharded
+from lightning_optim.stepping import Layout, is_sharded
 
 Per = Literal["group", "layer"]
 
@@ -96,14 +96,21 @@ def local(tensor: Tensor) -> Tensor:
     return tensor.coalesce().values() if tensor.is_sparse else tensor
 
 
-def momentum(state: Mapping[str, Any]) -> Tensor | None:
-    """Returns the first moment in a parameter's state as floating-point numbers, or ``None``."""
+def momentum_norm(parameter: Tensor, state: Mapping[str, Any]) -> Tensor | None:
+    """Returns the norm of the first moment in a parameter's state, 0-dim, or ``None`` if that cannot be read.
+
+    Of a sharded one it is what counts with the parameter's share: processes may hold the same of a moment, and
+    different parts of the parameter.
+    """
     found = next((state[name] for name in _MOMENTA if isinstance(state.get(name), Tensor)), None)
     if found is None:
         return None
     if type(found) is not Tensor and hasattr(found, "dequantize") and not is_sharded(found):
         found = found.dequantize()  # torchao's
-    return local(found) if found.is_floating_point() else None
+    if not found.is_floating_point():
+        return None
+    (norm,) = norms([local(found)])
+    return norm * math.sqrt(Layout.of(found).parts / Layout.of(parameter).parts) if is_sharded(found) else norm
 
 
 def state_bytes(states: Iterable[Mapping[str, Any]]) -> int:
@@ -134,12 +141,7 @@ def _tensors(value: Any) -> Iterator[Tensor]:
 
 def _share(parameter: Tensor) -> float:
     """Returns the weight of a process's squares in the sum over all processes, of which several may hold the same."""
-    if not is_sharded(parameter):
-        return 1.0 / dist.get_world_size()
-    sharded: Any = parameter
-    sizes = zip(sharded.placements, sharded.device_mesh.shape, strict=True)
-    shards: int = math.prod(size for placement, size in sizes if placement.is_shard())
-    return shards / dist.get_world_size()
+    return Layout.of(parameter).parts / dist.get_world_size()
 
 
 def norms(tensors: list[Tensor]) -> list[Tensor]:

@@ -39,7 +39,9 @@ SETTINGS: dict[str, tuple[dict[str, Any], float]] = {
     ACCUMULATED: ({"accumulate_grad_batches": 3, "gradient_clip_val": 0.03}, 1e-6),
 }
 COMPARED = [("adamw_torch", setting) for setting in SETTINGS] + [("sgd", "norm clipping"), ("sgd", ACCUMULATED)]
+AVERAGING = ("schedule_free_adamw", "schedule_free_sgd", "schedule_free_radam")
 OURS = (
+    *AVERAGING,
     "adamw_anyprecision",
     "grokadamw",
     "lomo",
@@ -69,23 +71,40 @@ RESUMED += [
     *(("adafactor_layerwise", "adafactor", whole_file) for whole_file in (False, True)),
     ("apollo_adamw", "apollo_adamw", True),
     ("muon", "muon_layerwise", False),
+    # At the average, while the model is whole in a file; at the training point in its state.
+    *(("schedule_free_adamw", "schedule_free_adamw_layerwise", whole_file) for whole_file in (False, True)),
+    ("schedule_free_radam_layerwise", "schedule_free_radam", False),
+    ("schedule_free_sgd", "schedule_free_sgd", True),
 ]
 
 
 class Sharded(LitTokens):
     """Blocks of equal size, each one sharded by itself."""
 
+    reshards = True
+
     def __init__(self, **optim: Any) -> None:
         super().__init__(**optim)
+        self.model = self.whole()
+
+    @staticmethod
+    def whole() -> nn.Sequential:
+        """Returns the model, not sharded."""
         blocks = (nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.GELU()) for _ in range(BLOCKS))
-        self.model = nn.Sequential(nn.Embedding(TOKENS, WIDTH), *blocks, nn.Linear(WIDTH, TOKENS))
+        return nn.Sequential(nn.Embedding(TOKENS, WIDTH), *blocks, nn.Linear(WIDTH, TOKENS))
 
     def configure_model(self) -> None:
         assert self.device_mesh is not None
         mesh = self.device_mesh["data_parallel"]
         for block in self.model:
-            fully_shard(block, mesh=mesh)
+            fully_shard(block, mesh=mesh, reshard_after_forward=self.reshards)
         fully_shard(self.model, mesh=mesh)
+
+
+class KeepsGathered(Sharded):
+    """What forward has gathered stays until backward, or, where there is none, until somebody lets it go."""
+
+    reshards = False
 
 
 class Watch(Callback):
@@ -129,13 +148,15 @@ def fit(
     strategy: type[ModelParallelStrategy] | None = None,
     callbacks: tuple[Callback, ...] = (),
     param_groups: dict[str, Any] | None = None,
+    validation: Any = None,
+    kind: type[Sharded] = Sharded,
     **flags: Any,
 ) -> dict[str, Any]:
     """Trains eight steps, from a checkpoint if there is one; returns what was noted, or the error."""
     layerwise = name.endswith("_layerwise")
     case = case_of(name)
     torch.manual_seed(0 if checkpoint is None else 1)
-    model = Sharded(
+    model = kind(
         optim=name,
         lr=case.lr,
         weight_decay=0.1,
@@ -160,10 +181,48 @@ def fit(
         **flags,
     )
     try:
-        run.fit(model, loader(8), ckpt_path=checkpoint)
+        run.fit(model, loader(8), validation, ckpt_path=checkpoint)
     except ValueError as error:
         return {"error": type(error).__name__, "text": str(error)}
     return {"steps": run.global_step, **{key: getattr(watch, key) for key in ("weights", "reduced", "norms", "peak")}}
+
+
+class Points(Callback):
+    """Compares the sharded model's outputs with those of a whole one that has the parameters' values."""
+
+    def __init__(self) -> None:
+        self.apart: dict[str, list[float]] = {"train": [], "validation": []}
+        self.weights: dict[str, list[Tensor]] = {"train": [], "validation": []}
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        # Afterwards the module has gathered ones from forward to backward.
+        self.shards = list(pl_module.parameters())
+
+    @torch.no_grad()
+    def _compare(self, when: str, module: L.LightningModule, batch: Any) -> None:
+        whole = Sharded.whole()
+        for parameter, shard in zip(whole.parameters(), self.shards, strict=True):
+            assert isinstance(shard, DTensor)
+            parameter.copy_(shard.full_tensor())
+        self.weights[when].append(next(whole.parameters()).detach().clone())
+        tokens = batch[0] if isinstance(batch, (list, tuple)) else batch
+        self.apart[when].append(float((whole(tokens) - module.model(tokens)).abs().max()))  # type: ignore[operator]
+
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        self._compare("train", pl_module, batch)
+
+    def on_validation_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, *_: Any) -> None:
+        self._compare("validation", pl_module, batch)
+
+
+def points(name: str) -> dict[str, Any]:
+    """Trains and validates in turn; returns how far outputs are from those of the weights, and the weights."""
+    seen = Points()
+    flags = {"validation": loader(2, seed=1), "val_check_interval": 2, "num_sanity_val_steps": 0}
+    found = fit(name, callbacks=(seen,), kind=KeepsGathered, **flags)
+    return {**found, "apart": seen.apart, "points": seen.weights}
 
 
 def both(name: str, options: dict[str, Any] | None = None, **kwargs: Any) -> dict[str, dict[str, Any]]:
@@ -193,6 +252,7 @@ def runs(directory: Path) -> Iterator[tuple[str, Any]]:
     yield "plain strategy", fit("adamw_torch_layerwise", strategy=ModelParallelStrategy)
     flags = SETTINGS["norm clipping"][0]
     yield "norm_budget_mb", fit("adamw_torch_layerwise", {"norm_budget_mb": 1}, **flags)
+    yield "points", {name: points(name) for name in ("schedule_free_adamw", "schedule_free_adamw_layerwise")}
     yield "several optimizers", several(directory, param_groups=SEVERAL, **flags)
     for first, second, whole_file in RESUMED:
         saved = directory / f"{first}, {whole_file}"

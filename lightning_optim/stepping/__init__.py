@@ -15,7 +15,14 @@ from lightning_optim.stepping._fused import HALF, FusedStep, fused_class, is_pac
 from lightning_optim.stepping._kernels import keep_kernel, laid_out_as
 from lightning_optim.stepping._preparing import preparations, prepare_step
 from lightning_optim.stepping._random import seed, undisturbed
-from lightning_optim.stepping._sharding import Layout, is_sharded, local, spread_alike, without_reduction
+from lightning_optim.stepping._sharding import (
+    Layout,
+    forget_gathered,
+    is_sharded,
+    local,
+    spread_alike,
+    without_reduction,
+)
 from lightning_optim.stepping._state_marks import FORMAT, IDENTIFIER, MARKS, MEMBERS, check_state, refuse_foreign
 from lightning_optim.stepping._together import Deal, Sum, Together, Update, add_up, alone, run_together, side_by_side
 from lightning_optim.stepping._uncompiled import StepsUncompiled, uncompiled
@@ -42,6 +49,7 @@ __all__ = [
     "alone",
     "averaging_parts",
     "check_state",
+    "forget_gathered",
     "fused_class",
     "is_packed",
     "is_sharded",

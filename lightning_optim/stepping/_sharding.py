@@ -151,6 +151,16 @@ def local(value: Any) -> Any:
     return value.to_local().detach() if is_sharded(value) else value
 
 
+def forget_gathered(module: nn.Module) -> None:
+    """Has ``fully_shard`` gather parameters anew before they are used: they were changed outside of a step."""
+    if "torch.distributed.fsdp" in sys.modules:
+        from torch.distributed.fsdp import FSDPModule
+
+        for own in module.modules():
+            if isinstance(own, FSDPModule):
+                own.reshard()
+
+
 @contextmanager
 def without_reduction(module: nn.Module) -> Iterator[None]:
     """Inside, what ``fully_shard`` has sharded accumulates whole gradients in each process and reduces none."""

@@ -43,6 +43,18 @@ def test_equals_model_parallel_strategy(ranks: list[dict[str, Any]], name: str, 
             assert distance(run["plain"], rank["adamw_torch, plain"]["plain"]) > 1e-4, "the setting changes something"
 
 
+def test_schedule_free_points_are_those_of_the_gathered_parameters(ranks: list[dict[str, Any]]) -> None:
+    for rank in ranks:
+        plain, layerwise = rank["points"].values()
+        assert distance(plain, layerwise) == 0.0
+        for run in (plain, layerwise):
+            assert len(run["apart"]["validation"]) > 2
+            # Rounded alike: a copy that was gathered at the other point would be far away.
+            assert max(max(differences) for differences in run["apart"].values()) < 1e-5
+            trained, evaluated = (run["points"][when] for when in ("train", "validation"))
+            assert (trained[4] - evaluated[-1]).abs().max() > 1e-4
+
+
 def test_clipping_by_norm_takes_the_norm_over_all_shards(ranks: list[dict[str, Any]]) -> None:
     norms = [rank["log_grad_norm"]["norms"] for rank in ranks]
     assert len(norms[0]) == 8

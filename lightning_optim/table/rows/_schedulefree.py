@@ -75,6 +75,7 @@ def _row(
         state_format=f"schedulefree.{algorithm}/1",
         warmup=warmup,
         averages_weights=True,
+        sharded=True,
         note="validation, test, prediction and checkpoints use the averaged weights; meanwhile, and in checkpoints, "
         "the training point is stored with the state (one more copy of the parameters)",
     )

@@ -17,7 +17,7 @@ from torch.utils.hooks import RemovableHandle
 from lightning_optim._compat.lightning import before_batch_transfer
 from lightning_optim._compat.torch import AnyBatchNorm
 from lightning_optim.errors import IncompatibleTrainer, InvalidOption
-from lightning_optim.stepping import KeepsTrainingPoint, averaging_parts, parts_of
+from lightning_optim.stepping import KeepsTrainingPoint, averaging_parts, forget_gathered, parts_of
 from lightning_optim.trainer import _packages as packages
 from lightning_optim.trainer.callbacks._attached import Attached
 
@@ -88,8 +88,12 @@ class ScheduleFreeCallback(Attached):
             )
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        for optimizer in _averaging(trainer):
+        averaging = _averaging(trainer)
+        switched = [optimizer for optimizer in averaging if not optimizer.training]
+        for optimizer in averaging:
             optimizer.train()
+        if switched:
+            forget_gathered(pl_module)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._evaluate(trainer)
@@ -103,10 +107,11 @@ class ScheduleFreeCallback(Attached):
     def _evaluate(self, trainer: Trainer) -> None:
         for optimizer in _averaging(trainer):
             optimizer.eval()
+        forget_gathered(trainer.lightning_module)
 
     def _detach(self, trainer: Trainer) -> None:
+        self._evaluate(trainer)
         for optimizer in _averaging(trainer):
-            optimizer.eval()
             optimizer.saves_averages = False
         if self._handle is not None:
             self._handle.remove()

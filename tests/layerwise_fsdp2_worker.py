@@ -107,6 +107,14 @@ class KeepsGathered(Sharded):
     reshards = False
 
 
+class SaysNothing(LitTokens):
+    """The same model, without ``configure_model``."""
+
+    def __init__(self, **optim: Any) -> None:
+        super().__init__(**optim)
+        self.model = Sharded.whole()
+
+
 class Watch(Callback):
     """Notes the whole weights at the end, what every batch sent, and the most gradient bytes alive in this process."""
 
@@ -149,7 +157,7 @@ def fit(
     callbacks: tuple[Callback, ...] = (),
     param_groups: dict[str, Any] | None = None,
     validation: Any = None,
-    kind: type[Sharded] = Sharded,
+    kind: type[LitTokens] = Sharded,
     **flags: Any,
 ) -> dict[str, Any]:
     """Trains eight steps, from a checkpoint if there is one; returns what was noted, or the error."""
@@ -252,6 +260,7 @@ def runs(directory: Path) -> Iterator[tuple[str, Any]]:
     yield "plain strategy", fit("adamw_torch_layerwise", strategy=ModelParallelStrategy)
     flags = SETTINGS["norm clipping"][0]
     yield "norm_budget_mb", fit("adamw_torch_layerwise", {"norm_budget_mb": 1}, **flags)
+    yield "without configure_model", fit("adamw_torch_layerwise", kind=SaysNothing)
     yield "points", {name: points(name) for name in ("schedule_free_adamw", "schedule_free_adamw_layerwise")}
     yield "several optimizers", several(directory, param_groups=SEVERAL, **flags)
     for first, second, whole_file in RESUMED:

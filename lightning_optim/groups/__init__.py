@@ -6,6 +6,7 @@ What decays, what is projected, which learning rate a layer gets. No optimizer i
 from __future__ import annotations
 
 from lightning_optim.groups._hidden import Hidden, all_matrices, hidden_matrices
+from lightning_optim.groups._layer_decay import numbered_stacks
 from lightning_optim.groups._param_groups import GroupPolicy, first_matches, make_groups, make_unique, override_keys
 from lightning_optim.groups._parameters import (
     NamedParameter,
@@ -33,6 +34,7 @@ __all__ = [
     "make_groups",
     "make_unique",
     "named_parameters",
+    "numbered_stacks",
     "override_keys",
     "trainable",
 ]

@@ -100,8 +100,11 @@ def _matches(parameters: Sequence[NamedParameter], pattern: str) -> dict[int, tu
     return places
 
 
-def _found_pattern(parameters: Iterable[NamedParameter]) -> str:
-    """Returns the pattern of the numbered blocks that hold most of the parameters."""
+def numbered_stacks(parameters: Iterable[NamedParameter]) -> list[str]:
+    """Returns what is before the number in the names of the stacks of numbered blocks, the largest first.
+
+    Stacks that are small beside it are a stem or a head, and left out.
+    """
     sizes: dict[str, int] = {}
     numbers: dict[str, set[str]] = {}
     # Those whose members contain modules.
@@ -118,19 +121,25 @@ def _found_pattern(parameters: Iterable[NamedParameter]) -> str:
     outermost = [p for p in several if not any(p != other and p.startswith(other) for other in several)]
     # Where there are blocks, a sequence of single layers is a stem or a head.
     stacks = [prefix for prefix in outermost if prefix in composite] or outermost
+    stacks.sort(key=sizes.__getitem__, reverse=True)
+    return [prefix for prefix in stacks if prefix == stacks[0] or sizes[prefix] > _SMALL * sizes[stacks[0]]]
+
+
+def _found_pattern(parameters: Iterable[NamedParameter]) -> str:
+    """Returns the pattern of the numbered blocks that hold most of the parameters."""
+    stacks = numbered_stacks(parameters)
     if not stacks:
         raise InvalidParamGroups(
             "layer_decay needs numbered layers (an nn.ModuleList or nn.Sequential of blocks) and finds none; name them "
             "with layer_pattern, a regular expression with one group for the number, such as "
             "r'encoder[.]layer[.](\\d+)[.]'"
         )
-    largest = max(stacks, key=lambda prefix: sizes[prefix])
-    rivals = [prefix for prefix in stacks if sizes[prefix] > _SMALL * sizes[largest]]
-    if len(rivals) > 1:
+    largest = stacks[0]
+    if len(stacks) > 1:
         # Not re.escape, for patterns that are easy to read.
-        either, one = (text.replace(".", "[.]") for text in ("|".join(rivals), largest))
+        either, one = (text.replace(".", "[.]") for text in ("|".join(stacks), largest))
         raise InvalidParamGroups(
-            f"layer_decay finds several stacks of numbered layers, {listing(rivals)}, and cannot know whether one "
+            f"layer_decay finds several stacks of numbered layers, {listing(stacks)}, and cannot know whether one "
             f"follows the other. Write layer_pattern=r'^(?:{either})(\\d+)' to count each from its own top, or "
             f"r'^{one}(\\d+)' for that one alone"
         )

@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
+import copy
+import re
 from typing import Any
 
 import pytest
 import torch
+from lightning.pytorch import LightningModule
+from torch import nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 
+from lightning_optim import IncompatibleTrainer, InvalidOption
+from lightning_optim._compat.shards import absent_processes, give_mesh
+from lightning_optim.trainer.strategies._blocks import shard_blocks
 from tests.cases import case_of
 from tests.layerwise_fsdp2_worker import ACCUMULATED, BUCKETS, COMPARED, MAIN, RESUMED, SETTINGS, WIDTH
 from tests.processes import run_fresh
@@ -53,6 +62,85 @@ def test_schedule_free_points_are_those_of_the_gathered_parameters(ranks: list[d
             assert max(max(differences) for differences in run["apart"].values()) < 1e-5
             trained, evaluated = (run["points"][when] for when in ("train", "validation"))
             assert (trained[4] - evaluated[-1]).abs().max() > 1e-4
+
+
+def test_a_module_without_configure_model_is_sharded_block_by_block(ranks: list[dict[str, Any]]) -> None:
+    for rank in ranks:
+        found = rank["without configure_model"]
+        assert distance(found, rank["adamw_torch, plain"]["layerwise"]) == 0.0
+        assert found["reduced"] == rank["adamw_torch, plain"]["layerwise"]["reduced"]
+
+
+class Model(LightningModule):
+    def __init__(self, **modules: nn.Module) -> None:
+        super().__init__()
+        for name, module in modules.items():
+            setattr(self, name, module)
+
+
+def block() -> nn.Module:
+    return nn.Sequential(nn.Linear(8, 8), nn.LayerNorm(8))
+
+
+def is_fsdp(module: nn.Module) -> list[str]:
+    return [name for name, each in module.named_modules() if isinstance(each, FSDPModule)]
+
+
+@pytest.mark.parametrize(
+    ("modules", "pattern", "sharded"),
+    [
+        ({"net": nn.Sequential(block(), block())}, None, ["net", "net.0", "net.1"]),
+        (
+            {"layers": nn.ModuleList([block(), block()]), "head": nn.Linear(8, 2)},
+            None,
+            ["layers.0", "layers.1", "head"],
+        ),
+        # Two stacks of equal rank, and a small one beside them.
+        (
+            {
+                "encoder": nn.Sequential(*(block() for _ in range(3))),
+                "decoder": nn.Sequential(*(block() for _ in range(3))),
+                "stem": nn.Sequential(nn.Linear(1, 1), nn.Linear(1, 1)),
+            },
+            None,
+            ["encoder", *(f"encoder.{i}" for i in range(3)), "decoder", *(f"decoder.{i}" for i in range(3)), "stem"],
+        ),
+        ({"first": block(), "second": block()}, "first|second[.]0", ["first", "second", "second.0"]),
+    ],
+)
+def test_which_modules_are_sharded(modules: dict[str, nn.Module], pattern: str | None, sharded: list[str]) -> None:
+    module = Model(**copy.deepcopy(modules))
+    with absent_processes(2) as mesh:
+        give_mesh(module, mesh)
+        shard_blocks(module, pattern)
+        assert is_fsdp(module) == sharded
+        assert all(isinstance(parameter, DTensor) for parameter in module.parameters())
+        shard_blocks(module, pattern)  # a second fit
+        assert is_fsdp(module) == sharded
+
+
+@pytest.mark.parametrize(
+    ("modules", "pattern", "error", "text"),
+    [
+        ({"first": nn.Linear(4, 4)}, None, IncompatibleTrainer, "shard=r'encoder|decoder'"),
+        ({"first": nn.Linear(4, 4)}, "second", InvalidOption, "shard='second' is the whole name of no module of Model"),
+        ({"first": nn.Linear(4, 4)}, "(", InvalidOption, "is not a regular expression"),
+        (
+            {"net": nn.Sequential(block(), block()), "scale": nn.Parameter(torch.ones(1))},
+            None,
+            IncompatibleTrainer,
+            "'scale'",
+        ),
+    ],
+)
+def test_what_cannot_be_sharded_by_itself(
+    modules: dict[str, Any], pattern: str | None, error: type[Exception], text: str
+) -> None:
+    module = Model(**modules)
+    with absent_processes(2) as mesh:
+        give_mesh(module, mesh)
+        with pytest.raises(error, match=re.escape(text)):
+            shard_blocks(module, pattern)
 
 
 def test_clipping_by_norm_takes_the_norm_over_all_shards(ranks: list[dict[str, Any]]) -> None:

@@ -12,6 +12,7 @@ from torch.distributed.constants import default_pg_timeout
 
 from lightning_optim._compat.lightning import data_parallel_takes_the_rest
 from lightning_optim.stepping import without_reduction
+from lightning_optim.trainer.strategies._blocks import ShardsBlocks
 from lightning_optim.trainer.strategies._layerwise import StepsInBackward
 
 if TYPE_CHECKING:
@@ -20,7 +21,7 @@ else:
     _Base = object
 
 
-class StepsShardsInBackward(StepsInBackward, _Base):
+class StepsShardsInBackward(StepsInBackward, ShardsBlocks, _Base):
     """Mixin: all of :class:`LayerwiseFSDP2Strategy` but Lightning's base class."""
 
     def __init__(
@@ -36,11 +37,13 @@ class StepsShardsInBackward(StepsInBackward, _Base):
         overflow: str | None = None,
         gradient_readers: str | None = None,
         norm_budget_mb: float | None = None,
+        shard: str | None = None,
     ) -> None:
         super().__init__(
             data_parallel_size, tensor_parallel_size, save_distributed_checkpoint, process_group_backend, timeout
         )
         self.take_options(locals())
+        self.shard = shard
 
     def setup_environment(self) -> None:
         data_parallel_takes_the_rest(self)
@@ -58,8 +61,9 @@ class LayerwiseFSDP2Strategy(StepsShardsInBackward, ModelParallelStrategy):
     """Steps every optimizer during backward, on parameters sharded by ``fully_shard`` (FSDP2).
 
     As with Lightning's ``ModelParallelStrategy``, the module calls ``fully_shard`` in ``configure_model``, on the mesh
-    ``self.device_mesh["data_parallel"]``. Gradients are reduced by FSDP2 before they are stepped; micro-batches that
-    accumulate are not reduced.
+    ``self.device_mesh["data_parallel"]``. One without ``configure_model`` has its numbered blocks sharded, each by
+    itself, and then the rest of each submodule. Gradients are reduced by FSDP2 before they are stepped; micro-batches
+    that accumulate are not reduced.
 
     Args:
         bucket_mb: As in :class:`~lightning_optim.LayerwiseStrategy`, counted in shards.
@@ -74,6 +78,8 @@ class LayerwiseFSDP2Strategy(StepsShardsInBackward, ModelParallelStrategy):
         save_distributed_checkpoint: As in ``ModelParallelStrategy``.
         process_group_backend: As in ``ModelParallelStrategy``.
         timeout: As in ``ModelParallelStrategy``.
+        shard: Regular expression for the whole names of the modules to shard by themselves, for a module without
+            ``configure_model``; ``None`` finds numbered blocks, as ``layer_decay`` does.
 
     Raises:
         InvalidOption: If an option is of the wrong type or out of range.

@@ -1,0 +1,126 @@
+"""Shards a module that does not say how: its numbered blocks, and what is left of each submodule."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from lightning.pytorch import LightningModule
+from lightning.pytorch.strategies import ModelParallelStrategy
+from lightning_utilities.core.rank_zero import rank_zero_info
+from torch import nn
+
+from lightning_optim.errors import IncompatibleTrainer, InvalidOption, InvalidParamGroups
+from lightning_optim.groups import named_parameters, numbered_stacks
+from lightning_optim.trainer import _packages as packages
+
+if TYPE_CHECKING:
+    _Base = ModelParallelStrategy
+else:
+    _Base = object
+
+
+class ShardsBlocks(_Base):
+    """Mixin for a strategy under which ``configure_model`` may be left out."""
+
+    #: Regular expression for the names of the modules to shard by themselves; ``None`` finds numbered blocks.
+    shard: str | None = None
+
+    def setup_environment(self) -> None:
+        super().setup_environment()
+        module = self.lightning_module
+        assert module is not None
+        own = vars(module).get("configure_model")
+        ours = isinstance(own, partial) and own.func is shard_blocks
+        if packages.is_overridden("configure_model", module) and not ours:
+            if self.shard is not None:
+                raise InvalidOption(
+                    f"shard={self.shard!r} says what to shard, and so does configure_model of {type(module).__name__}: "
+                    "leave one of the two out"
+                )
+            return
+        # Lightning calls it where parameters may be sharded, and refuses modules without.
+        module.configure_model = partial(shard_blocks, module, self.shard)  # type: ignore[method-assign]
+
+
+def shard_blocks(module: LightningModule, pattern: str | None = None) -> None:
+    """Shards blocks by ``fully_shard``, each by itself, and then what is left of each submodule.
+
+    Args:
+        module: Has a device mesh.
+        pattern: Regular expression for the names of the modules to shard by themselves; ``None`` finds numbered blocks.
+
+    Raises:
+        IncompatibleTrainer: If there are no numbered blocks, or parameters that belong to no submodule.
+        InvalidOption: If the pattern is no regular expression, or matches no module.
+    """
+    from torch.distributed.fsdp import FSDPModule, fully_shard
+
+    modules = dict(module.named_modules())
+    if any(isinstance(each, FSDPModule) for each in modules.values()):
+        return
+    if direct := [name for name, _ in module.named_parameters(recurse=False)]:
+        raise IncompatibleTrainer(
+            f"{direct[0]!r} is a parameter of {type(module).__name__} itself, and only what submodules have can be "
+            "sharded without configure_model: move it into the submodule that uses it, or write configure_model"
+        )
+    names = _named(modules, pattern) if pattern is not None else _numbered(module)
+    if not names and pattern is not None:
+        raise InvalidOption(
+            f"shard={pattern!r} is the whole name of no module of {type(module).__name__} that has parameters, such as "
+            f"{next((name for name, _ in module.named_children()), '')!r}"
+        )
+    if not names:
+        raise IncompatibleTrainer(
+            f"{type(module).__name__} has no configure_model and no numbered blocks to shard (an nn.ModuleList or "
+            "nn.Sequential of blocks). Name modules by the strategy's option shard, such as shard=r'encoder|decoder', "
+            "or write configure_model"
+        )
+    assert module.device_mesh is not None
+    mesh = module.device_mesh["data_parallel"]
+    # The innermost first, as fully_shard wants it.
+    for name in sorted(names, key=lambda name: -name.count(".")):
+        fully_shard(modules[name], mesh=mesh)
+    rest = list(_rest(module, "", set(names)))
+    for name in rest:
+        fully_shard(modules[name], mesh=mesh)
+    rank_zero_info(
+        f"{type(module).__name__} has no configure_model: {len(names)} modules are sharded by themselves "
+        f"({names[0]!r} to {names[-1]!r}), and the rest of {', '.join(map(repr, rest)) or 'nothing'} together."
+    )
+
+
+def _rest(module: nn.Module, prefix: str, sharded: set[str]) -> Iterator[str]:
+    """Yields the names of submodules that have parameters and are not sharded by themselves."""
+    for name, child in module.named_children():
+        if prefix + name in sharded or not any(True for _ in child.parameters()):
+            continue
+        if isinstance(child, (nn.ModuleList, nn.ModuleDict)):
+            # Nobody calls these, so that nothing would be gathered.
+            yield from _rest(child, f"{prefix}{name}.", sharded)
+        else:
+            yield prefix + name
+
+
+def _named(modules: Mapping[str, nn.Module], pattern: str) -> list[str]:
+    try:
+        expression = re.compile(pattern)
+    except re.error as error:
+        raise InvalidOption(f"shard={pattern!r} is not a regular expression: {error}") from error
+    found = [name for name in modules if name and expression.fullmatch(name)]
+    return [name for name in found if any(True for _ in modules[name].parameters())]
+
+
+def _numbered(module: LightningModule) -> list[str]:
+    try:
+        parameters: Any = named_parameters(module)
+    except InvalidParamGroups:
+        return []  # nothing is trainable
+    found: dict[str, None] = {}
+    for prefix in numbered_stacks(parameters):
+        for parameter in parameters:
+            if match := re.match(rf"{re.escape(prefix)}\d+(?=\.)", parameter.name):
+                found[match.group()] = None
+    return list(found)

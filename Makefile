@@ -31,7 +31,7 @@ test: venv
 test-benchmarks: venv
 	$(BIN)/python -m pytest tests/test_benchmarks.py
 
-# Our optimizers on shards, in two and in four processes.
+# Our optimizers on shards, in two and in four processes, and checkpoints of every name from 1, 2 and 4 in 1, 2 and 4.
 test-sharded: venv
 	LIGHTNING_OPTIM_SHARDED_TESTS=1 $(BIN)/python -m pytest tests/sharded
 

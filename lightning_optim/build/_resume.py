@@ -19,7 +19,7 @@ from torch.optim import Optimizer
 from lightning_optim.build._memory import parameter_bytes
 from lightning_optim.errors import InvalidOption
 from lightning_optim.optimizers import OwnOptimizer
-from lightning_optim.stepping import FORMAT, IDENTIFIER, MARKS, MEMBERS, check_state, refuse_foreign
+from lightning_optim.stepping import FORMAT, IDENTIFIER, MARKS, MEMBERS, check_state, refuse_foreign, spread_state
 from lightning_optim.table import OptimizerSpec, Options, describe
 
 #: Attribute of an adapter's class: the group keys under which upstream keeps an option with another name.
@@ -101,11 +101,11 @@ class Resuming:
 
     def _around(self, optimizer: Optimizer, state_dict: dict[str, Any], *args: Any, **kwargs: Any) -> None:
         """Wraps the ``load_state_dict`` of a class that runs no hooks."""
-        self._before(optimizer, state_dict)
+        state_dict = self._before(optimizer, state_dict)
         type(optimizer).load_state_dict(optimizer, state_dict, *args, **kwargs)
         self._after(optimizer)
 
-    def _before(self, optimizer: Optimizer, state_dict: dict[str, Any]) -> None:
+    def _before(self, optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
         self._own = [dict(group) for group in optimizer.param_groups]
         self._saved = state_dict if self._counters else None
         if not isinstance(optimizer, OwnOptimizer):
@@ -113,6 +113,8 @@ class Resuming:
             refuse_foreign(self._own, state_dict["param_groups"], f"optim={self._spec.name!r}")
             if self._spec.state is not None and not getattr(optimizer, INCOMPLETE, False):
                 check_state(optimizer, state_dict, self._spec.state.always)
+            state_dict = spread_state(optimizer, state_dict)
+        return state_dict
 
     def _after(self, optimizer: Optimizer) -> None:
         own, self._own = self._own, []

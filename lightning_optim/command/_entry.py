@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from lightning_optim import __version__
 from lightning_optim.command import _bench as bench
 from lightning_optim.command import _check as check
+from lightning_optim.command import _consolidate as consolidate
 from lightning_optim.command import _convert as convert
 from lightning_optim.command import _doctor as doctor
 from lightning_optim.command import _info as info
@@ -94,9 +95,13 @@ def _parser() -> argparse.ArgumentParser:
     subparser = subparsers.add_parser("check", help=f"holds {shown}", description=f"Holds {shown}. {exits}")
     check.add_arguments(subparser)
 
-    for module, subparser in zip(
-        (listing, info, doctor, convert, memory, recommend, bench, check), subparsers.choices.values(), strict=True
-    ):
+    shown = "a distributed checkpoint to one file for one device, optimizer states included"
+    subparser = subparsers.add_parser("consolidate", help=shown, description=f"Brings {shown}. It must fit in memory.")
+    subparser.add_argument("folder", metavar="FOLDER", help="the checkpoint, written by Lightning; only read")
+    subparser.add_argument("output", metavar="FILE", help="the file to write")
+
+    modules = (listing, info, doctor, convert, memory, recommend, bench, check, consolidate)
+    for module, subparser in zip(modules, subparsers.choices.values(), strict=True):
         subparser.set_defaults(subcommand_module=module)
         subparser.add_argument("--json", action="store_true", help="print JSON for scripts instead of text")
     return parser

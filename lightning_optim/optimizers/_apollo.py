@@ -136,7 +136,9 @@ class ApolloAdamW(LowRankAdamW):
         states = [self.state[parameter] for parameter in parameters]
         for state in states:
             if "update_norm" not in state:
-                state["update_norm"] = norm.new_full((len(norm) // len(states),), math.inf)
+                # No limit yet. Infinite, it would pass for a state that a gradient has spoiled.
+                largest = torch.finfo(norm.dtype).max
+                state["update_norm"] = norm.new_full((len(norm) // len(states),), largest)
         with stacked(states, ("update_norm",)) as noted:
             last = noted["update_norm"].view(norm.shape)
             limited = torch.minimum(norm, growth * last)

@@ -15,6 +15,7 @@ from lightning_optim.stepping import (
     FORMAT,
     MARKS,
     Layout,
+    SpreadsStates,
     StepsUncompiled,
     Update,
     is_sharded,
@@ -32,7 +33,7 @@ _TEMPORARY = 2**24
 _Item = TypeVar("_Item")
 
 
-class OwnOptimizer(StepsUncompiled):
+class OwnOptimizer(SpreadsStates, StepsUncompiled):
     """Base of our own optimizers.
 
     A subclass provides a parameter's initial state (:meth:`_initial_state`) and updates all parameters with the same
@@ -228,9 +229,32 @@ class OwnOptimizer(StepsUncompiled):
                 self.state[parameter].update(self._loaded(tensors, parameter))
 
     def _loaded(self, tensors: Mapping[str, Tensor], parameter: Tensor) -> dict[str, Tensor]:
-        """Returns copies of a state's tensors, which may have another dtype or device, for ``parameter``."""
-        dtypes = {name: self._loaded_dtype(tensor, parameter) for name, tensor in tensors.items()}
-        return {name: tensors[name].detach().to(parameter.device, dtypes[name], copy=True) for name in tensors}
+        """Returns copies of a state's tensors, which may have another dtype or device, for ``parameter``.
+
+        Whole tensors are spread as those of a sharded parameter, and shards put together for a parameter that is whole.
+        """
+        loaded = {}
+        for name, tensor in tensors.items():
+            dtype, layout, value = self._loaded_dtype(tensor, parameter), None, tensor.detach()
+            if is_sharded(parameter) and not is_sharded(value):
+                layout = self._spread(name, parameter, value)
+                value = layout.share(value)
+            elif is_sharded(value) and not is_sharded(parameter):
+                value = value.full_tensor()  # type: ignore[attr-defined]
+            copied = value.to(parameter.device, dtype, copy=True)
+            loaded[name] = copied if layout is None else layout.wrap(copied)
+        return loaded
+
+    def _spread(self, name: str, parameter: Tensor, value: Tensor) -> Layout:
+        """Returns how a whole tensor of a sharded parameter's state is to be spread."""
+        dims, layout = self._dims(name, parameter, value), Layout.of(parameter)
+        spread = layout.followed(dims, value.shape) if len(dims) == value.ndim else None
+        if spread is None or spread.shape != value.shape:
+            raise InvalidOption(
+                f"the state in the checkpoint is another model's: it has {name!r} of shape {tuple(value.shape)} for a "
+                f"parameter of shape {layout.shape}. Resume with the model and the options that wrote it."
+            )
+        return spread
 
     def _loaded_dtype(self, tensor: Tensor, parameter: Tensor) -> torch.dtype:
         """Returns the dtype for a loaded state tensor: the compute dtype if it was saved in one, else its own."""

@@ -23,6 +23,7 @@ from lightning_optim.stepping._sharding import (
     spread_alike,
     without_reduction,
 )
+from lightning_optim.stepping._spreading import SpreadsStates, spread_state
 from lightning_optim.stepping._state_marks import FORMAT, IDENTIFIER, MARKS, MEMBERS, check_state, refuse_foreign
 from lightning_optim.stepping._together import Deal, Sum, Together, Update, add_up, alone, run_together, side_by_side
 from lightning_optim.stepping._uncompiled import StepsUncompiled, uncompiled
@@ -41,6 +42,7 @@ __all__ = [
     "FusedStep",
     "KeepsTrainingPoint",
     "Layout",
+    "SpreadsStates",
     "StepsUncompiled",
     "Sum",
     "Together",
@@ -68,6 +70,7 @@ __all__ = [
     "seed",
     "side_by_side",
     "spread_alike",
+    "spread_state",
     "total_norm",
     "uncompiled",
     "undisturbed",

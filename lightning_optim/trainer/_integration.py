@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import GradientAccumulationScheduler, StochasticWeightAveraging, WeightAveraging
+from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor
 from torch.optim import Optimizer
@@ -43,7 +44,7 @@ from lightning_optim.trainer.callbacks._resume import ResumeCallback
 from lightning_optim.trainer.callbacks._schedule_free import ScheduleFreeCallback
 from lightning_optim.trainer.callbacks._standstill import Standstill
 from lightning_optim.trainer.callbacks._thawed import KeepsPolicy
-from lightning_optim.trainer.strategies import StepsFused
+from lightning_optim.trainer.strategies import StepsFused, read_whole_files
 
 if TYPE_CHECKING:
     from lightning.pytorch.utilities.types import OptimizerLRScheduler
@@ -161,6 +162,8 @@ def _resolve(
             trainer.strategy.note_identifier(
                 part.optimizer, config.optim if part is resolved else part.request.config.optim
             )
+    if isinstance(trainer.strategy, packages.kin(ModelParallelStrategy)):
+        read_whole_files(trainer.strategy)
     if any(part.lr for part in resolved.each):
         Standstill.watch(trainer, optimizer, asked)
     if own_clips(optimizer):

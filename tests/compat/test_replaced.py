@@ -23,6 +23,7 @@ REPLACED = {
     "clip_gradients": "the clipping of layerwise optimizers (trainer/callbacks/_layerwise.py)",
     "configure_model": "modules that do not say how they are sharded (trainer/strategies/_blocks.py)",
     "configure_optimizers": "OptimCallback (trainer/_optim_callback.py)",
+    "load_checkpoint": "checkpoints of one device for sharded parameters (trainer/strategies/_whole_file.py)",
     "load_state_dict": "exact resume of optimizers that run no hooks (build/_resume.py)",
     "main_params": "parts that clip their own gradients (trainer/callbacks/_own_clips.py)",
     "profile": "the warning for hooks that read gradients (trainer/callbacks/_gradient_readers.py)",
@@ -83,6 +84,7 @@ class Thaws(BaseFinetuning):
         ("clip_gradients", "precision_plugin", {"plugins": fp16_mixed}),
         ("configure_model", "lightning_module", {}),
         ("configure_optimizers", "lightning_module", {}),
+        ("load_checkpoint", "strategy", {}),
         ("load_state_dict", "", {}),
         ("main_params", "precision_plugin", {}),
         ("main_params", "precision_plugin", {"plugins": fp16_mixed}),
@@ -104,7 +106,7 @@ def test_lightning_calls_what_took_the_place_of_a_method(
         return module
 
     called = fit(2)
-    if name == "load_state_dict":
+    if name in ("load_checkpoint", "load_state_dict"):
         assert called.calls == 0
         called = fit(3, tmp_path / "a.ckpt")
     assert called.calls > 0, (

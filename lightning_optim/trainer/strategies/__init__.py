@@ -13,6 +13,7 @@ from lightning_optim.trainer.strategies._layerwise import LayerwiseStrategy
 from lightning_optim.trainer.strategies._layerwise_ddp import LayerwiseDDPStrategy
 from lightning_optim.trainer.strategies._layerwise_fsdp2 import LayerwiseFSDP2Strategy
 from lightning_optim.trainer.strategies._npu import NPUDDPStrategy, NPUStrategy
+from lightning_optim.trainer.strategies._whole_file import read_whole_files
 from lightning_optim.trainer.strategies._xla import SingleDeviceXLASyncFreeStrategy, XLASyncFreeStrategy
 from lightning_optim.trainer.strategies._xla_precision import XLASyncFreePrecision
 
@@ -30,6 +31,7 @@ __all__ = [
     "StepsFused",
     "XLASyncFreePrecision",
     "XLASyncFreeStrategy",
+    "read_whole_files",
     "register",
 ]
 

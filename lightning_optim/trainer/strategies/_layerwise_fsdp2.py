@@ -14,6 +14,7 @@ from lightning_optim._compat.lightning import data_parallel_takes_the_rest
 from lightning_optim.stepping import without_reduction
 from lightning_optim.trainer.strategies._blocks import ShardsBlocks
 from lightning_optim.trainer.strategies._layerwise import StepsInBackward
+from lightning_optim.trainer.strategies._whole_file import ReadsWholeFiles
 
 if TYPE_CHECKING:
     _Base = ModelParallelStrategy
@@ -21,7 +22,7 @@ else:
     _Base = object
 
 
-class StepsShardsInBackward(StepsInBackward, ShardsBlocks, _Base):
+class StepsShardsInBackward(StepsInBackward, ShardsBlocks, ReadsWholeFiles, _Base):
     """Mixin: all of :class:`LayerwiseFSDP2Strategy` but Lightning's base class."""
 
     def __init__(

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import os
+import tempfile
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -24,51 +26,54 @@ BASES_APART, STATES_APART = 1e-3, 1e-5
 _OVERSAMPLING = 8
 
 
-@pytest.fixture(scope="module", params=PROCESSES, ids=lambda count: f"{count} processes")
-def ranks(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+RUNS = [
+    pytest.param(processes, mesh, case, id=f"{processes} processes, {mesh}, {case}")
+    for processes in PROCESSES
+    for mesh in meshes(processes)
+    for case in CASES
+    if fits(case, mesh)
+]
+ROWS = [run for run in RUNS if run.values[1] == "rows"]
+
+
+@functools.cache
+def ranks_of(processes: int) -> list[dict[str, Any]]:
     """All comparisons by name, of each process."""
-    folder: Path = tmp_path_factory.mktemp("sharded")
-    done = run_fresh("-m", "tests.sharded.worker", str(request.param), str(folder), ranks=request.param)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return [torch.load(folder / f"rank{rank}.pt", weights_only=True) for rank in range(request.param)]
+    with tempfile.TemporaryDirectory() as folder:
+        done = run_fresh("-m", "tests.sharded.worker", str(processes), folder, ranks=processes)
+        assert done.returncode == 0, done.stderr[-3000:]
+        return [torch.load(Path(folder) / f"rank{rank}.pt", weights_only=True) for rank in range(processes)]
 
 
-def compared(ranks: list[dict[str, Any]], case: Stepped, mesh: str) -> list[dict[str, Any]]:
-    if mesh not in meshes(len(ranks)) or not fits(case, mesh):
-        pytest.skip(f"{case} is not spread as {mesh} over {len(ranks)} processes")
-    return [rank[f"{case}, {mesh}"] for rank in ranks]
-
-
-@pytest.mark.parametrize("case", CASES, ids=str)
-@pytest.mark.parametrize("mesh", meshes(max(PROCESSES)))
-def test_shards_equal_one_process(ranks: list[dict[str, Any]], case: Stepped, mesh: str) -> None:
-    for rank in compared(ranks, case, mesh):
+@pytest.mark.parametrize(("processes", "mesh", "case"), RUNS)
+def test_shards_equal_one_process(processes: int, mesh: str, case: Stepped) -> None:
+    for rank in (each[f"{case}, {mesh}"] for each in ranks_of(processes)):
         assert rank["moved"] > 1e-4
         # Split along both dimensions, sums cross processes in rows, too.
         assert rank["apart"] <= (max(case.apart, 1e-6) if mesh == "grid" and case.name == "Scale" else case.apart)
         assert rank["states"] <= (BASES_APART if "rank" in case.options else STATES_APART)
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
-def test_all_parameters_share_messages(ranks: list[dict[str, Any]], case: Stepped) -> None:
-    for rank in compared(ranks, case, "rows"):
+@pytest.mark.parametrize(("processes", "mesh", "case"), ROWS)
+def test_all_parameters_share_messages(processes: int, mesh: str, case: Stepped) -> None:
+    for rank in (each[f"{case}, {mesh}"] for each in ranks_of(processes)):
         assert len(rank["sent"]) == case.rounds
 
 
-@pytest.mark.parametrize("case", [case for case in CASES if case.options.get("rank", 0) > 1], ids=str)
-def test_low_rank_updates_send_little(ranks: list[dict[str, Any]], case: Stepped) -> None:
+@pytest.mark.parametrize(
+    ("processes", "mesh", "case"),
+    [run for run in ROWS if cast(Stepped, run.values[2]).options.get("rank", 0) > 1],
+)
+def test_low_rank_updates_send_little(processes: int, mesh: str, case: Stepped) -> None:
     width = LOW_RANK["rank"] + _OVERSAMPLING
     matrices = [(shape[0], torch.Size(shape[1:]).numel()) for shape in MATRICES]
-    for rank in compared(ranks, case, "rows"):
+    for rank in (each[f"{case}, {mesh}"] for each in ranks_of(processes)):
         assert sum(size for _, size in rank["sent"]) <= sum(4 * (m + n) * width for m, n in matrices)
 
 
-def test_a_part_of_what_fsdp2_and_tensor_parallelism_split_is_where_the_layout_says(
-    ranks: list[dict[str, Any]],
-) -> None:
-    if len(ranks) < 4:
-        pytest.skip("two dimensions of a mesh take four processes: make test-sharded")
-    for rank in ranks:
+@pytest.mark.skipif(4 not in PROCESSES, reason="two dimensions of a mesh take four processes: make test-sharded")
+def test_what_fsdp2_and_tensor_parallelism_split_is_where_the_layout_says() -> None:
+    for rank in ranks_of(4):
         assert all(rank["strided"].values()), rank["strided"]
         assert len(rank["strided"]) == 6
 

@@ -102,7 +102,7 @@ class Broken(LitShards):
     ("model", "optim", "strategy", "devices", "error", "text"),
     [
         (LitShards, "adam_mini", "fsdp2", 2, IncompatibleTrainer, "cannot step sharded parameters"),
-        (LitShards, "adamw_8bit", "fsdp2", 2, IncompatibleTrainer, "Use optim='adamw_torch' or 'adamw_torch_8bit'"),
+        (LitShards, "adamw_8bit", "fsdp2", 2, IncompatibleTrainer, "Use optim='adamw_torch' or 'adafactor'"),
         (LitShards, "adamw_torch", "fsdp2", 1, InvalidOption, "shards over devices, and devices=1"),
         (LitShards, "adamw_torch", "layerwise_fsdp2", 2, IncompatibleTrainer, "use strategy='fsdp2'"),
         (LitShards, "adamw_torch_layerwise", "fsdp2", 2, IncompatibleTrainer, "use strategy='layerwise_fsdp2'"),

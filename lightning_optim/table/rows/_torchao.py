@@ -75,7 +75,8 @@ def _row(bits: int, options: type[Options], table_bytes: int, paper: str, fallba
         devices=frozenset({"cpu", "cuda", "xpu"}),
         # Compiled into kernels that do.
         in_place=frozenset({"cpu", "cuda", "xpu"}),
-        sharded=True,
+        # The size of a part would decide which states are quantized; no checkpoint could move.
+        sharded=False,
         half_weights=True,
         compiles=True,
         fallbacks=fallbacks,

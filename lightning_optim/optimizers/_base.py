@@ -129,7 +129,9 @@ class OwnOptimizer(SpreadsStates, StepsUncompiled):
             self._refuse_sparse(live)
             kinds: dict[tuple[int, Any, Any, Any], list[Tensor]] = {}
             for parameter in self._steppable(live) if live else ():
-                kind = self._begin(parameter, group), parameter.device, parameter.dtype, Layout.of(parameter).spread
+                # A layout is made for shards only: a step may be over many small tensors.
+                spread = Layout.of(parameter).spread if is_sharded(parameter) else None
+                kind = self._begin(parameter, group), parameter.device, parameter.dtype, spread
                 kinds.setdefault(kind, []).append(parameter)
             for (step, device, _, spread), parameters in kinds.items():
                 for part in _parts(parameters, _elements):

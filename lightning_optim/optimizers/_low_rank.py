@@ -100,7 +100,7 @@ class LowRankOptimizer(OwnOptimizer):
         subspace = low_rank(layout, left is not None, right is not None, low.shape[1:])
         squares: Tensor
         (squares,) = yield [Sum(low.square().sum(), subspace)]
-        return squares / self.layout(parameter).parts
+        return squares / self.layout(parameter).parts()
 
     def _check_group(self, group: dict[str, Any]) -> None:
         super()._check_group(group)

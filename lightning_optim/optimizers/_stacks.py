@@ -36,14 +36,10 @@ def batches(
             or more.
         layout_of: Returns how one of the tensors is spread.
     """
-    alike: dict[tuple[int, ...], list[Tensor]] = {}
-    layouts: dict[tuple[int, ...], Layout] = {}
+    alike: dict[Layout, list[Tensor]] = {}
     for tensor in tensors:
-        layout = layout_of(tensor)
-        alike.setdefault(layout.shape, []).append(tensor)
-        layouts[layout.shape] = layout
-    for whole, members in alike.items():
-        layout = layouts[whole]
+        alike.setdefault(layout_of(tensor), []).append(tensor)
+    for layout, members in alike.items():
         sizes = [math.prod(each) for each in shapes(tuple(members[0].shape))]
         # Other processes' parts may be of other sizes.
         small = layout.mesh is None and max(sizes) <= _LARGEST

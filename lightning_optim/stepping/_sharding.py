@@ -64,10 +64,9 @@ class Layout:
         """Returns the groups of processes that hold different parts along these dimensions, or any with ``None``."""
         return tuple(self.mesh.get_group(index) for index in self.splitting(dims))
 
-    @property
-    def parts(self) -> int:
-        """How many parts there are, of which several processes may have the same."""
-        return math.prod(self.mesh.size(index) for index in self.splitting())
+    def parts(self, dims: Iterable[int] | None = None) -> int:
+        """Returns into how many parts these dimensions are split, or all with ``None``; processes may share a part."""
+        return math.prod(self.mesh.size(index) for index in self.splitting(dims))
 
     @cached_property
     def local_shape(self) -> tuple[int, ...]:
@@ -78,7 +77,7 @@ class Layout:
     @cached_property
     def largest(self) -> int:
         """How many elements the process with the most of them has; the same number in every process."""
-        return math.prod(-(-size // self._processes(dim)) for dim, size in enumerate(self.shape))
+        return math.prod(-(-size // self.parts((dim,))) for dim, size in enumerate(self.shape))
 
     def indices(self, dim: int, device: torch.device | None = None) -> Tensor:
         """Returns which entries of a dimension this process holds, ascending."""
@@ -132,10 +131,7 @@ class Layout:
         number = 0
         for index in self.splitting((dim,)):
             number = number * self.mesh.size(index) + self.mesh.get_local_rank(index)
-        return number, self._processes(dim)
-
-    def _processes(self, dim: int) -> int:
-        return math.prod(self.mesh.size(index) for index in self.splitting((dim,)))
+        return number, self.parts((dim,))
 
 
 def spread_alike(tensor: Any, parameter: Any) -> Tensor:

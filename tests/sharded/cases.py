@@ -84,7 +84,7 @@ def meshes(processes: int) -> list[str]:
 
 def fits(case: Stepped, mesh: str) -> bool:
     """Whether a case can be spread so: a grid splits two dimensions, and no optimizer takes split flattened ones."""
-    return mesh != "grid" or bool(shapes_on(case, mesh))
+    return bool(shapes_on(case, mesh))
 
 
 def shapes_on(case: Stepped, mesh: str) -> list[Shape]:

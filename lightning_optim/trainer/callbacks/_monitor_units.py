@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 from lightning_optim._compat import kernels
 from lightning_optim.optimizers import OwnOptimizer
 from lightning_optim.stepping import Layout, is_sharded
+from lightning_optim.stepping import local as part_of
 
 Per = Literal["group", "layer"]
 
@@ -89,10 +90,7 @@ def local(tensor: Tensor) -> Tensor:
     """Returns the numbers that this process has of a tensor, outside of autograd; of a sparse one those it stores."""
     if type(tensor) is Tensor and not tensor.requires_grad and not tensor.is_sparse:
         return tensor
-    tensor = tensor.detach()
-    if is_sharded(tensor):
-        shard: Any = tensor
-        tensor = shard.to_local()
+    tensor = part_of(tensor.detach())
     return tensor.coalesce().values() if tensor.is_sparse else tensor
 
 
@@ -110,7 +108,7 @@ def momentum_norm(parameter: Tensor, state: Mapping[str, Any]) -> Tensor | None:
     if not found.is_floating_point():
         return None
     (norm,) = norms([local(found)])
-    return norm * math.sqrt(Layout.of(found).parts / Layout.of(parameter).parts) if is_sharded(found) else norm
+    return norm * math.sqrt(Layout.of(found).parts() / Layout.of(parameter).parts()) if is_sharded(found) else norm
 
 
 def state_bytes(states: Iterable[Mapping[str, Any]]) -> int:
@@ -141,7 +139,7 @@ def _tensors(value: Any) -> Iterator[Tensor]:
 
 def _share(parameter: Tensor) -> float:
     """Returns the weight of a process's squares in the sum over all processes, of which several may hold the same."""
-    return Layout.of(parameter).parts / dist.get_world_size()
+    return Layout.of(parameter).parts() / dist.get_world_size()
 
 
 def norms(tensors: list[Tensor]) -> list[Tensor]:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
+from contextlib import suppress
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from lightning.pytorch import LightningModule
 from lightning.pytorch.strategies import ModelParallelStrategy
@@ -13,7 +14,7 @@ from lightning_utilities.core.rank_zero import rank_zero_info
 from torch import nn
 
 from lightning_optim.errors import IncompatibleTrainer, InvalidOption, InvalidParamGroups
-from lightning_optim.groups import named_parameters, numbered_stacks
+from lightning_optim.groups import NamedParameter, named_parameters, numbered_stacks
 from lightning_optim.trainer import _packages as packages
 
 if TYPE_CHECKING:
@@ -66,18 +67,7 @@ def shard_blocks(module: LightningModule, pattern: str | None = None) -> None:
             f"{direct[0]!r} is a parameter of {type(module).__name__} itself, and only what submodules have can be "
             "sharded without configure_model: move it into the submodule that uses it, or write configure_model"
         )
-    names = _named(modules, pattern) if pattern is not None else _numbered(module)
-    if not names and pattern is not None:
-        raise InvalidOption(
-            f"shard={pattern!r} is the whole name of no module of {type(module).__name__} that has parameters, such as "
-            f"{next((name for name, _ in module.named_children()), '')!r}"
-        )
-    if not names:
-        raise IncompatibleTrainer(
-            f"{type(module).__name__} has no configure_model and no numbered blocks to shard (an nn.ModuleList or "
-            "nn.Sequential of blocks). Name modules by the strategy's option shard, such as shard=r'encoder|decoder', "
-            "or write configure_model"
-        )
+    names = _numbered(module) if pattern is None else _named(module, pattern)
     assert module.device_mesh is not None
     mesh = module.device_mesh["data_parallel"]
     # The innermost first, as fully_shard wants it.
@@ -104,23 +94,34 @@ def _rest(module: nn.Module, prefix: str, sharded: set[str]) -> Iterator[str]:
             yield prefix + name
 
 
-def _named(modules: Mapping[str, nn.Module], pattern: str) -> list[str]:
+def _named(module: LightningModule, pattern: str) -> list[str]:
     try:
         expression = re.compile(pattern)
     except re.error as error:
         raise InvalidOption(f"shard={pattern!r} is not a regular expression: {error}") from error
-    found = [name for name in modules if name and expression.fullmatch(name)]
-    return [name for name in found if any(True for _ in modules[name].parameters())]
+    named = ((name, each) for name, each in module.named_modules() if name and expression.fullmatch(name))
+    found = [name for name, each in named if any(True for _ in each.parameters())]
+    if not found:
+        raise InvalidOption(
+            f"shard={pattern!r} is the whole name of no module of {type(module).__name__} that has parameters, such as "
+            f"{next((name for name, _ in module.named_children()), '')!r}"
+        )
+    return found
 
 
 def _numbered(module: LightningModule) -> list[str]:
-    try:
-        parameters: Any = named_parameters(module)
-    except InvalidParamGroups:
-        return []  # nothing is trainable
+    parameters: list[NamedParameter] = []
+    with suppress(InvalidParamGroups):  # nothing is trainable
+        parameters = named_parameters(module)
     found: dict[str, None] = {}
     for prefix in numbered_stacks(parameters):
         for parameter in parameters:
             if match := re.match(rf"{re.escape(prefix)}\d+(?=\.)", parameter.name):
                 found[match.group()] = None
+    if not found:
+        raise IncompatibleTrainer(
+            f"{type(module).__name__} has no configure_model and no numbered blocks to shard (an nn.ModuleList or "
+            "nn.Sequential of blocks). Name modules by the strategy's option shard, such as shard=r'encoder|decoder', "
+            "or write configure_model"
+        )
     return list(found)

@@ -55,6 +55,7 @@ from lightning_optim.trainer.callbacks._monitor import OptimizerMonitor
 from lightning_optim.trainer.callbacks._schedule_free import ScheduleFreeCallback
 from lightning_optim.trainer.callbacks._unattended import watch as _watch
 from lightning_optim.trainer.strategies import (
+    FSDP2Strategy,
     FusedDDPStrategy,
     FusedMixedPrecision,
     FusedStrategy,
@@ -86,6 +87,7 @@ __all__ = [
     "Clipping",
     "Conversion",
     "DuplicateOptimizer",
+    "FSDP2Strategy",
     "FusedDDPStrategy",
     "FusedMixedPrecision",
     "FusedStrategy",

@@ -15,15 +15,17 @@ import lightning as L
 import torch
 import torch.distributed as dist
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from lightning.pytorch.plugins import MixedPrecision
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor, nn
+from torch.amp import GradScaler
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
-from lightning_optim import LayerwiseFSDP2Strategy
+from lightning_optim import FSDP2Strategy, LayerwiseFSDP2Strategy
 from tests.cases import case_of
 from tests.layerwise_ddp_worker import Sent, monitored
-from tests.models import TOKENS, LitTokens, loader, trainer
+from tests.models import LENGTH, TOKENS, LitTokens, loader, trainer
 
 RANK = int(os.environ.get("LOCAL_RANK", 0))
 WIDTH, BLOCKS = 32, 3
@@ -53,6 +55,8 @@ OURS = (
     "scale",
 )
 COMPARED += [(name, "norm clipping") for name in OURS]
+#: For modules without ``configure_model``, and the dtype in which linear layers find their weights.
+PRECISIONS = {"32-true": "float32", "bf16-mixed": "bfloat16", "16-mixed": "float16"}
 BUCKETS = (0.0, 0.001, None)
 #: The optimizers before and after the checkpoint in the middle, and whether it is a single file.
 RESUMED = [
@@ -108,11 +112,28 @@ class KeepsGathered(Sharded):
 
 
 class SaysNothing(LitTokens):
-    """The same model, without ``configure_model``."""
+    """The same model, without ``configure_model``; it notes in which dtype layers find their weights."""
 
     def __init__(self, **optim: Any) -> None:
         super().__init__(**optim)
         self.model = Sharded.whole()
+        self.model[2].append(nn.BatchNorm1d(LENGTH))
+        self.seen: dict[str, str] = {}
+        for layer in self.model.modules():
+            if isinstance(layer, (nn.Linear, nn.BatchNorm1d)):
+                layer.register_forward_pre_hook(self._note)
+
+    def _note(self, layer: nn.Module, inputs: Any) -> None:
+        # FSDP2 gives a module that it shards a class of its own.
+        kind = nn.Linear if isinstance(layer, nn.Linear) else nn.BatchNorm1d
+        self.seen[kind.__name__] = str(next(layer.parameters()).dtype)
+
+
+class SaysHow(SaysNothing):
+    """The same with ``configure_model``, and no word of precision."""
+
+    configure_model = Sharded.configure_model
+    reshards = True
 
 
 class Watch(Callback):
@@ -178,8 +199,8 @@ def fit(
     if save is not None:
         callbacks = *callbacks, ModelCheckpoint(save, filename="{step}", every_n_train_steps=4, save_top_k=-1)
     strategy = strategy or (LayerwiseFSDP2Strategy if layerwise else ModelParallelStrategy)
-    # Lightning's default would make the two processes a tensor-parallel group; ours shards.
-    sizes = {} if strategy is LayerwiseFSDP2Strategy else {"data_parallel_size": 2, "tensor_parallel_size": 1}
+    # Lightning's default would make the two processes a tensor-parallel group; ours shard.
+    sizes = {"data_parallel_size": 2, "tensor_parallel_size": 1} if strategy is ModelParallelStrategy else {}
     run = trainer(
         max_steps=8,
         strategy=strategy(**sizes, save_distributed_checkpoint=not whole_file),
@@ -193,6 +214,14 @@ def fit(
     except ValueError as error:
         return {"error": type(error).__name__, "text": str(error)}
     return {"steps": run.global_step, **{key: getattr(watch, key) for key in ("weights", "reduced", "norms", "peak")}}
+
+
+class Seen(Callback):
+    """Keeps what a module noted of its layers."""
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        assert isinstance(pl_module, SaysNothing)
+        self.dtypes = pl_module.seen
 
 
 class Points(Callback):
@@ -238,6 +267,23 @@ def both(name: str, options: dict[str, Any] | None = None, **kwargs: Any) -> dic
     return {"plain": fit(case_of(name).plain, **kwargs), "layerwise": fit(f"{name}_layerwise", options, **kwargs)}
 
 
+def alone(precision: str) -> dict[str, Any]:
+    """Fits a module without ``configure_model`` after and in backward, and one that shards itself in the same way."""
+    kinds = {"by hand": (SaysHow, ModelParallelStrategy, ""), "plain": (SaysNothing, FSDP2Strategy, "")}
+    found = {}
+    for form, (kind, strategy, suffix) in {**kinds, "layerwise": (SaysNothing, None, "_layerwise")}.items():
+        flags: dict[str, Any] = {"precision": precision}
+        if precision == "16-mixed":
+            # Lightning takes bfloat16 on a CPU unless it gets the plugin. The first steps overflow.
+            scaler = GradScaler("cpu", init_scale=2.0**20)
+            flags = {"plugins": [MixedPrecision("16-mixed", "cpu", scaler)]}
+        options = {"overflow": "skip_step"} if suffix and precision == "16-mixed" else None
+        seen = Seen()
+        run = fit(f"adamw_torch{suffix}", options, strategy=strategy, kind=kind, callbacks=(seen,), **flags)
+        found[form] = {**run, "seen": seen.dtypes, "scale": scaler.get_scale() if precision == "16-mixed" else None}
+    return found
+
+
 def several(directory: Path, **flags: Any) -> dict[str, Any]:
     """Fits several optimizers as one in both forms, and each from the other's checkpoint, in shards and as a file."""
     found = {}
@@ -260,7 +306,8 @@ def runs(directory: Path) -> Iterator[tuple[str, Any]]:
     yield "plain strategy", fit("adamw_torch_layerwise", strategy=ModelParallelStrategy)
     flags = SETTINGS["norm clipping"][0]
     yield "norm_budget_mb", fit("adamw_torch_layerwise", {"norm_budget_mb": 1}, **flags)
-    yield "without configure_model", fit("adamw_torch_layerwise", kind=SaysNothing)
+    for precision in PRECISIONS:
+        yield f"without configure_model, {precision}", alone(precision)
     yield "points", {name: points(name) for name in ("schedule_free_adamw", "schedule_free_adamw_layerwise")}
     yield "several optimizers", several(directory, param_groups=SEVERAL, **flags)
     for first, second, whole_file in RESUMED:

@@ -75,9 +75,7 @@ _COMPILE = "`Trainer.fit(torch.compile(module))`, with its `backend=` and `mode=
 _DDP = "`Trainer(strategy=DDPStrategy({}))`"
 _LOADER = "`DataLoader({})` of your data"
 _METRICS = "compute metrics in `validation_step`, with torchmetrics"
-_FSDP = (
-    "`--trainer.strategy fsdp`, a ModelParallelStrategy for FSDP2; `layerwise_fsdp2` for a name that ends in _layerwise"
-)
+_FSDP = "`--trainer.strategy fsdp`, `fsdp2` for FSDP2; `layerwise_fsdp2` for a name that ends in _layerwise"
 _HUB = "upload the checkpoint after training, with `huggingface_hub`"
 _TRACKIO = "give `Trainer(logger=...)` a logger of your own for trackio"
 
@@ -180,7 +178,7 @@ _ROWS = (
     _Row("fsdp_min_num_params", 0, "strategy", _FSDP, former=True),
     _Row("fsdp_transformer_layer_cls_to_wrap", None, "strategy", _FSDP, former=True),
     _Row("deepspeed", None, "strategy", "`--trainer.strategy deepspeed_stage_2`, or a DeepSpeedStrategy"),
-    _Row("parallelism_config", None, "strategy", "`--trainer.strategy`, such as ModelParallelStrategy"),
+    _Row("parallelism_config", None, "strategy", "`--trainer.strategy`, such as `fsdp2`"),
     _Row("accelerator_config", None, "strategy", "Trainer(use_distributed_sampler=...)", quiet=(_ACCELERATOR_CONFIG,)),
     _Row("ddp_find_unused_parameters", None, "strategy", "`--trainer.strategy ddp_find_unused_parameters_true`"),
     _Row("ddp_bucket_cap_mb", None, "strategy", _DDP.format("bucket_cap_mb=...")),

@@ -29,6 +29,7 @@ from lightning_optim.choose._fakes import find_precision
 from lightning_optim.choose._memory_estimate import MemoryEstimate
 from lightning_optim.choose._model import Model, as_batch, as_module, name_of
 from lightning_optim.choose._replay import Replay, Stepping, replay
+from lightning_optim.choose._shapes import Transformer
 from lightning_optim.choose._sharded import ShardedTraining, run_sharded
 from lightning_optim.choose._temporaries import StepTemporaries
 from lightning_optim.choose._tracker import Moment
@@ -58,6 +59,7 @@ class Setting(TypedDict, total=False):
     gradient_clip_val: float | None
     gradient_clip_algorithm: Literal["norm", "value"]
     activation_checkpointing: bool
+    shard: str | None
 
 
 class Estimator:
@@ -77,6 +79,7 @@ class Estimator:
         gradient_clip_val: float | None = None,
         gradient_clip_algorithm: Literal["norm", "value"] = "norm",
         activation_checkpointing: bool = False,
+        shard: str | None = None,
     ) -> None:
         one_of("accelerator", accelerator, get_args(Accelerator))
         one_of("strategy", strategy, get_args(Strategy))
@@ -89,11 +92,16 @@ class Estimator:
         self._sharded = strategy in SHARDS
         if self._sharded and devices == 1:
             raise InvalidOption(f"strategy={strategy!r} shards over devices, and devices=1: say over how many")
+        self._shard = shard
         self._strategy, self._devices, self._accumulate = strategy, devices, accumulate_grad_batches
         self._clip, self._clip_algorithm = gradient_clip_val, gradient_clip_algorithm
         self._name = name_of(model)
         self._has_batch = batch is not None
         module = as_module(model, activation_checkpointing)
+        if shard is not None and (not self._sharded or isinstance(module, Transformer)):
+            raise InvalidOption(
+                f"shard={shard!r} is for a LightningModule and strategy='fsdp2' or 'layerwise_fsdp2': leave it out"
+            )
         found = find_precision(precision)
         self._given = module, as_batch(batch, module), loss, found, accelerator
         # Sharded, it is there between opening and closing.
@@ -128,7 +136,7 @@ class Estimator:
         with absent_processes(self._devices) as mesh:
             try:
                 with quiet():
-                    self._made = ShardedTraining(mesh, *self._given)
+                    self._made = ShardedTraining(mesh, self._shard, *self._given)
                 yield
             finally:
                 self._made = None
@@ -155,7 +163,7 @@ class Estimator:
         taken += [(moment, _most(own.of(parameters) for own in temporaries)) for parameters, moment in replayed.steps]
         buckets = replayed.gradients if strategy == "ddp" else 0
         moment, extra = max(taken, key=lambda pair: pair[0].total + (pair[1] or 0))
-        at_peak = _named(moment) | {"state": state, "temporaries": extra or 0}
+        at_peak = moment.shares | {"state": state, "temporaries": extra or 0}
         at_peak["communication"] += buckets
         known = [most for _, most in taken if most is not None]
         return MemoryEstimate(
@@ -289,6 +297,7 @@ def estimate_memory(
     gradient_clip_val: float | None = None,
     gradient_clip_algorithm: Literal["norm", "value"] = "norm",
     activation_checkpointing: bool = False,
+    shard: str | None = None,
     **arguments: Unpack[OptimizerArguments],
 ) -> MemoryEstimate:
     """Estimates the memory of training a module with an optimizer, without allocating any of it.
@@ -306,13 +315,14 @@ def estimate_memory(
         precision: The Trainer's.
         accelerator: ``"cuda"`` or ``"cpu"``.
         strategy: The Trainer's; ``"auto"`` takes the one that the identifier needs for ``devices``. ``"fsdp2"``
-            (Lightning's ``ModelParallelStrategy``) and ``"layerwise_fsdp2"`` shard as ``configure_model`` says, a shape
-            block by block.
+            (Lightning's ``ModelParallelStrategy``, too) and ``"layerwise_fsdp2"`` shard as ``configure_model`` says,
+            numbered blocks where there is none, a shape block by block.
         devices: Number of devices.
         accumulate_grad_batches: The Trainer's.
         gradient_clip_val: The Trainer's.
         gradient_clip_algorithm: The Trainer's.
         activation_checkpointing: Of a shape, whether each block runs again in backward.
+        shard: That of :class:`~lightning_optim.FSDP2Strategy`.
         **arguments: Those of :class:`OptimArguments`, without the schedule's.
 
     Raises:
@@ -338,6 +348,7 @@ def estimate_memory(
         gradient_clip_val=gradient_clip_val,
         gradient_clip_algorithm=gradient_clip_algorithm,
         activation_checkpointing=activation_checkpointing,
+        shard=shard,
     )
     return estimator.estimate(OptimConfig(optim=optim, **arguments))
 
@@ -351,7 +362,7 @@ def compare_memory(
         model: As of :func:`estimate_memory`.
         optims: The identifiers; ``None`` takes all that run on the accelerator, plain and ``_layerwise``, and leaves
             out those that cannot train the module so.
-        **setting: Arguments of :func:`estimate_memory` between ``batch`` and ``activation_checkpointing``.
+        **setting: Arguments of :func:`estimate_memory` between ``batch`` and ``shard``.
 
     Raises:
         IncompatibleTrainer, InvalidOption, InvalidParamGroups, MissingDependency, UnknownOptimizer: For what cannot be
@@ -367,17 +378,6 @@ def _all_names(accelerator: str) -> Iterator[str]:
         yield name
         if not (spec.coupled or spec.layerwise):
             yield layerwise_row(spec).name
-
-
-def _named(moment: Moment) -> dict[str, int]:
-    live = moment.live
-    return {
-        "parameters": live["parameters"],
-        "buffers": live["buffers"],
-        "gradients": live["gradients"],
-        "communication": live["communication"],
-        "activations": live["other"] + live["batch"],
-    }
 
 
 def _most(values: Iterable[int | None]) -> int | None:

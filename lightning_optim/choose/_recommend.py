@@ -89,7 +89,7 @@ def recommend(
         memory: Bytes of one device; ``None`` for no limit.
         task: What is trained: ``"pretrain"`` or ``"finetune"`` (language models), ``"vision"`` or ``"sparse"``.
         prefer: ``"quality"`` ranks by evidence, ``"memory"`` by the estimate, ``"speed"`` by the published order.
-        **setting: Arguments of :func:`estimate_memory` between ``batch`` and ``activation_checkpointing``.
+        **setting: Arguments of :func:`estimate_memory` between ``batch`` and ``shard``.
 
     Raises:
         InvalidOption: If nothing fits, or an argument is wrong.
@@ -221,13 +221,6 @@ def _recommendation(
         if setting.get(key) is not None
     }
     written = {key: repr(value) for key, value in flags.items()}
-    if estimate.strategy == "fsdp2":
-        # Lightning has no flag for it.
-        sizes = {"data_parallel_size": estimate.devices, "tensor_parallel_size": 1}
-        given = ", ".join(f"{key}={value}" for key, value in sizes.items())
-        written["strategy"] = f"L.pytorch.strategies.ModelParallelStrategy({given})"
-        flags["strategy"] = "lightning.pytorch.strategies.ModelParallelStrategy"
-        flags |= {f"strategy.{key}": value for key, value in sizes.items()}
     shown = ", ".join(f"{key}={value}" for key, value in written.items())
     words = ["--optim", name, *(word for key, value in flags.items() for word in (f"--trainer.{key}", str(value)))]
     return Recommendation(

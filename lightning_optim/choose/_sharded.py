@@ -20,6 +20,7 @@ from lightning_optim.choose._shapes import Transformer
 from lightning_optim.choose._tracker import MemoryTracker, Moment
 from lightning_optim.errors import IncompatibleTrainer
 from lightning_optim.stepping import is_sharded, without_reduction
+from lightning_optim.trainer import shard_blocks, shards_itself
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -30,14 +31,16 @@ class ShardedTraining(FakeTraining):
 
     Args:
         mesh: The processes.
+        shard: Which modules of one that does not say how are sharded by themselves, as of the strategy.
         *training: As of :class:`FakeTraining`.
 
     Raises:
         IncompatibleTrainer: If nobody says how the module is sharded.
+        InvalidOption: If ``shard`` matches nothing, or the module says how.
     """
 
-    def __init__(self, mesh: DeviceMesh, *training: Any) -> None:
-        self._mesh = mesh
+    def __init__(self, mesh: DeviceMesh, shard: str | None, *training: Any) -> None:
+        self._mesh, self._shard = mesh, shard
         super().__init__(*training)
 
     def _configure(self) -> None:
@@ -47,11 +50,14 @@ class ShardedTraining(FakeTraining):
             return
         if not isinstance(self.module, LightningModule):
             raise IncompatibleTrainer(
-                f"{name} does not say how it is sharded. Estimate a LightningModule whose configure_model calls "
-                "fully_shard(layer, mesh=self.device_mesh['data_parallel']), or one of the shapes"
+                f"{name} does not say how it is sharded. Estimate a LightningModule that has numbered blocks or calls "
+                "fully_shard(layer, mesh=self.device_mesh['data_parallel']) in configure_model, or one of the shapes"
             )
         give_mesh(self.module, self._mesh)
-        super()._configure()
+        if shards_itself(self.module, self._shard):
+            super()._configure()
+        else:
+            shard_blocks(self.module, self._shard, self.precision.autocast)
         if not any(map(is_sharded, self.module.parameters())):
             raise IncompatibleTrainer(
                 f"{name} is not sharded: no parameter is a DTensor after configure_model. Call "

@@ -42,6 +42,13 @@ class Moment:
         """All bytes."""
         return sum(self.live.values())
 
+    @property
+    def shares(self) -> dict[str, int]:
+        """The bytes as an estimate names them, without what a step keeps and takes."""
+        live = self.live
+        kept = {name: live[name] for name in ("parameters", "buffers", "gradients", "communication")}
+        return kept | {"activations": live["other"] + live["batch"]}
+
 
 class MemoryTracker(DispatchMode):  # type: ignore[misc]
     """While it is entered, sees every tensor that an operation makes, until it dies.

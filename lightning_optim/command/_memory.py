@@ -12,7 +12,7 @@ from lightning_optim.build import OptimConfig
 from lightning_optim.choose import PRECISIONS, SHAPES, Accelerator, Estimator, MemoryEstimate, Strategy
 from lightning_optim.command import _render as render
 from lightning_optim.command._machine import CommandError, Facts
-from lightning_optim.command._model import BadRequest, batch_of, model_of, optim_of, read_config, strategy_in
+from lightning_optim.command._model import BadRequest, batch_of, model_of, optim_of, read_config, shard_in, strategy_in
 from lightning_optim.command._picture import stacked_bars
 
 _GIB = 2**30
@@ -61,6 +61,7 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     how.add_argument("--precision", choices=list(PRECISIONS), help="the Trainer's; bf16-true for shapes by default")
     how.add_argument("--accelerator", choices=get_args(Accelerator), default="cuda", help="cuda by default")
     how.add_argument("--strategy", choices=get_args(Strategy), help="the Trainer's; default: what NAME needs")
+    how.add_argument("--shard", metavar="PATTERN", help="what to shard by itself, without configure_model")
     how.add_argument("--devices", type=int, metavar="N", help="number of devices")
     how.add_argument("--accumulate", type=int, metavar="N", help="the Trainer's accumulate_grad_batches")
     how.add_argument("--clip", type=float, metavar="X", help="the Trainer's gradient_clip_val")
@@ -106,6 +107,7 @@ def setting_of(arguments: argparse.Namespace, request: Mapping[str, Any]) -> tup
     given = {
         "precision": (arguments.precision, trainer.get("precision"), "bf16-true" if is_shape else None),
         "strategy": (arguments.strategy, strategy_in(trainer)),
+        "shard": (arguments.shard, shard_in(trainer)),
         "devices": (arguments.devices, trainer.get("devices")),
         "accumulate_grad_batches": (arguments.accumulate, trainer.get("accumulate_grad_batches")),
         "gradient_clip_val": (arguments.clip, trainer.get("gradient_clip_val")),

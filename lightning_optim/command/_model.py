@@ -20,6 +20,7 @@ from lightning_optim.command import _machine as machine
 _STRATEGIES = {
     "DDPStrategy": "ddp",
     "ModelParallelStrategy": "fsdp2",
+    "FSDP2Strategy": "fsdp2",
     "LayerwiseStrategy": "layerwise",
     "LayerwiseDDPStrategy": "layerwise_ddp",
     "LayerwiseFSDP2Strategy": "layerwise_fsdp2",
@@ -119,6 +120,13 @@ def strategy_in(trainer: Mapping[str, Any]) -> Any:
     given = trainer.get("strategy")
     name = given.get("class_path") if isinstance(given, Mapping) else given
     return _STRATEGIES.get(str(name).rpartition(".")[2], name)
+
+
+def shard_in(trainer: Mapping[str, Any]) -> str | None:
+    """Returns the option ``shard`` of a file's strategy; ``None`` if there is none."""
+    given = trainer.get("strategy")
+    init_args = given.get("init_args") if isinstance(given, Mapping) else None
+    return (init_args or {}).get("shard")
 
 
 def batch_of(arguments: argparse.Namespace, model: nn.Module | Shape, is_shape: bool) -> Any:

@@ -11,11 +11,12 @@ from typing import TYPE_CHECKING, Any
 from lightning_optim.errors import MissingDependency
 from lightning_optim.trainer._mixin import OptimMixin
 from lightning_optim.trainer._optim_callback import OptimCallback
+from lightning_optim.trainer.strategies import shard_blocks, shards_itself
 
 if TYPE_CHECKING:
     from lightning_optim.trainer._cli import OptimCLI as OptimCLI
 
-__all__ = ["OptimCLI", "OptimCallback", "OptimMixin"]
+__all__ = ["OptimCLI", "OptimCallback", "OptimMixin", "shard_blocks", "shards_itself"]
 
 
 def __getattr__(name: str) -> Any:

@@ -508,7 +508,7 @@ BUILD_CASES = (
         Built(
             rules._run._flattened_parameters,
             {"optim": "adamw_torch"},
-            ("Trainer(strategy='fsdp')", "biases and norms", "ModelParallelStrategy"),
+            ("Trainer(strategy='fsdp')", "biases and norms", "Trainer(strategy='fsdp2')"),
             model=lambda use_orig_params=use_orig_params: flattened(use_orig_params),
         )
         for use_orig_params in (True, False)

@@ -16,14 +16,14 @@ from typing import Any
 import lightning as L
 import torch
 import torch.distributed as dist
-from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, Strategy
+from lightning.pytorch.strategies import DDPStrategy, Strategy
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 from torch.nn import functional as F
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.data import DataLoader
 
-from lightning_optim import LayerwiseDDPStrategy, LayerwiseFSDP2Strategy, OptimMixin
+from lightning_optim import FSDP2Strategy, LayerwiseDDPStrategy, LayerwiseFSDP2Strategy, OptimMixin
 from lightning_optim._compat.fake import tensors_in
 from lightning_optim.choose import MemoryTracker
 from tests.choose.real import LENGTH, VOCABULARY, Block, tokens
@@ -35,7 +35,7 @@ BATCH = (4, LENGTH)
 STRATEGIES: dict[str, type[Strategy]] = {
     "ddp": DDPStrategy,
     "layerwise_ddp": LayerwiseDDPStrategy,
-    "fsdp2": ModelParallelStrategy,
+    "fsdp2": FSDP2Strategy,
     "layerwise_fsdp2": LayerwiseFSDP2Strategy,
 }
 
@@ -49,9 +49,11 @@ class Case:
     precision: str = "32-true"
     setting: dict[str, Any] = field(default_factory=dict)
     batch: tuple[int, int] = BATCH
+    #: Whether the module leaves to the strategy how it is sharded.
+    left: bool = False
 
     def __str__(self) -> str:
-        own = [f"{key}={value}" for key, value in self.setting.items()]
+        own = [f"{key}={value}" for key, value in self.setting.items()] + ["without configure_model"] * self.left
         return " ".join([self.strategy, self.optim, self.precision, *own])
 
 
@@ -61,7 +63,8 @@ CASES = (
     Case("fsdp2", "grokadamw", batch=(1, 2)),
     Case("layerwise_fsdp2", "adamw_torch_layerwise", setting={"gradient_clip_val": 1.0}),
     Case("layerwise_fsdp2", "adamw_torch_layerwise", setting={"accumulate_grad_batches": 2}),
-    Case("layerwise_fsdp2", "lomo", "bf16-true", batch=(1, 2)),
+    Case("layerwise_fsdp2", "lomo", "bf16-true", batch=(1, 2), left=True),
+    Case("fsdp2", "adamw_torch", "bf16-mixed", left=True),
     Case("ddp", "adamw_torch"),
     Case("ddp", "adafactor", "bf16-true", batch=(1, 2)),
     Case("layerwise_ddp", "adafactor_layerwise", batch=(1, 2)),
@@ -99,7 +102,7 @@ class LitShards(LitCopies):
 
 def module_of(case: Case) -> LitCopies:
     """Returns a module for the strategy."""
-    kind = LitShards if case.strategy.endswith("fsdp2") else LitCopies
+    kind = LitShards if case.strategy.endswith("fsdp2") and not case.left else LitCopies
     return kind(optim=case.optim)
 
 
@@ -151,11 +154,10 @@ def measure(case: Case) -> dict[str, Any]:
     """Trains and measures."""
     micro = case.setting.get("accumulate_grad_batches", 1)
     watch = Watch(micro)
-    shards = {"data_parallel_size": 2, "tensor_parallel_size": 1} if case.strategy == "fsdp2" else {}
     batch = tokens(*case.batch)
     run = trainer(
         max_steps=STEPS,
-        strategy=STRATEGIES[case.strategy](**shards),
+        strategy=STRATEGIES[case.strategy](),
         devices=2,
         precision=case.precision,
         callbacks=[watch],

@@ -93,6 +93,14 @@ class Unsharded(LitTokens):
         return None
 
 
+class Flat(LitTokens):
+    """No numbered blocks."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.model = nn.Linear(4, 4)
+
+
 class Broken(LitShards):
     def configure_model(self) -> None:
         raise RuntimeError("no")
@@ -106,7 +114,7 @@ class Broken(LitShards):
         (LitShards, "adamw_torch", "fsdp2", 1, InvalidOption, "shards over devices, and devices=1"),
         (LitShards, "adamw_torch", "layerwise_fsdp2", 2, IncompatibleTrainer, "use strategy='fsdp2'"),
         (LitShards, "adamw_torch_layerwise", "fsdp2", 2, IncompatibleTrainer, "use strategy='layerwise_fsdp2'"),
-        (LitCopies, "adamw_torch", "fsdp2", 2, IncompatibleTrainer, "no parameter is a DTensor after configure_model"),
+        (Flat, "adamw_torch", "fsdp2", 2, IncompatibleTrainer, "no configure_model and no numbered blocks"),
         (Unsharded, "adamw_torch", "fsdp2", 2, IncompatibleTrainer, "Unsharded is not sharded"),
         (lambda: nn.Linear(4, 4), "adamw_torch", "fsdp2", 2, IncompatibleTrainer, "Linear does not say how"),
         (Broken, "adamw_torch", "fsdp2", 2, RuntimeError, "no"),
@@ -116,6 +124,23 @@ def test_what_cannot_be_sharded(model: Any, optim: str, strategy: Any, devices: 
     with pytest.raises(error, match=text):
         estimate_memory(model(), optim, batch=tokens(2), strategy=strategy, devices=devices)
     assert not dist.is_initialized()
+
+
+def test_shard_names_the_modules_of_one_that_does_not_say_how() -> None:
+    def estimated(model: nn.Module, shard: str | None) -> MemoryEstimate:
+        return estimate_memory(model, batch=tokens(2), strategy="fsdp2", devices=2, shard=shard)  # type: ignore[arg-type]
+
+    by_blocks = estimated(LitCopies(), None)
+    assert estimated(LitCopies(), r"model\.blocks\.\d+") == by_blocks
+    assert estimated(LitCopies(), "model").communication > by_blocks.communication
+    with pytest.raises(InvalidOption, match=r"shard='nothing' is the whole name of no module of LitCopies"):
+        estimated(LitCopies(), "nothing")
+    with pytest.raises(InvalidOption, match="leave one of the two out"):
+        estimated(LitShards(), "model")
+    with pytest.raises(InvalidOption, match="is for a LightningModule and strategy='fsdp2'"):
+        estimate_memory(SMALL, strategy="fsdp2", devices=2, shard="model")
+    with pytest.raises(InvalidOption, match="is for a LightningModule and strategy='fsdp2'"):
+        estimate_memory(LitCopies(), devices=2, shard="model")
 
 
 def test_a_process_group_of_the_users_is_left_alone() -> None:

@@ -9,9 +9,8 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
-from lightning.pytorch.strategies import ModelParallelStrategy
 
-from lightning_optim import InvalidOption, OptimCallback, OptimCLI, OptimConfig, Shape, recommend
+from lightning_optim import FSDP2Strategy, InvalidOption, OptimCallback, OptimCLI, OptimConfig, Shape, recommend
 from lightning_optim.choose import CHOOSING, EVIDENCE, Estimator, MemoryEstimate, Recommendation, rank
 from lightning_optim.table import REGISTRY
 from tests.models import ForeignTokens, LitTokens
@@ -151,8 +150,7 @@ def test_shards_are_recommended_with_the_lines_to_paste(tmp_path: Any, monkeypat
     exec(first.python, names)
     cli = OptimCLI(LitTokens, args=shlex.split(first.command_line)[3:], run=False)
     for trainer in (names["trainer"], cli.trainer):
-        assert type(trainer.strategy) is ModelParallelStrategy
-        assert (trainer.strategy._data_parallel_size, trainer.strategy._tensor_parallel_size) == (2, 1)
+        assert type(trainer.strategy) is FSDP2Strategy
     with pytest.raises(InvalidOption, match=r"smaller model, or more devices"):
         recommend(shape, memory=1, **setting)
     with pytest.raises(InvalidOption, match=r"shard the parameters over devices \(strategy='fsdp2'"):

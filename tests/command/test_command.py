@@ -647,10 +647,16 @@ def test_memory_takes_a_module_and_a_config(command: Command, tmp_path: Path, mo
     (read,) = command.json("memory", "--config", "run.yaml", *batch)["estimates"]
     assert typed == read
     assert (read["parameters"], read["state"]) == (2 * (32 * 32 + 32), 2 * (32 * 32 + 32))
-    # A strategy that has no flag stands there by its class.
-    strategy = "{class_path: lightning.pytorch.strategies.ModelParallelStrategy, init_args: {data_parallel_size: 2}}"
-    Path("run.yaml").write_text(CONFIG.replace("devices: auto", f"devices: 2, strategy: {strategy}"))
-    assert "Lit is not sharded: no parameter is a DTensor" in command("memory", "--config", "run.yaml", status=2)
+    # A strategy with options stands there by its class.
+    words, theirs = ("memory", "--config", "run.yaml", *batch), "lightning.pytorch.strategies.ModelParallelStrategy"
+    for strategy in (
+        f"{{class_path: {theirs}, init_args: {{data_parallel_size: 2}}}}",
+        "{class_path: lightning_optim.FSDP2Strategy, init_args: {shard: nothing}}",
+    ):
+        Path("run.yaml").write_text(CONFIG.replace("devices: auto", f"devices: 2, strategy: {strategy}"))
+        assert "Lit" in command(*words, status=2), "nothing says which module to shard"
+        (shards,) = command.json(*words, "--shard", "layer")["estimates"]
+        assert (shards["strategy"], 2 * shards["parameters"]) == ("fsdp2", read["parameters"])
     assert "memory_lit.Loads() could not be made on the meta device" in command("memory", "memory_lit.Loads", status=2)
 
 

@@ -13,7 +13,7 @@ import yaml
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy, Strategy
 
-from lightning_optim import LayerwiseDDPStrategy, LayerwiseFSDP2Strategy, LayerwiseStrategy, OptimCLI
+from lightning_optim import FSDP2Strategy, LayerwiseDDPStrategy, LayerwiseFSDP2Strategy, LayerwiseStrategy, OptimCLI
 from tests.models import ForeignTokens, LitTokens, loader
 from tests.processes import run_fresh
 
@@ -354,6 +354,8 @@ def test_two_processes_by_the_identifier_alone(tmp_path: Path) -> None:
         (LayerwiseStrategy, "norm_clipping", "previous"),
         (LayerwiseDDPStrategy, "bucket_mb", 2.0),
         (LayerwiseFSDP2Strategy, "log_grad_norm", True),
+        (LayerwiseFSDP2Strategy, "shard", "encoder"),
+        (FSDP2Strategy, "shard", "encoder"),
     ],
 )
 def test_strategies_by_class_path_take_their_options(strategy: type[Strategy], option: str, value: Any) -> None:
@@ -361,5 +363,6 @@ def test_strategies_by_class_path_take_their_options(strategy: type[Strategy], o
     arguments += ["--trainer.strategy", f"lightning_optim.{strategy.__name__}"]
     cli = OptimCLI(LitTokens, Data, args=[*arguments, f"--trainer.strategy.{option}", str(value)], run=False)
     assert type(cli.trainer.strategy) is strategy
-    assert getattr(cli.trainer.strategy.layerwise_options, option) == value
+    taken = cli.trainer.strategy if option == "shard" else cli.trainer.strategy.layerwise_options
+    assert getattr(taken, option) == value
     assert "device" not in cli.config.trainer.strategy.init_args or cli.config.trainer.strategy.init_args.device is None

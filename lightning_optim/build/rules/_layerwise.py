@@ -72,6 +72,7 @@ _INSTEAD = {
     "npu_ddp": "layerwise_ddp",
     "fsdp": "layerwise_fsdp2",
     "deepspeed": "layerwise_fsdp2",
+    "fsdp2": "layerwise_fsdp2",
     "ModelParallelStrategy": "layerwise_fsdp2",
     "single_xla": "single_xla_syncfree",
     "xla": "xla_syncfree",

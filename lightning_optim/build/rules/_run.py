@@ -194,7 +194,7 @@ def _flattened_parameters(run: Run) -> str | None:
         return None
     return (
         "Trainer(strategy='fsdp') flattens the parameters, so that biases and norms cannot be told from weights and "
-        "weight decay would reach none or all. Use lightning.pytorch.strategies.ModelParallelStrategy (FSDP2)."
+        "weight decay would reach none or all. Use Trainer(strategy='fsdp2')."
     )
 
 

@@ -8,6 +8,8 @@ from typing import Any
 from lightning.pytorch.strategies import Strategy, StrategyRegistry
 
 from lightning_optim.trainer import _packages as packages
+from lightning_optim.trainer.strategies._blocks import shard_blocks, shards_itself
+from lightning_optim.trainer.strategies._fsdp2 import FSDP2Strategy
 from lightning_optim.trainer.strategies._fused import FusedDDPStrategy, FusedMixedPrecision, FusedStrategy, StepsFused
 from lightning_optim.trainer.strategies._layerwise import LayerwiseStrategy
 from lightning_optim.trainer.strategies._layerwise_ddp import LayerwiseDDPStrategy
@@ -19,6 +21,7 @@ from lightning_optim.trainer.strategies._xla_precision import XLASyncFreePrecisi
 
 __all__ = [
     "MOVABLE",
+    "FSDP2Strategy",
     "FusedDDPStrategy",
     "FusedMixedPrecision",
     "FusedStrategy",
@@ -33,12 +36,15 @@ __all__ = [
     "XLASyncFreeStrategy",
     "read_whole_files",
     "register",
+    "shard_blocks",
+    "shards_itself",
 ]
 
 # Those that also train under a Trainer of pytorch_lightning.
 MOVABLE: tuple[type[Strategy], ...] = (
     FusedStrategy,
     FusedDDPStrategy,
+    FSDP2Strategy,
     LayerwiseStrategy,
     LayerwiseDDPStrategy,
     LayerwiseFSDP2Strategy,
@@ -50,6 +56,7 @@ _FLAGS: tuple[tuple[str, type[Strategy], dict[str, Any]], ...] = (
     ("fused_ddp_spawn", FusedDDPStrategy, {"start_method": "spawn"}),
     ("fused_ddp_fork", FusedDDPStrategy, {"start_method": "fork"}),
     ("fused_ddp_notebook", FusedDDPStrategy, {"start_method": "fork"}),
+    ("fsdp2", FSDP2Strategy, {}),
     ("layerwise", LayerwiseStrategy, {}),
     ("layerwise_ddp", LayerwiseDDPStrategy, {"start_method": "popen"}),
     ("layerwise_ddp_spawn", LayerwiseDDPStrategy, {"start_method": "spawn"}),

@@ -8,7 +8,9 @@ from contextlib import suppress
 from functools import partial
 from typing import TYPE_CHECKING
 
+import torch
 from lightning.pytorch import LightningModule
+from lightning.pytorch.plugins import MixedPrecision
 from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning_utilities.core.rank_zero import rank_zero_info
 from torch import nn
@@ -22,6 +24,9 @@ if TYPE_CHECKING:
 else:
     _Base = object
 
+# Autocast leaves their weights and running statistics in float32.
+_KEPT_IN_FLOAT32 = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+
 
 class ShardsBlocks(_Base):
     """Mixin for a strategy under which ``configure_model`` may be left out."""
@@ -33,31 +38,52 @@ class ShardsBlocks(_Base):
         super().setup_environment()
         module = self.lightning_module
         assert module is not None
-        own = vars(module).get("configure_model")
-        ours = isinstance(own, partial) and own.func is shard_blocks
-        if packages.is_overridden("configure_model", module) and not ours:
-            if self.shard is not None:
-                raise InvalidOption(
-                    f"shard={self.shard!r} says what to shard, and so does configure_model of {type(module).__name__}: "
-                    "leave one of the two out"
-                )
-            return
-        # Lightning calls it where parameters may be sharded, and refuses modules without.
-        module.configure_model = partial(shard_blocks, module, self.shard)  # type: ignore[method-assign]
+        if not shards_itself(module, self.shard):
+            # Lightning calls it where parameters may be sharded, and refuses modules without.
+            module.configure_model = partial(  # type: ignore[method-assign]
+                shard_blocks, module, self.shard, self._autocast
+            )
+
+    @property
+    def _autocast(self) -> torch.dtype | None:
+        precision = self.precision_plugin
+        if not isinstance(precision, packages.kin(MixedPrecision)):
+            return None
+        return torch.float16 if precision.precision == "16-mixed" else torch.bfloat16
 
 
-def shard_blocks(module: LightningModule, pattern: str | None = None) -> None:
+def shards_itself(module: LightningModule, pattern: str | None) -> bool:
+    """Whether a module has a ``configure_model`` of its own.
+
+    Raises:
+        InvalidOption: If it has, and there is a pattern, too.
+    """
+    own = vars(module).get("configure_model")
+    ours = isinstance(own, partial) and own.func is shard_blocks
+    if ours or not packages.is_overridden("configure_model", module):
+        return False
+    if pattern is not None:
+        raise InvalidOption(
+            f"shard={pattern!r} says what to shard, and so does configure_model of {type(module).__name__}: leave one "
+            "of the two out"
+        )
+    return True
+
+
+def shard_blocks(module: LightningModule, pattern: str | None = None, autocast: torch.dtype | None = None) -> None:
     """Shards blocks by ``fully_shard``, each by itself, and then what is left of each submodule.
 
     Args:
         module: Has a device mesh.
         pattern: Regular expression for the names of the modules to shard by themselves; ``None`` finds numbered blocks.
+        autocast: The dtype that forward is autocast to: parameters are gathered in it, and gradients reduced in
+            float32. ``None`` gathers and reduces in the parameters' own dtype.
 
     Raises:
         IncompatibleTrainer: If there are no numbered blocks, or parameters that belong to no submodule.
         InvalidOption: If the pattern is no regular expression, or matches no module.
     """
-    from torch.distributed.fsdp import FSDPModule, fully_shard
+    from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
     modules = dict(module.named_modules())
     if any(isinstance(each, FSDPModule) for each in modules.values()):
@@ -70,12 +96,19 @@ def shard_blocks(module: LightningModule, pattern: str | None = None) -> None:
     names = _numbered(module) if pattern is None else _named(module, pattern)
     assert module.device_mesh is not None
     mesh = module.device_mesh["data_parallel"]
+    policy = MixedPrecisionPolicy()
+    if autocast is not None:
+        # Inputs are left to autocast, or sums along the blocks would be rounded at each.
+        policy = MixedPrecisionPolicy(param_dtype=autocast, reduce_dtype=torch.float32, cast_forward_inputs=False)
+        for each in modules.values():
+            if isinstance(each, _KEPT_IN_FLOAT32):
+                fully_shard(each, mesh=mesh)
     # The innermost first, as fully_shard wants it.
     for name in sorted(names, key=lambda name: -name.count(".")):
-        fully_shard(modules[name], mesh=mesh)
+        fully_shard(modules[name], mesh=mesh, mp_policy=policy)
     rest = list(_rest(module, "", set(names)))
     for name in rest:
-        fully_shard(modules[name], mesh=mesh)
+        fully_shard(modules[name], mesh=mesh, mp_policy=policy)
     rank_zero_info(
         f"{type(module).__name__} has no configure_model: {len(names)} modules are sharded by themselves "
         f"({names[0]!r} to {names[-1]!r}), and the rest of {', '.join(map(repr, rest)) or 'nothing'} together."

@@ -5,24 +5,17 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch.distributed.constants import default_pg_timeout
 
-from lightning_optim._compat.lightning import data_parallel_takes_the_rest
 from lightning_optim.stepping import without_reduction
-from lightning_optim.trainer.strategies._blocks import ShardsBlocks
+from lightning_optim.trainer.strategies._fsdp2 import Shards
 from lightning_optim.trainer.strategies._layerwise import StepsInBackward
-from lightning_optim.trainer.strategies._whole_file import ReadsWholeFiles
-
-if TYPE_CHECKING:
-    _Base = ModelParallelStrategy
-else:
-    _Base = object
 
 
-class StepsShardsInBackward(StepsInBackward, ShardsBlocks, ReadsWholeFiles, _Base):
+class StepsShardsInBackward(StepsInBackward, Shards):
     """Mixin: all of :class:`LayerwiseFSDP2Strategy` but Lightning's base class."""
 
     def __init__(
@@ -41,14 +34,9 @@ class StepsShardsInBackward(StepsInBackward, ShardsBlocks, ReadsWholeFiles, _Bas
         shard: str | None = None,
     ) -> None:
         super().__init__(
-            data_parallel_size, tensor_parallel_size, save_distributed_checkpoint, process_group_backend, timeout
+            data_parallel_size, tensor_parallel_size, save_distributed_checkpoint, process_group_backend, timeout, shard
         )
         self.take_options(locals())
-        self.shard = shard
-
-    def setup_environment(self) -> None:
-        data_parallel_takes_the_rest(self)
-        super().setup_environment()
 
     @contextmanager
     def block_backward_sync(self) -> Iterator[None]:
@@ -61,10 +49,8 @@ class StepsShardsInBackward(StepsInBackward, ShardsBlocks, ReadsWholeFiles, _Bas
 class LayerwiseFSDP2Strategy(StepsShardsInBackward, ModelParallelStrategy):
     """Steps every optimizer during backward, on parameters sharded by ``fully_shard`` (FSDP2).
 
-    As with Lightning's ``ModelParallelStrategy``, the module calls ``fully_shard`` in ``configure_model``, on the mesh
-    ``self.device_mesh["data_parallel"]``. One without ``configure_model`` has its numbered blocks sharded, each by
-    itself, and then the rest of each submodule. Gradients are reduced by FSDP2 before they are stepped; micro-batches
-    that accumulate are not reduced.
+    Modules are sharded as under :class:`~lightning_optim.FSDP2Strategy`. Gradients are reduced by FSDP2 before they are
+    stepped; micro-batches that accumulate are not reduced.
 
     Args:
         bucket_mb: As in :class:`~lightning_optim.LayerwiseStrategy`, counted in shards.
@@ -73,14 +59,12 @@ class LayerwiseFSDP2Strategy(StepsShardsInBackward, ModelParallelStrategy):
         overflow: As in ``LayerwiseStrategy``.
         gradient_readers: As in ``LayerwiseStrategy``.
         norm_budget_mb: As in ``LayerwiseStrategy``.
-        data_parallel_size: Processes to shard over; ``"auto"`` means all that tensor parallelism leaves, unlike in
-            ``ModelParallelStrategy``, where it means the number of nodes.
-        tensor_parallel_size: Processes in each tensor-parallel group.
-        save_distributed_checkpoint: As in ``ModelParallelStrategy``.
-        process_group_backend: As in ``ModelParallelStrategy``.
-        timeout: As in ``ModelParallelStrategy``.
-        shard: Regular expression for the whole names of the modules to shard by themselves, for a module without
-            ``configure_model``; ``None`` finds numbered blocks, as ``layer_decay`` does.
+        data_parallel_size: As in ``FSDP2Strategy``.
+        tensor_parallel_size: As in ``FSDP2Strategy``.
+        save_distributed_checkpoint: As in ``FSDP2Strategy``.
+        process_group_backend: As in ``FSDP2Strategy``.
+        timeout: As in ``FSDP2Strategy``.
+        shard: As in ``FSDP2Strategy``.
 
     Raises:
         InvalidOption: If an option is of the wrong type or out of range.

@@ -20,7 +20,7 @@ from typing import Any
 from lightning_optim import OptimizerSpec
 from lightning_optim.build import CARRIED, PLACES, SCHEDULES, TRAINING_ARGUMENTS, TrainingArgument
 from lightning_optim.command import Facts, describe_options, markdown_table, view
-from lightning_optim.table import ROWS
+from lightning_optim.table import ROWS, STRATEGIES, strategies
 
 PROVIDERS = {
     "torch": "PyTorch",
@@ -42,6 +42,7 @@ def main(target: Path) -> None:
     target.mkdir(parents=True, exist_ok=True)
     (target / "identifiers.md").write_text("\n".join(identifiers()) + "\n", encoding="utf-8")
     (target / "schedules.md").write_text("\n".join(schedules()) + "\n", encoding="utf-8")
+    (target / "strategies.md").write_text("\n".join(trained()) + "\n", encoding="utf-8")
     (target / "formats.md").write_text("\n".join(formats()) + "\n", encoding="utf-8")
     (target / "arguments.md").write_text("\n".join(arguments()) + "\n", encoding="utf-8")
     for name, table in (
@@ -177,6 +178,18 @@ def identifiers() -> Iterator[str]:
         yield from ("", f"## {PROVIDERS[package]}")
         for spec in provider:
             yield from _row(spec, views[spec.name])
+
+
+def trained() -> Iterator[str]:
+    """Yields the lines of the table of strategies, each row with the reasons of its refusals."""
+    header = ("identifier", *(strategy.name for strategy in STRATEGIES.values()), "")
+    rows = []
+    for spec in ROWS:
+        cells = strategies(spec).values()
+        reasons = dict.fromkeys(cell.why for cell in cells if not cell.trains)
+        names = ", ".join(map(_code, (spec.name, *spec.aliases)))
+        rows.append((names, *((cell.why or "yes") if cell.trains else "no" for cell in cells), "; ".join(reasons)))
+    yield from markdown_table(header, rows)
 
 
 def schedules() -> Iterator[str]:

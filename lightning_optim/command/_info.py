@@ -14,7 +14,7 @@ from lightning_optim.command import _render as render
 from lightning_optim.command._machine import CommandError, Facts
 from lightning_optim.command._model import BadRequest, model_of, optim_of, read_config
 from lightning_optim.command._parts import as_lines, parts
-from lightning_optim.command._view import view
+from lightning_optim.command._view import strategy_lines, view
 from lightning_optim.errors import IncompatibleTrainer, MissingDependency, UnknownOptimizer
 from lightning_optim.table import REGISTRY, SUFFIX
 
@@ -103,6 +103,7 @@ def _facts(report: Facts) -> Iterator[tuple[str, str]]:
         yield "refused for", "nothing: of a class by dotted path only its first step shows what it cannot do"
     else:
         yield "refused for", ", ".join(report["cannot_step"]) or "nothing"
+    yield from strategy_lines(report)
     yield "lr", "must be given" if report["lr"] is None else f"{report['lr']!r} by default"
     yield "weight_decay", "takes none" if report["weight_decay"] is None else f"{report['weight_decay']!r} by default"
 

@@ -12,7 +12,17 @@ from lightning_optim.command._example import example
 from lightning_optim.command._machine import Facts
 from lightning_optim.errors import InvalidOption
 from lightning_optim.groups import override_keys
-from lightning_optim.table import SUFFIX, Buffer, OptimizerSpec, Options, describe, parse
+from lightning_optim.table import (
+    STRATEGIES,
+    SUFFIX,
+    Buffer,
+    OptimizerSpec,
+    Options,
+    Support,
+    describe,
+    parse,
+    strategies,
+)
 
 # The parameter whose state is counted: large enough to be quantized, in the most common dtype.
 _SHAPE = (1024, 1024)
@@ -53,6 +63,7 @@ def view(name: str, spec: OptimizerSpec, declared: bool = True) -> Facts:
         "problems": problems,
         "devices": None if spec.devices is None else tuple(sorted(spec.devices)),
         "cannot_step": _cannot_step(spec) if declared else None,
+        "strategies": {key: _strategy(support, declared) for key, support in strategies(spec).items()},
         "lr": spec.default_lr,
         "weight_decay": spec.default_weight_decay if spec.decays else None,
         "options": options(spec.options),
@@ -122,6 +133,22 @@ def _cannot_step(spec: OptimizerSpec) -> tuple[str, ...]:
         "parameters on XLA devices": spec.runs_on({"xla"}),
     }
     return tuple(kind for kind, steps in able.items() if not steps)
+
+
+def _strategy(support: Support, declared: bool) -> Facts:
+    """Describes whether a strategy trains it; ``None`` where only its first step shows."""
+    return {"trains": support.trains if declared or not support.trains else None, "why": support.why or None}
+
+
+def strategy_lines(report: Facts) -> Iterator[tuple[str, str]]:
+    """Yields in which strategies what is described trains, and for each reason where it is refused."""
+    by_answer: dict[tuple[bool | None, str | None], list[str]] = {}
+    for key, answer in report["strategies"].items():
+        by_answer.setdefault((answer["trains"], answer["why"]), []).append(STRATEGIES[key].name)
+    for (trains, why), names in by_answer.items():
+        if trains is not None:
+            reason = "" if why is None else f" {why}" if trains else f": {why}"
+            yield "trains by" if trains else "refused by", ", ".join(names) + reason
 
 
 def _policy(spec: OptimizerSpec) -> Iterator[str]:

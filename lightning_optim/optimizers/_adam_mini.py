@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from numbers import Integral
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -47,6 +47,8 @@ class AdamMini(OwnOptimizer):
         InvalidOption: If ``blocks`` is not a whole number of at least 1.
         InvalidParamGroups: If ``blocks`` does not divide a parameter, it is complex or sharded, or its gradient sparse.
     """
+
+    unsharded: ClassVar[str] = "it averages squares over blocks of a whole parameter"
 
     def __init__(
         self,

@@ -63,8 +63,9 @@ class OwnOptimizer(SpreadsStates, StepsUncompiled):
 
     #: Version of the state's format; incremented when the meaning of a state dict changes.
     version: ClassVar[int] = 1
-    #: Whether the update is correct on a shard of a parameter.
+    #: Whether the update is correct on a shard of a parameter, and why if it is not.
     sharded: ClassVar[bool] = False
+    unsharded: ClassVar[str] = ""
 
     def __init__(self, params: Any, defaults: dict[str, Any]) -> None:
         # The state dict being loaded.
@@ -297,7 +298,7 @@ class OwnOptimizer(SpreadsStates, StepsUncompiled):
             )
         if is_sharded(parameter) and not self.sharded:
             raise InvalidParamGroups(
-                f"{type(self).__name__} looks at whole matrices and cannot step a sharded parameter (DTensor). Use "
+                f"{type(self).__name__} cannot step a sharded parameter (DTensor): {self.unsharded}. Use "
                 "optim='adamw_torch', or a strategy that does not shard."
             )
 

@@ -32,6 +32,8 @@ from lightning_optim.stepping import Layout, Sum, Together, Update, add_up, alon
 
 #: The dtype of moments and bases; ``"parameter"`` means the parameter's dtype.
 StateDtype = Literal["float32", "parameter"]
+#: Why moments in 8 bits take whole parameters.
+BLOCKS_WOULD_MOVE = "blocks that share a scale would begin elsewhere with each number of processes"
 #: Names of AdamW's moments in the state.
 MOMENTS = ("exp_avg", "exp_avg_sq")
 

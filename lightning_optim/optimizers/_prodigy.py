@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from numbers import Integral
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -56,6 +56,10 @@ class Prodigy(OwnOptimizer):
         InvalidOption: If a value is out of range.
         InvalidParamGroups: If a parameter is complex or sharded, or its gradient sparse.
     """
+
+    unsharded: ClassVar[str] = (
+        "its estimate of the step size takes sums over all parameters, and processes would each make another"
+    )
 
     def __init__(
         self,

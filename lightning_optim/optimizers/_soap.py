@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from numbers import Integral
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -58,6 +58,8 @@ class SOAP(OwnOptimizer):
         InvalidOption: If a frequency, a dimension or a decay rate is out of range.
         InvalidParamGroups: If a parameter is complex or sharded, or its gradient sparse.
     """
+
+    unsharded: ClassVar[str] = "its preconditioners take whole matrices"
 
     def __init__(
         self,

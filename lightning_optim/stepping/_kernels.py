@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import torch
@@ -11,9 +12,12 @@ from torch.utils.hooks import RemovableHandle
 
 from lightning_optim._compat.torch import load_hooks
 from lightning_optim.stepping._preparing import prepare_step
+from lightning_optim.stepping._sharding import is_sharded
 
 # Entries of torch's param groups about how, not what, a step computes.
 _KERNEL = ("fused", "foreach", "capturable")
+# Those that step many tensors in one call.
+_TOGETHER = ("fused", "foreach")
 
 
 def keep_kernel(optimizer: Optimizer) -> list[RemovableHandle]:
@@ -24,6 +28,8 @@ def keep_kernel(optimizer: Optimizer) -> list[RemovableHandle]:
     - Gradients and states get their parameter's memory layout. A fused kernel on a CPU ignores strides and would add
       the wrong elements; others raise, even if only dimensions of size 1 differ
       (https://github.com/pytorch/pytorch/issues/106951).
+    - A group in which some parameters are DTensors and others are not, or of other meshes, is stepped one by one:
+      tensor parallelism leaves norms as they are, and kernels for many tensors take those of one kind.
 
     Like all hooks, this is not copied by ``copy.deepcopy`` or ``pickle``.
 
@@ -36,6 +42,7 @@ def keep_kernel(optimizer: Optimizer) -> list[RemovableHandle]:
         optimizer.register_load_state_dict_pre_hook(_with_own_kernel),
         optimizer.register_load_state_dict_post_hook(lay_out_states),
         *([prepare_step(optimizer, _prepare)] if "fused" in optimizer.defaults else []),
+        *([prepare_step(optimizer, _part)] if any(key in optimizer.defaults for key in _TOGETHER) else []),
     ]
 
 
@@ -63,6 +70,21 @@ def _prepare(optimizer: Optimizer) -> None:
             if parameter.device.type == "cpu":
                 # Elsewhere torch raises if the model has changed its memory format since.
                 _lay_out_state(parameter, optimizer.state.get(parameter, {}))
+
+
+def _part(optimizer: Optimizer) -> None:
+    """Has groups of several kinds of tensors stepped one by one."""
+    for group in optimizer.param_groups:
+        used = [key for key in _TOGETHER if group.get(key) is not False and key in group]
+        if not used or len({p.device_mesh if is_sharded(p) else None for p in group["params"]}) < 2:
+            continue
+        if group.get("fused"):
+            warnings.warn(
+                f"{type(optimizer).__name__} steps parameters one by one, without its fused kernel, where a group has "
+                "DTensors and others, as tensor parallelism of some layers makes it. optim='adamw_torch' does the same",
+                stacklevel=2,
+            )
+        group.update(dict.fromkeys(used, False))
 
 
 def _lay_out_state(parameter: Tensor, state: dict[str, Any]) -> None:

@@ -30,19 +30,33 @@ from lightning_optim.table._options import (
 from lightning_optim.table._others import LeavesOthers
 from lightning_optim.table._registry import ENTRY_POINT_GROUP, REGISTRY, refuse_unknown, register
 from lightning_optim.table._spec import Buffer, OptimizerSpec, Quantization, StateLayout
+from lightning_optim.table._strategies import (
+    AFTER_BACKWARD,
+    CLOSURE_OF_ONE_PROCESS,
+    GRAPH_OF_ONE_PROCESS,
+    NEEDS_PROCESS_GROUP,
+    STRATEGIES,
+    Support,
+    strategies,
+)
 from lightning_optim.table.rows import ROWS
 from lightning_optim.table.rows._npu import REQUIREMENTS as NPU
 from lightning_optim.table.rows._torchao import REQUIREMENTS as TORCHAO
 from lightning_optim.table.rows._xla import REQUIREMENTS as XLA
 
 __all__ = [
+    "AFTER_BACKWARD",
+    "CLOSURE_OF_ONE_PROCESS",
     "COLLECTIONS",
     "ENTRY_POINT_GROUP",
+    "GRAPH_OF_ONE_PROCESS",
+    "NEEDS_PROCESS_GROUP",
     "NON_NEGATIVE",
     "NPU",
     "POSITIVE",
     "REGISTRY",
     "ROWS",
+    "STRATEGIES",
     "SUFFIX",
     "TORCHAO",
     "UNIT",
@@ -58,6 +72,7 @@ __all__ = [
     "Requirement",
     "Role",
     "StateLayout",
+    "Support",
     "as_mapping",
     "as_number",
     "availability",
@@ -71,4 +86,5 @@ __all__ = [
     "refuse_unknown",
     "register",
     "required",
+    "strategies",
 ]

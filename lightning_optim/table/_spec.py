@@ -19,6 +19,8 @@ Warmup = Literal["schedule", "optimizer", "none"]
 _CALLS = "its step calls the closure itself, which computes the gradients of all parameters"
 _DIFFERENTIATES = "its step differentiates the gradients once more, which needs those of all parameters and their graph"
 
+_UNKNOWN = "nobody has shown that it computes the same on parts of parameters"
+
 
 @dataclass(frozen=True)
 class Buffer:
@@ -156,6 +158,7 @@ class OptimizerSpec:
         sparse: True if it can step sparse gradients.
         complex: True if it can step complex parameters.
         sharded: True if it gives the right result on DTensor parameters (FSDP2, tensor parallelism).
+        unsharded: Why it does not, or empty if it does; said for those that are not ``sharded``.
         half_weights: True if it can step float16 parameters without loss scaling, because it computes in float32 or
             has no epsilon that float16 rounds to zero.
         compiles: True if it calls torch.compile in its step, which on CPU needs a C++ compiler.
@@ -205,6 +208,7 @@ class OptimizerSpec:
     sparse: bool = False
     complex: bool = False
     sharded: bool = False
+    unsharded: str = ""
     half_weights: bool = False
     compiles: bool = False
     layerwise: bool = False
@@ -230,6 +234,9 @@ class OptimizerSpec:
     def __post_init__(self) -> None:
         if not self.coupled and (self.needs_closure or self.needs_graph):
             object.__setattr__(self, "coupled", _CALLS if self.needs_closure else _DIFFERENTIATES)
+        if self.sharded or not self.unsharded:
+            # A row made from another by dataclasses.replace may have its reason still.
+            object.__setattr__(self, "unsharded", "" if self.sharded else _UNKNOWN)
 
     @property
     def implementation(self) -> str:

@@ -5,6 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from lightning_optim import REGISTRY
+from tests.cases import BY_NAME, Case
+
 Shape = tuple[int, ...]
 
 # Rows that two processes do not divide, fewer rows than processes, vectors, a convolution; even ones, large enough to
@@ -90,3 +93,46 @@ def fits(case: Stepped, mesh: str) -> bool:
 def shapes_on(case: Stepped, mesh: str) -> list[Shape]:
     """Returns the shapes of a case's parameters on a mesh."""
     return [shape for shape in case.shapes if mesh != "grid" or len(shape) == 2]
+
+
+@dataclass(frozen=True)
+class Way:
+    """A strategy under which every name is trained, or refused.
+
+    Attributes:
+        name: The column of the table of strategies, or what is like one.
+        flag: For ``Trainer(strategy=...)``.
+        processes: How many.
+        layerwise: Whether it steps during backward.
+        tensor_parallel: Processes in each tensor-parallel group where parameters are sharded; ``None`` where not.
+    """
+
+    name: str
+    flag: str = ""
+    processes: int = 2
+    layerwise: bool = False
+    tensor_parallel: int | None = None
+
+
+ALONE = Way("single_device", "auto", 1)
+#: The columns of the table, and what steps during backward under tensor parallelism.
+WAYS = {
+    way.name: way
+    for way in (
+        ALONE,
+        Way("ddp", "ddp"),
+        Way("layerwise_ddp", "layerwise_ddp", layerwise=True),
+        Way("fsdp2", tensor_parallel=1),
+        Way("layerwise_fsdp2", layerwise=True, tensor_parallel=1),
+        Way("tensor_parallel", tensor_parallel=2),
+        Way("layerwise_tensor_parallel", layerwise=True, tensor_parallel=2),
+    )
+}
+#: Both at once, for a small transformer.
+GRID = tuple(Way(f"{kind}grid", "", 4, bool(kind), tensor_parallel=2) for kind in ("", "layerwise_"))
+GRID_NAMES = ("adamw_torch", "adamw", "adafactor", "muon", "galore_adamw", "apollo_adamw", "schedule_free_adamw")
+
+
+def strategy_case(name: str) -> Case:
+    """Returns the case of a name, also of one that no CPU stands in for."""
+    return BY_NAME.get(name) or Case(name, REGISTRY[name].target)

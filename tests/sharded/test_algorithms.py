@@ -87,7 +87,7 @@ def test_what_fsdp2_and_tensor_parallelism_split_is_where_the_layout_says() -> N
         ("GaLoreAdamW", {**LOW_RANK, "stack_dims": 1}, (4, 8, 8), 0, InvalidParamGroups, "stack_dims=1"),
         ("Muon", {}, (8, 4, 3), 1, InvalidParamGroups, "flattens the last 2 dimensions"),
         ("Scale", {}, (8, 4, 3), 2, InvalidParamGroups, "flattens the last 2 dimensions"),
-        ("AdamMini", {}, (8, 8), 0, InvalidParamGroups, "looks at whole matrices"),
+        ("AdamMini", {}, (8, 8), 0, InvalidParamGroups, "averages squares over blocks of a whole parameter"),
     ],
 )
 def test_what_cannot_be_stepped_on_shards_is_refused(

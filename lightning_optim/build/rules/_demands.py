@@ -7,6 +7,7 @@ from collections.abc import Callable
 import torch.distributed as dist
 
 from lightning_optim.build.rules._run import Run
+from lightning_optim.table import CLOSURE_OF_ONE_PROCESS, GRAPH_OF_ONE_PROCESS, NEEDS_PROCESS_GROUP
 
 
 def _graph_is_not_scaled(run: Run) -> str | None:
@@ -22,8 +23,8 @@ def _graph_is_of_one_process(run: Run) -> str | None:
     if not (run.spec.needs_graph and run.trainer and run.trainer.processes > 1):
         return None
     return (
-        f"optim={run.name!r} with {run.trainer.processes} processes: its step differentiates the gradients, and what "
-        "averages them leaves no graph to do so. Use Trainer(devices=1, num_nodes=1)."
+        f"optim={run.name!r} with {run.trainer.processes} processes: {GRAPH_OF_ONE_PROCESS}. Use "
+        "Trainer(devices=1, num_nodes=1)."
     )
 
 
@@ -58,8 +59,8 @@ def _closure_is_of_one_process(run: Run) -> str | None:
     if not (run.spec.needs_closure and run.trainer and run.trainer.processes > 1):
         return None
     return (
-        f"optim={run.name!r} with {run.trainer.processes} processes: its step calls the closure, whose loss is another "
-        "in every process, and they would drift apart. Use Trainer(devices=1, num_nodes=1)."
+        f"optim={run.name!r} with {run.trainer.processes} processes: {CLOSURE_OF_ONE_PROCESS}. Use "
+        "Trainer(devices=1, num_nodes=1)."
     )
 
 
@@ -67,9 +68,8 @@ def _needs_a_process_group(run: Run) -> str | None:
     if not run.spec.needs_process_group or (dist.is_available() and dist.is_initialized()):
         return None
     return (
-        f"optim={run.name!r} exchanges tensors between processes in its step, and torch.distributed is not "
-        "initialized. Use Trainer(strategy='ddp'), or an optimizer that leaves this to the strategy, such as "
-        "optim='muon'."
+        f"optim={run.name!r} {NEEDS_PROCESS_GROUP}. Use Trainer(strategy='ddp'), or an optimizer that leaves this to "
+        "the strategy, such as optim='muon'."
     )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from lightning_optim.table import REGISTRY
+from lightning_optim.table import AFTER_BACKWARD, REGISTRY
 
 
 @dataclass(frozen=True)
@@ -84,10 +84,10 @@ def _strategy_leaves_gradients_to_hooks(stepping: Stepping) -> str | None:
         return None
     instead = _INSTEAD.get(stepping.strategy)
     flag = f"strategy={instead!r}" if instead else "strategy='layerwise' (one device) or 'layerwise_ddp' (several)"
-    apart = "" if stepping.strategy == "single_xla" else ": processes would drift apart"
+    apart = "" if stepping.strategy == "single_xla" else ", and processes would drift apart"
     return (
-        f"{stepping.name} under the strategy {stepping.strategy!r}, which works on gradients after backward, when the "
-        f"hooks have stepped and freed them{apart}. Use Trainer({flag}), or {stepping.plainly}."
+        f"{stepping.name} under the strategy {stepping.strategy!r}: {AFTER_BACKWARD}{apart}. Use "
+        f"Trainer({flag}), or {stepping.plainly}."
     )
 
 

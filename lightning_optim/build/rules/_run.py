@@ -177,14 +177,8 @@ def sharded_parameters(name: str, spec: OptimizerSpec, parameters: Sequence[Name
     if not found or spec.sharded:
         return None
     ddp = "layerwise_ddp" if spec.layerwise else "ddp"
-    why = ""
-    if spec.extra == "torchao":
-        why = (
-            " (torchao quantizes the states of large parts only: their number would change the results, and no "
-            "checkpoint could move to another number of processes)"
-        )
     return (
-        f"optim={name!r} cannot step sharded parameters (DTensor){why}, and {found[0].name!r} is one. Use "
+        f"optim={name!r} cannot step sharded parameters (DTensor), and {found[0].name!r} is one: {spec.unsharded}. Use "
         f"optim='adamw_torch' or 'adafactor', or Trainer(strategy={ddp!r})."
     )
 

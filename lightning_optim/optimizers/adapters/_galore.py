@@ -19,7 +19,7 @@ from lightning_optim._compat.fake import without_modes
 from lightning_optim.optimizers._adamw import check_moment
 from lightning_optim.optimizers._base import OwnOptimizer, hyperparameters
 from lightning_optim.optimizers._galore import GaLoreAdamW
-from lightning_optim.optimizers._low_rank import MOMENTS, StateDtype
+from lightning_optim.optimizers._low_rank import BLOCKS_WOULD_MOVE, MOMENTS, StateDtype
 from lightning_optim.optimizers._projection import ProjectionMethod, ProjectionType
 
 with quietly():
@@ -53,8 +53,8 @@ class GaLoreAdamW8bit(GaLoreAdamW):
         stack_dims: As in :class:`GaLoreAdamW`.
     """
 
-    # Blocks of 256 would begin elsewhere with each number of processes.
     sharded: ClassVar[bool] = False
+    unsharded: ClassVar[str] = BLOCKS_WOULD_MOVE
 
     def __init__(
         self,

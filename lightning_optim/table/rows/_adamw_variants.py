@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import torch
 
 from lightning_optim.errors import InvalidOption
-from lightning_optim.optimizers._adam_mini import block_count
+from lightning_optim.optimizers._adam_mini import AdamMini, block_count
 from lightning_optim.optimizers._anyprecision import StateDtype, check_epsilon
 from lightning_optim.table._options import AT_LEAST_ONE, NON_NEGATIVE, UNIT, Options, Range, option
 from lightning_optim.table._spec import Buffer, OptimizerSpec, StateLayout
@@ -180,6 +180,7 @@ ROWS = (
         "lightning_optim.optimizers.AdamMini",
         options=AdamMiniOptions,
         state_format="AdamMini/1",
+        unsharded=AdamMini.unsharded,
         default_lr=1e-3,
         default_weight_decay=0.0,
         state=StateLayout(

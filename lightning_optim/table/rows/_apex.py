@@ -47,6 +47,7 @@ ROWS = (
         state_format=ADAMW_FORMAT,
         devices=frozenset({"cuda"}),
         in_place=frozenset({"cuda"}),
+        unsharded="apex's kernel takes whole tensors",
         half_weights=True,
         fallbacks=("adamw",),
     ),

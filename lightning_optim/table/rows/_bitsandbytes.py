@@ -188,6 +188,7 @@ def _row(
         state_format=f"bitsandbytes.{algorithm.class_name}-{bits}bit/1",
         devices=DEVICES,
         in_place=DEVICES,
+        unsharded="bitsandbytes' kernels take whole tensors",
         half_weights=True,
         fallbacks=fallbacks,
         paged_on=_PAGED_ON if paged else None,

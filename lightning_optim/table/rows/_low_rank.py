@@ -12,7 +12,7 @@ from typing_extensions import Self
 
 from lightning_optim.optimizers._factored import TENSORS, elements
 from lightning_optim.optimizers._galore import default_eps
-from lightning_optim.optimizers._low_rank import StateDtype
+from lightning_optim.optimizers._low_rank import BLOCKS_WOULD_MOVE, StateDtype
 from lightning_optim.optimizers._projection import ProjectionMethod, ProjectionType, base_shapes, low_rank_shape
 from lightning_optim.table._options import AT_LEAST_ONE, NON_NEGATIVE, UNIT, Options, option
 from lightning_optim.table._spec import Buffer, OptimizerSpec, StateLayout
@@ -141,6 +141,7 @@ ROWS = (
         options=GaLoreAdamW8bitOptions,
         state_format="GaLoreAdamW8bit/1",
         sharded=False,
+        unsharded=BLOCKS_WOULD_MOVE,
         state=StateLayout(MOMENTS + BASES, quantization=bitsandbytes.QUANTIZATION),
         requirements=bitsandbytes.REQUIREMENTS,
         extra="bitsandbytes",

@@ -27,6 +27,8 @@ REQUIREMENTS = (
     ),
 )
 
+_FLAT = "torch_npu moves parameters, gradients and states into flat buffers and steps those as a whole"
+
 
 @dataclass(frozen=True)
 class NpuFusedAdamWOptions(AdamOptions):
@@ -51,7 +53,8 @@ ROWS = (
         state_format=ADAMW_FORMAT,
         devices=frozenset({"npu"}),
         in_place=frozenset({"npu"}),
-        coupled="torch_npu moves parameters, gradients and states into flat buffers and steps those as a whole",
+        coupled=_FLAT,
+        unsharded=_FLAT,
         fallbacks=("adamw",),
         note="float32 parameters only; precision='16-mixed' and 'bf16-mixed' keep them so",
     ),

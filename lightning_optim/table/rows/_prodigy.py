@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from lightning_optim.optimizers._prodigy import slice_length
+from lightning_optim.optimizers._prodigy import Prodigy, slice_length
 from lightning_optim.table._options import AT_LEAST_ONE, NON_NEGATIVE, POSITIVE, UNIT, Options, option
 from lightning_optim.table._spec import Buffer, OptimizerSpec, StateLayout
 
@@ -51,6 +51,7 @@ ROWS = (
         "lightning_optim.optimizers.Prodigy",
         options=ProdigyOptions,
         state_format="Prodigy/1",
+        unsharded=Prodigy.unsharded,
         default_lr=1.0,
         default_weight_decay=0.0,
         state=StateLayout(

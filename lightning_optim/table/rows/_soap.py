@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar
 
-from lightning_optim.optimizers._soap import state_shapes
+from lightning_optim.optimizers._soap import SOAP, state_shapes
 from lightning_optim.table._options import AT_LEAST_ONE, NON_NEGATIVE, UNIT, Options, option
 from lightning_optim.table._spec import Buffer, OptimizerSpec, StateLayout
 
@@ -45,6 +45,7 @@ ROWS = (
         "lightning_optim.optimizers.SOAP",
         options=SOAPOptions,
         state_format="SOAP/1",
+        unsharded=SOAP.unsharded,
         default_lr=3e-3,
         default_weight_decay=1e-2,
         state=StateLayout(

@@ -53,6 +53,11 @@ _NOTE = (
     "not a multiple of block_size, keep unquantized states"
 )
 
+_UNSHARDED = (
+    "torchao quantizes the states of large parts only: their number would change the results, and no checkpoint could "
+    "move to another number of processes"
+)
+
 
 def _row(bits: int, options: type[Options], table_bytes: int, paper: str, fallbacks: tuple[str, ...]) -> OptimizerSpec:
     return OptimizerSpec(
@@ -75,8 +80,7 @@ def _row(bits: int, options: type[Options], table_bytes: int, paper: str, fallba
         devices=frozenset({"cpu", "cuda", "xpu"}),
         # Compiled into kernels that do.
         in_place=frozenset({"cpu", "cuda", "xpu"}),
-        # The size of a part would decide which states are quantized; no checkpoint could move.
-        sharded=False,
+        unsharded=_UNSHARDED,
         half_weights=True,
         compiles=True,
         fallbacks=fallbacks,

@@ -31,6 +31,7 @@ from lightning_optim.errors import (
     MissingDependency,
     UnknownOptimizer,
     UnknownSchedule,
+    UnreadableCheckpoint,
     UntrustedOptimizer,
 )
 from lightning_optim.layerwise import Clipping, Layerwise, Replicas
@@ -124,6 +125,7 @@ __all__ = [
     "StateLayout",
     "UnknownOptimizer",
     "UnknownSchedule",
+    "UnreadableCheckpoint",
     "UntrustedOptimizer",
     "XLASyncFreePrecision",
     "XLASyncFreeStrategy",

@@ -21,6 +21,10 @@ class UntrustedOptimizer(ValueError):
     """Only a checkpoint names the optimizer's class, and importing it would run untrusted code."""
 
 
+class UnreadableCheckpoint(ValueError):
+    """A checkpoint is cut off, changed, not finished, no checkpoint at all, or holds what would be run."""
+
+
 class InvalidOption(ValueError):
     """A hyperparameter has an unknown name, the wrong type or a value out of range."""
 

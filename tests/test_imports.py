@@ -58,7 +58,7 @@ MAY_IMPORT_OPTIONAL = (
     "bench._picture",
     "optimizers.adapters",
     "trainer._cli",
-    "trainer.callbacks._old_checkpoints",
+    "trainer.callbacks._checkpoint_files",
     "trainer.accelerators._pjrt",
     "trainer.strategies._xla",
 )

@@ -32,7 +32,7 @@ def new_figure() -> Figure:
 
 
 def draw(report: Facts, path: Path) -> None:
-    """Writes the picture of ``report``.
+    """Writes the picture of ``report``, a PNG whatever the path's suffix.
 
     Raises:
         MissingDependency: If matplotlib is not installed.
@@ -58,7 +58,7 @@ def draw(report: Facts, path: Path) -> None:
     for axes in (against_memory, curves):
         axes.grid(alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path, dpi=100)
+    figure.savefig(path, dpi=100, format="png")
 
 
 def _label(row: Facts, rows: list[Facts]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 from collections.abc import Iterator, Mapping
@@ -9,8 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from lightning_optim.errors import InvalidOption
+from lightning_optim.files import cannot_write
 
 _FORMAT = 1
+# A crash may have left a part of it.
+_BEGINS = b'{"format": '
 
 
 class Records:
@@ -24,7 +28,7 @@ class Records:
         request: What decides what is measured, as plain values.
 
     Raises:
-        InvalidOption: If the file holds measurements of another request.
+        InvalidOption: If the file holds measurements of another request, or cannot be written.
     """
 
     def __init__(self, path: Path, request: Mapping[str, Any]) -> None:
@@ -32,28 +36,35 @@ class Records:
         self._lines: list[dict[str, Any]] = []
         # As they read when they come back.
         asked = json.loads(json.dumps(request))
-        lines = list(self._whole_lines())
+        lines = self._whole_lines()
         if not lines:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_bytes(b"")
+            try:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.touch()
+            except OSError as error:
+                raise InvalidOption(cannot_write(path, error)) from error
             self._write({"format": _FORMAT, "request": asked})
             return
         head, *self._lines = lines
-        if head.get("format") != _FORMAT:
+        if head.get("format") != _FORMAT or "request" not in head:
             raise InvalidOption(f"{path} is no file of this version of `lightning-optim bench`: take another --output")
         _refuse_another(path, head["request"], asked)
 
-    def _whole_lines(self) -> Iterator[dict[str, Any]]:
-        """Yields what was written, and takes away what was cut off."""
+    def _whole_lines(self) -> list[dict[str, Any]]:
+        """Returns what was written, and takes away what was cut off."""
         content = self._path.read_bytes() if self._path.exists() else b""
         whole = content[: content.rfind(b"\n") + 1]
+        try:
+            lines = [json.loads(line) for line in whole.splitlines()]
+        except ValueError as error:
+            raise InvalidOption(f"{self._path} holds what is no JSON: take another --output") from error
+        # Nothing is taken away from somebody else's file.
+        ours = all(isinstance(line, dict) for line in lines) if lines else _BEGINS.startswith(content[: len(_BEGINS)])
+        if not ours:
+            raise InvalidOption(f"{self._path} holds no measurements: take another --output")
         if whole != content:
             os.truncate(self._path, len(whole))
-        for line in whole.splitlines():
-            try:
-                yield json.loads(line)
-            except ValueError as error:
-                raise InvalidOption(f"{self._path} holds what is no JSON: take another --output") from error
+        return lines
 
     def append(self, record: Mapping[str, Any]) -> None:
         """Adds a measurement, and returns when it is on the disk."""
@@ -62,13 +73,21 @@ class Records:
     def _write(self, record: Mapping[str, Any]) -> dict[str, Any]:
         line = json.dumps(record, allow_nan=False)
         content = line.encode() + b"\n"
-        file = os.open(self._path, os.O_WRONLY | os.O_APPEND)
         try:
-            if os.write(file, content) != len(content):
-                raise OSError(f"{self._path} could not take another line: the disk is full")
-            os.fsync(file)
-        finally:
-            os.close(file)
+            file = os.open(self._path, os.O_WRONLY | os.O_APPEND)
+            try:
+                before = os.fstat(file).st_size
+                try:
+                    if os.write(file, content) != len(content):
+                        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+                    os.fsync(file)
+                except OSError:
+                    os.ftruncate(file, before)
+                    raise
+            finally:
+                os.close(file)
+        except OSError as error:
+            raise InvalidOption(cannot_write(self._path, error)) from error
         written: dict[str, Any] = json.loads(line)
         return written
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import os
 import signal
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from lightning_optim.bench import (
     summarize,
 )
 from lightning_optim.command import _render as render
-from lightning_optim.command._machine import CommandError, Facts
+from lightning_optim.command._machine import CommandError, Facts, write_file
 from lightning_optim.errors import (
     IncompatibleTrainer,
     InvalidOption,
@@ -83,7 +83,7 @@ def collect(arguments: argparse.Namespace) -> Facts:
     """Measures what is missing in the output folder, and writes and returns the report.
 
     Raises:
-        CommandError: If the request cannot work, or Ctrl-C ended it.
+        CommandError: If the request cannot work, a file cannot be written, or Ctrl-C ended it.
     """
     try:
         if not arguments.no_picture:
@@ -140,17 +140,10 @@ def _written(report: Facts, arguments: argparse.Namespace) -> Facts:
     report["files"] = {"trials": str(output / TRIALS), "report": str(output / _REPORT)}
     if not arguments.no_picture:
         report["files"]["picture"] = str(output / _PICTURE)
-        draw(report, output / _PICTURE)
-    _replace(output / _REPORT, render.as_json(report))
-    _replace(output / _TEXT, as_text(report))
+        write_file(output / _PICTURE, lambda beside: draw(report, beside))
+    for name, text in ((_REPORT, render.as_json(report)), (_TEXT, as_text(report))):
+        write_file(output / name, partial(Path.write_text, data=text + "\n", encoding="utf-8"))
     return report
-
-
-def _replace(path: Path, text: str) -> None:
-    """Writes a file that is whole or not there."""
-    unfinished = path.with_suffix(".unfinished")
-    unfinished.write_text(text + "\n", encoding="utf-8")
-    os.replace(unfinished, path)
 
 
 def as_text(report: Facts) -> str:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from lightning_optim.build import Conversion, OptimConfig, convert_training_arguments
 from lightning_optim.command import _render as render
-from lightning_optim.command._machine import CommandError, Facts
+from lightning_optim.command._machine import CommandError, Facts, write_file
 from lightning_optim.errors import IncompatibleTrainer, InvalidOption, UnknownOptimizer
 
 _HEADINGS = {
@@ -36,13 +36,9 @@ def collect(arguments: argparse.Namespace) -> Facts:
         raise CommandError(str(error)) from error
     report = _facts(arguments.file, conversion)
     if arguments.output:
-        try:
-            # A file that is there may be somebody's work.
-            with Path(arguments.output).open("x", encoding="utf-8") as file:
-                file.write(_as_file(report) + "\n")
-        except OSError as error:
-            why = "it exists; name another file" if isinstance(error, FileExistsError) else error.strerror
-            raise CommandError(f"cannot write {arguments.output}: {why}") from error
+        text = _as_file(report) + "\n"
+        # A file that is there may be somebody's work.
+        write_file(Path(arguments.output), lambda beside: beside.write_text(text, encoding="utf-8"), new=True)
     return report | {"output": arguments.output}
 
 

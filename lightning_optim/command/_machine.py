@@ -7,7 +7,7 @@ import os
 import platform
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from lightning_optim.build import rules
+from lightning_optim.files import cannot_write, written_whole
 from lightning_optim.table import ENTRY_POINT_GROUP, REGISTRY, XLA, OptimizerSpec, Requirement, availability
 
 #: Facts about something, as ``--json`` shows them.
@@ -27,6 +28,24 @@ class CommandError(Exception):
     def __init__(self, message: str, status: int = 2) -> None:
         super().__init__(message)
         self.status = status
+
+
+def write_file(path: Path, write: Callable[[Path], object], new: bool = False) -> None:
+    """Has a file written, whole or not at all.
+
+    Args:
+        path: The file.
+        write: Writes it to the path that it is given.
+        new: Whether to refuse to replace a file.
+
+    Raises:
+        CommandError: If it cannot be written.
+    """
+    try:
+        with written_whole(path, new) as beside:
+            write(beside)
+    except OSError as error:
+        raise CommandError(cannot_write(path, error)) from error
 
 
 @contextmanager

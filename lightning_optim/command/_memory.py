@@ -11,7 +11,7 @@ from typing import Any, get_args
 from lightning_optim.build import OptimConfig
 from lightning_optim.choose import PRECISIONS, SHAPES, Accelerator, Estimator, MemoryEstimate, Strategy
 from lightning_optim.command import _render as render
-from lightning_optim.command._machine import CommandError, Facts
+from lightning_optim.command._machine import CommandError, Facts, write_file
 from lightning_optim.command._model import BadRequest, batch_of, model_of, optim_of, read_config, shard_in, strategy_in
 from lightning_optim.command._picture import stacked_bars
 
@@ -195,4 +195,4 @@ def _draw(path: Path, estimates: Sequence[MemoryEstimate]) -> None:
     parts = [part for part in _PARTS if any(estimate.at_peak[part] for estimate in estimates)]
     bars = {estimate.optim: [estimate.at_peak[part] / _GIB for part in parts] for estimate in estimates}
     title = f"{estimates[0].model}, {estimates[0].precision}: GiB alive at the peak"
-    path.write_text(stacked_bars(title, parts, bars), encoding="utf-8")
+    write_file(path, lambda beside: beside.write_text(stacked_bars(title, parts, bars), encoding="utf-8"))

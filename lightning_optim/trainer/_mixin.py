@@ -16,14 +16,20 @@ from typing_extensions import Self, Unpack
 from lightning_optim._compat.lightning import note_hyperparameters, restricted_classmethod
 from lightning_optim.build import ARGUMENTS, OptimConfig, OptimizerArguments, storable, takes_arguments, trust
 from lightning_optim.errors import IncompatibleTrainer
+from lightning_optim.files import raise_explained
 from lightning_optim.groups import Target, TargetModules
 from lightning_optim.table import refuse_unknown
 from lightning_optim.trainer import _integration as integration
 from lightning_optim.trainer import _packages as packages
 from lightning_optim.trainer import _report as report
 from lightning_optim.trainer._expected import own_hook
+from lightning_optim.trainer.callbacks._checkpoint_files import (
+    CheckpointFiles,
+    check_one_file,
+    import_torchao,
+    is_old_style,
+)
 from lightning_optim.trainer.callbacks._must_build import MustBuildOptim
-from lightning_optim.trainer.callbacks._old_checkpoints import OldCheckpoints, import_torchao, is_old_style
 
 if TYPE_CHECKING:
     from lightning.pytorch.utilities.types import OptimizerLRScheduler
@@ -164,24 +170,28 @@ class OptimMixin(_Base):
         """Loads as Lightning does, and also old-style checkpoints that hold torchao's tensors (onto the CPU).
 
         A class by dotted path that only the checkpoint names is not imported: see :mod:`lightning_optim.build._trust`.
+
+        Raises:
+            UnreadableCheckpoint: If the file is truncated or changed, is no checkpoint, or holds what would be run.
         """
         # The defaults are also from code.
         defaults = [parameter.default for parameter in inspect.signature(cls.__init__).parameters.values()]
         given = {"hparams_file": hparams_file, "strict": strict, "weights_only": weights_only, **kwargs}
+        check_one_file(checkpoint_path)
         with trust.reading(said=[kwargs, defaults]):
             try:
                 return super().load_from_checkpoint(checkpoint_path, map_location, **given)
             except Exception as error:
                 if not is_old_style(error):
-                    raise
+                    raise_explained(checkpoint_path, error)
             import_torchao()
             return super().load_from_checkpoint(checkpoint_path, "cpu", **given)
 
     def configure_callbacks(self) -> list[Callback]:
-        """Adds support for old-style checkpoints and a check that ``optim`` is used; call ``super()`` in yours."""
+        """Adds care for checkpoint files and a check that ``optim`` is used; call ``super()`` in yours."""
         inherited = super().configure_callbacks()
         self._must_build = MustBuildOptim(self.optim_config)
-        return [*(inherited if isinstance(inherited, Sequence) else [inherited]), OldCheckpoints(), self._must_build]
+        return [*(inherited if isinstance(inherited, Sequence) else [inherited]), CheckpointFiles(), self._must_build]
 
     def _use_config(self) -> None:
         if self._must_build is not None:

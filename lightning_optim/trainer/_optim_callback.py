@@ -18,7 +18,7 @@ from lightning_optim.trainer import _integration as integration
 from lightning_optim.trainer import _packages as packages
 from lightning_optim.trainer._expected import own_hook
 from lightning_optim.trainer._mixin import OptimMixin
-from lightning_optim.trainer.callbacks._old_checkpoints import OldCheckpoints
+from lightning_optim.trainer.callbacks._checkpoint_files import CheckpointFiles
 
 
 @takes_arguments(Companions)
@@ -53,7 +53,7 @@ class OptimCallback(Callback):
             )
         #: The request; ``None`` if the module's own optimizers are kept.
         self.config = None if optim is None else OptimConfig(optim=optim, **arguments)
-        self._old_checkpoints = OldCheckpoints()
+        self._checkpoint_files = CheckpointFiles()
         self._active = False
         self._installed_before: Any = None
 
@@ -72,7 +72,7 @@ class OptimCallback(Callback):
         module.configure_optimizers = replacement  # type: ignore[method-assign]
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        self._old_checkpoints.setup(trainer, pl_module, stage)
+        self._checkpoint_files.setup(trainer, pl_module, stage)
         if stage != "fit":
             return
         callbacks = trainer.callbacks  # type: ignore[attr-defined]
@@ -105,11 +105,11 @@ class OptimCallback(Callback):
             )
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        self._old_checkpoints.on_exception(trainer, pl_module, exception)
+        self._checkpoint_files.on_exception(trainer, pl_module, exception)
         self._give_back(pl_module)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        self._old_checkpoints.teardown(trainer, pl_module, stage)
+        self._checkpoint_files.teardown(trainer, pl_module, stage)
         self._give_back(pl_module)
 
     def _give_back(self, module: LightningModule) -> None:

@@ -69,7 +69,7 @@ def test_output(file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     assert command.main(["convert", str(file), "--output", str(target)]) == 2
     assert "it exists; name another file" in capsys.readouterr().err
     assert command.main(["convert", str(file), "--output", str(tmp_path / "none" / "run.yaml")]) == 2
-    assert "No such file or directory" in capsys.readouterr().err
+    assert f"there is no folder {tmp_path / 'none'}; make it" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

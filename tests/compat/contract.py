@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 # The distribution of a door, where it is not of the door's name.
-_DISTRIBUTIONS = {"kernels": "torch", "fake": "torch", "shards": "torch"}
+_DISTRIBUTIONS = {"kernels": "torch", "fake": "torch", "shards": "torch", "dcp": "torch"}
 
 
 @contextmanager

@@ -124,28 +124,30 @@ class OwnOptimizer(SpreadsStates, StepsUncompiled):
     @uncompiled
     @torch.no_grad()
     def _step(self) -> None:
-        sharded: list[tuple[list[Tensor], int, dict[str, Any]]] = []
+        sharded: list[tuple[list[Tensor], int, dict[str, Any], int]] = []
         for group in self.param_groups:
             live = [parameter for parameter in group["params"] if parameter.grad is not None and parameter.numel()]
             self._refuse_sparse(live)
-            kinds: dict[tuple[int, Any, Any, Any], list[Tensor]] = {}
+            kinds: dict[tuple[int, Any, Any, Any], list[tuple[Tensor, int]]] = {}
             for parameter in self._steppable(live) if live else ():
-                # A layout is made for shards only: a step may be over many small tensors.
-                spread = Layout.of(parameter).spread if is_sharded(parameter) else None
+                # A layout is made for shards only, and once: a step may be over many small tensors.
+                layout = Layout.of(parameter) if is_sharded(parameter) else None
+                spread, elements = (None, parameter.numel()) if layout is None else (layout.spread, layout.largest)
                 kind = self._begin(parameter, group), parameter.device, parameter.dtype, spread
-                kinds.setdefault(kind, []).append(parameter)
-            for (step, device, _, spread), parameters in kinds.items():
-                for part in _parts(parameters, _elements):
+                kinds.setdefault(kind, []).append((parameter, elements))
+            for (step, device, _, spread), sized in kinds.items():
+                for part in _parts(sized, lambda each: each[-1]):
+                    parameters = [parameter for parameter, _ in part]
                     if spread is not None:
-                        sharded.append((part, step, group))
+                        sharded.append((parameters, step, group, sum(elements for _, elements in part)))
                         continue
                     # In training_step (manual optimization), autocast may be active.
                     with _without_autocast(device.type):
-                        run_together([self._update(part, step, group)])
+                        run_together([self._update(parameters, step, group)])
         # Of all groups, so that they send together.
-        for some in _parts(sharded, lambda each: sum(map(_elements, each[0]))):
+        for some in _parts(sharded, lambda each: each[-1]):
             with _without_autocast(some[0][0][0].device.type):
-                run_together(self._update_shards(*each) for each in some)
+                run_together(self._update_shards(parameters, step, group) for parameters, step, group, _ in some)
 
     def _update_shards(self, parameters: Sequence[Tensor], step: int, group: dict[str, Any]) -> Update:
         """Updates this process's parts of sharded parameters."""
@@ -346,7 +348,10 @@ def _converted(tensor: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _parts(items: Iterable[_Item], elements: Callable[[_Item], int]) -> Iterator[list[_Item]]:
-    """Splits what is updated into parts whose temporary copies stay small, unless a single item is large."""
+    """Splits what is updated into parts whose temporary copies stay small, unless a single item is large.
+
+    ``elements`` says how many a process has of an item at most: all processes must make the same parts.
+    """
     part: list[_Item] = []
     total = 0
     for item in items:
@@ -357,11 +362,6 @@ def _parts(items: Iterable[_Item], elements: Callable[[_Item], int]) -> Iterator
         total += elements(item)
     if part:
         yield part
-
-
-def _elements(parameter: Tensor) -> int:
-    """Returns how many elements a process has of a parameter, at most; all processes must make the same parts."""
-    return Layout.of(parameter).largest if is_sharded(parameter) else parameter.numel()
 
 
 def _without_autocast(device_type: str) -> AbstractContextManager[Any]:

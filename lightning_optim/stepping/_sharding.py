@@ -57,8 +57,12 @@ class Layout:
     def splitting(self, dims: Iterable[int] | None = None) -> tuple[int, ...]:
         """Returns which dimensions of the mesh split one of these dimensions, or any with ``None``."""
         wanted = None if dims is None else {dim % len(self.shape) for dim in dims}
-        split = [split_dim(each) if self.mesh.size(i) > 1 else None for i, each in enumerate(self.placements)]
-        return tuple(i for i, dim in enumerate(split) if dim is not None and (wanted is None or dim in wanted))
+        return tuple(i for i, dim in enumerate(self._split) if dim is not None and (wanted is None or dim in wanted))
+
+    @cached_property
+    def _split(self) -> tuple[int | None, ...]:
+        """The dimension of the parameter that each of the mesh splits; ``None`` where there is nothing to split."""
+        return tuple(split_dim(each) if self.mesh.size(i) > 1 else None for i, each in enumerate(self.placements))
 
     def groups(self, dims: Iterable[int] | None = None) -> tuple[ProcessGroup, ...]:
         """Returns the groups of processes that hold different parts along these dimensions, or any with ``None``."""

@@ -115,6 +115,8 @@ benchmarks: venv
 	$(BIN)/python benchmarks/layerwise.py --output $(FIGURES)
 	$(BIN)/python benchmarks/families.py --output $(FIGURES)
 	$(BIN)/python benchmarks/monitor.py --output $(FIGURES)
+	$(BIN)/python benchmarks/sharded.py --output $(FIGURES)
+	$(BIN)/python benchmarks/dealt.py --output $(FIGURES)
 	$(BIN)/python benchmarks/optimizers.py
 
 # Optimizers side by side on a small GPT, in a few minutes; the figures and the picture of docs/bench.md, unless another

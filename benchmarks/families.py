@@ -116,10 +116,10 @@ VARIANTS = (
 class Turns(Callback):
     """A fit in a thread of its own that trains a few steps whenever it is its turn, and takes their seconds."""
 
-    def __init__(self, stretch: int, clock: Callable[[], float]) -> None:
+    def __init__(self, stretch: int, clock: Callable[[], Any]) -> None:
         self._stretch, self._clock = stretch, clock
         self._mine, self._others = threading.Semaphore(0), threading.Semaphore(0)
-        self._at: list[float] = []
+        self._at: list[Any] = []
         self._error: BaseException | None = None
         self._threads = torch.get_num_threads()
 
@@ -137,7 +137,7 @@ class Turns(Callback):
         threading.Thread(target=run, daemon=True).start()
         self._wait()
 
-    def take(self) -> list[float]:
+    def take(self) -> list[Any]:
         """Returns the seconds of the next steps, each from one batch to the next."""
         self._at = []
         self._mine.release()

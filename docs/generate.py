@@ -3,7 +3,8 @@
 ``identifiers.md`` and ``schedules.md`` are included by the pages of the same names, ``formats.md`` by
 ``checkpoints.md``, ``arguments.md`` by ``migrating.md``. What benchmarks wrote into docs/bench/ becomes
 ``measured-layerwise.md`` and ``measured-families.md``, included by ``layerwise.md``, ``measured-monitor.md``, by
-``monitor.md``, and ``measured-muon.md``, by ``muon.md``.
+``monitor.md``, ``measured-muon.md``, by ``muon.md``, and ``measured-sharded.md`` and ``measured-dealt.md``, by
+``sharded.md``.
 """
 
 from __future__ import annotations
@@ -49,6 +50,8 @@ def main(target: Path) -> None:
         ("layerwise", measured_layerwise),
         ("families", measured_families),
         ("monitor", measured_monitor),
+        ("sharded", measured_sharded),
+        ("dealt", measured_dealt),
     ):
         measured = _written(name)
         lines = [*table(measured["records"]), "", _where(name, measured)]
@@ -111,6 +114,61 @@ def measured_monitor(records: list[Record]) -> Iterator[str]:
         for record in records
     )
     yield from markdown_table(header, rows)
+
+
+def measured_sharded(records: list[Record]) -> Iterator[str]:
+    """Yields what FSDP2 sends, and the lines of the table of what optimizers send and how long steps take."""
+    header = ("", "sends", "messages", f"x `{records[0]['against']}`", "wall-clock time", "sends in its first step")
+    for strategy in dict.fromkeys(record["variant"] for record in records):
+        own = [record for record in records if record["variant"] == strategy]
+        fsdp2 = own[0]["bytes"]
+        yield from (
+            "",
+            f"{_code(strategy)}, where FSDP2 itself sends {_kib(fsdp2['gathered'] + fsdp2['reduced'])}:",
+            "",
+        )
+        rows = (
+            (
+                _code(one["optimizer"]),
+                _kib(one["bytes"]["optimizer"]),
+                str(one["messages"]),
+                _ratio(one),
+                f"{one['wall_ratio']['median']:.2f}",
+                _kib(one["first_bytes"]),
+            )
+            for one in own
+        )
+        yield from markdown_table(header, rows)
+
+
+def measured_dealt(records: list[Record]) -> Iterator[str]:
+    """Yields the lines of the table of dealing out under DDP, in units of every process making all."""
+    header = (
+        "width of the block",
+        "dealt out",
+        "wall-clock time",
+        "each makes all, ms",
+        "GFLOP saved",
+        "MiB sent",
+        "FLOP per byte",
+    )
+    rows = (
+        (
+            str(one["width"]),
+            _ratio(one),
+            f"{one['wall_ratio']['median']:.2f}",
+            f"{one['milliseconds']:.1f}",
+            f"{one['saved_operations'] / 1e9:.2f}",
+            f"{one['sent_bytes'] / 2**20:.2f}",
+            f"{one['saved_operations'] / one['sent_bytes']:.0f}",
+        )
+        for one in records
+    )
+    yield from markdown_table(header, rows)
+
+
+def _kib(size: int) -> str:
+    return f"{size / 1024:,.1f} KiB" if size else "nothing"
 
 
 def measured_muon() -> Iterator[str]:

@@ -87,6 +87,51 @@ def test_monitor_benchmark_runs() -> None:
     assert all(float(milliseconds) > 0 and float(ratio) > 0 for milliseconds, ratio in rows)
 
 
+def test_sharded_benchmark_counts_what_is_sent(tmp_path: Path) -> None:
+    printed = run("sharded.py", "--quick", "scale", "adafactor", "galore_adamw", "muon", "--output", str(tmp_path))
+    written = json.loads((tmp_path / "sharded.json").read_text())
+    found = {(one["variant"], one["optimizer"]): one for one in written["records"]}
+    assert {strategy for strategy, _ in found} == {"fsdp2", "layerwise_fsdp2"}
+    # A block of width 64: attention's matrices as two, and two of the feed-forward part; then the embedding.
+    matrices, embedding = ((192, 64), (64, 64), (256, 64), (64, 256)), (256, 64)
+    norms = 4 * 64 + 2 * 64
+    parameters = 4 * (sum(m * n for m, n in (*matrices, embedding)) + norms + 192 + 64 + 256 + 64)
+    columns = 4 * sum(n for _, n in (*matrices, embedding))
+    for (_, optimizer), one in found.items():
+        sent, messages = one["bytes"], one["messages"]
+        # Half of all gradients is reduced elsewhere.
+        assert abs(sent["reduced"] / (parameters / 2) - 1) < 0.01
+        # For forward and, but for the rest of the model, for backward again.
+        assert sent["reduced"] < sent["gathered"] < parameters
+        assert sent["other"] < 1024
+        expected = {
+            "adamw_torch": 0,
+            # The outputs are rows, which no process splits.
+            "scale": 0,
+            # Means of columns, and per tensor their mean and a root mean square.
+            "adafactor": columns + 2 * 4 * 5 + 4 * 10,
+            # Half of half of every matrix comes, and as much of the results goes.
+            "muon": sum(m * n for m, n in matrices) * 4 // 2,
+        }
+        if optimizer in expected:
+            assert sent["optimizer"] == expected[optimizer], optimizer
+            assert one["first_bytes"] == expected[optimizer], optimizer
+        assert (messages == 0) == (sent["optimizer"] == 0)
+        assert 0 < one["ratio"]["low"] <= one["ratio"]["median"] <= one["ratio"]["high"]
+        assert re.search(rf"^{optimizer} .* {one['ratio']['median']:.2f} \(", printed, re.MULTILINE)
+    galore = found["fsdp2", "galore_adamw"]
+    assert galore["first_bytes"] > 5 * galore["bytes"]["optimizer"] > 0
+
+
+def test_dealt_matrices_have_the_same_bits(tmp_path: Path) -> None:
+    printed = run("dealt.py", "--quick", "--output", str(tmp_path))
+    for one in json.loads((tmp_path / "dealt.json").read_text())["records"]:
+        assert one["ratio"]["median"] > 0
+        assert f"{one['saved_operations'] / one['sent_bytes']:.0f}\n" in printed
+        # Of matrices with 12 w^2 elements each process makes at most what is two thirds of all, and sends it.
+        assert 12 * one["width"] ** 2 * 2 <= one["sent_bytes"] <= 12 * one["width"] ** 2 * 3
+
+
 def test_a_stack_of_aligned_matrices_changes_no_bits(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

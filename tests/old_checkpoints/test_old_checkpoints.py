@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -14,14 +15,23 @@ from lightning_optim import OptimConfig, OptimMixin
 from lightning_optim.optimizers import GaLoreAdamW
 from tests.old_checkpoints.write import REQUESTS, fit, made
 
-FOLDER = Path(__file__).parent / "0.1.0"
+#: One for each version that was released.
+FOLDERS = sorted(path for path in Path(__file__).parent.iterdir() if (path / "module.pt").is_file())
+by_version = pytest.mark.parametrize("folder", FOLDERS, ids=lambda folder: folder.name)
 
 
+def test_every_released_version_has_a_folder() -> None:
+    changelog = (Path(__file__).parents[2] / "CHANGELOG.md").read_text(encoding="utf-8")
+    released = re.findall(r"^## (\d+\.\d+\.\d+)", changelog, re.MULTILINE)
+    assert sorted(released) == [folder.name for folder in FOLDERS]
+
+
+@by_version
 @pytest.mark.parametrize("name", REQUESTS)
-def test_training_goes_on(name: str) -> None:
+def test_training_goes_on(folder: Path, name: str) -> None:
     model = made(name)
-    fit(model, 10, FOLDER / f"{name}.ckpt")
-    expected = torch.load(FOLDER / f"{name}.weights", weights_only=True)
+    fit(model, 10, folder / f"{name}.ckpt")
+    expected = torch.load(folder / f"{name}.weights", weights_only=True)
     assert model.state_dict().keys() == expected.keys()
     # The arithmetic of another processor rounds otherwise.
     for key, weight in model.state_dict().items():
@@ -29,8 +39,9 @@ def test_training_goes_on(name: str) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:.*is not public and has moved:DeprecationWarning")
-def test_a_pickled_module_trains() -> None:
-    model: Any = torch.load(FOLDER / "module.pt", weights_only=False)
+@by_version
+def test_a_pickled_module_trains(folder: Path) -> None:
+    model: Any = torch.load(folder / "module.pt", weights_only=False)
     assert isinstance(model, OptimMixin)
     assert model.optim_config == OptimConfig("adamw_8bit", lr=1e-2, weight_decay=0.1, optim_args={"min_8bit_size": 256})
     fit(model, 5)
@@ -38,8 +49,9 @@ def test_a_pickled_module_trains() -> None:
 
 
 @pytest.mark.filterwarnings("ignore:.*is not public and has moved:DeprecationWarning")
-def test_a_pickled_optimizer_steps() -> None:
-    optimizer = torch.load(FOLDER / "optimizer.pt", weights_only=False)
+@by_version
+def test_a_pickled_optimizer_steps(folder: Path) -> None:
+    optimizer = torch.load(folder / "optimizer.pt", weights_only=False)
     assert type(optimizer) is GaLoreAdamW
     before = [parameter.clone() for group in optimizer.param_groups for parameter in group["params"]]
     for group in optimizer.param_groups:

@@ -46,6 +46,7 @@ __all__ = [
     "note_hyperparameters",
     "restricted_classmethod",
     "running_trainer",
+    "saves_shards",
     "set_root_device",
     "subcommand_parser",
     "sync_module_states",
@@ -152,6 +153,11 @@ def chosen_strategy(flags: Mapping[str, Any]) -> Strategy:
     """Returns the strategy that a Trainer would choose by these flags, for OptimCLI to choose a layerwise one."""
     strategy: Strategy = _AcceleratorConnector(**flags).strategy
     return strategy
+
+
+def saves_shards(strategy: ModelParallelStrategy) -> bool:
+    """Whether a strategy writes distributed checkpoints, folders; otherwise they would be written in place."""
+    return bool(strategy._save_distributed_checkpoint)
 
 
 def is_start_method_popen(strategy: DDPStrategy) -> bool:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from lightning_optim.command._machine import CommandError, Facts, write_file
 from lightning_optim.errors import UnreadableCheckpoint
-from lightning_optim.files import DISTRIBUTED, METADATA, consolidated, save
+from lightning_optim.files import DISTRIBUTED, METADATA, consolidated, missing, save
 
 
 def collect(arguments: argparse.Namespace) -> Facts:
@@ -17,6 +17,9 @@ def collect(arguments: argparse.Namespace) -> Facts:
         CommandError: If the folder is no distributed checkpoint or not whole, or the file exists or cannot be written.
     """
     folder, output = Path(arguments.folder), Path(arguments.output)
+    gone = missing(folder)
+    if gone is not None:
+        raise CommandError(str(gone))
     if not any((folder / name).exists() for name in (DISTRIBUTED, METADATA)):
         raise CommandError(
             f"{folder} is no distributed checkpoint: there is no {DISTRIBUTED} in it. Name the folder that "

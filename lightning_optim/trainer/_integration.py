@@ -44,7 +44,7 @@ from lightning_optim.trainer.callbacks._resume import ResumeCallback
 from lightning_optim.trainer.callbacks._schedule_free import ScheduleFreeCallback
 from lightning_optim.trainer.callbacks._standstill import Standstill
 from lightning_optim.trainer.callbacks._thawed import KeepsPolicy
-from lightning_optim.trainer.strategies import StepsFused, read_whole_files
+from lightning_optim.trainer.strategies import StepsFused, read_whole_files, write_whole_folders
 
 if TYPE_CHECKING:
     from lightning.pytorch.utilities.types import OptimizerLRScheduler
@@ -164,6 +164,7 @@ def _resolve(
             )
     if isinstance(trainer.strategy, packages.kin(ModelParallelStrategy)):
         read_whole_files(trainer.strategy)
+        write_whole_folders(trainer.strategy)
     if any(part.lr for part in resolved.each):
         Standstill.watch(trainer, optimizer, asked)
     if own_clips(optimizer):

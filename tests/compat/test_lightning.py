@@ -181,6 +181,12 @@ def test_data_parallelism_takes_what_tensor_parallelism_leaves() -> None:
         assert given._data_parallel_size == 2
 
 
+def test_what_writes_folders_is_known() -> None:
+    with relied_on("lightning.saves_shards", "fsdp2, which writes distributed checkpoints beside,") as saves_shards:
+        assert saves_shards(ModelParallelStrategy())
+        assert not saves_shards(ModelParallelStrategy(save_distributed_checkpoint=False))
+
+
 def test_what_stands_for_no_optimizer() -> None:
     with relied_on("lightning.MockOptimizer", "strategy='fused'") as mock:
 

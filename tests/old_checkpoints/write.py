@@ -1,8 +1,8 @@
 """Writes what later versions have to read: ``python -m tests.old_checkpoints.write DIRECTORY``.
 
 The files of a folder were written by the version of its name, on the CPU, with this script as it was then: those of
-``0.1.0/`` before its modules were moved, those of ``0.2.0/`` at the commit that gave it its number. For every name there is
-a checkpoint after 5 steps, ``NAME.ckpt``, and the weights after 5 more, ``NAME.weights``. ``module.pt`` and
+``0.1.0/`` before its modules were moved, those of ``0.2.0/`` at the commit that gave it its number. For every name
+there is a checkpoint after 5 steps, ``NAME.ckpt``, and the weights after 5 more, ``NAME.weights``. ``module.pt`` and
 ``optimizer.pt`` are whole objects, pickled.
 """
 

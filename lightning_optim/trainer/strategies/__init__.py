@@ -16,6 +16,7 @@ from lightning_optim.trainer.strategies._layerwise_ddp import LayerwiseDDPStrate
 from lightning_optim.trainer.strategies._layerwise_fsdp2 import LayerwiseFSDP2Strategy
 from lightning_optim.trainer.strategies._npu import NPUDDPStrategy, NPUStrategy
 from lightning_optim.trainer.strategies._whole_file import read_whole_files
+from lightning_optim.trainer.strategies._whole_folder import write_whole_folders
 from lightning_optim.trainer.strategies._xla import SingleDeviceXLASyncFreeStrategy, XLASyncFreeStrategy
 from lightning_optim.trainer.strategies._xla_precision import XLASyncFreePrecision
 
@@ -38,6 +39,7 @@ __all__ = [
     "register",
     "shard_blocks",
     "shards_itself",
+    "write_whole_folders",
 ]
 
 # Those that also train under a Trainer of pytorch_lightning.

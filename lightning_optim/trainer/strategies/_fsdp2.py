@@ -12,6 +12,7 @@ from lightning_optim._compat.lightning import data_parallel_takes_the_rest
 from lightning_optim.trainer.strategies._blocks import ShardsBlocks
 from lightning_optim.trainer.strategies._movable import Movable
 from lightning_optim.trainer.strategies._whole_file import ReadsWholeFiles
+from lightning_optim.trainer.strategies._whole_folder import WritesWholeFolders
 
 if TYPE_CHECKING:
     _Base = ModelParallelStrategy
@@ -19,7 +20,7 @@ else:
     _Base = object
 
 
-class Shards(Movable, ShardsBlocks, ReadsWholeFiles, _Base):
+class Shards(Movable, ShardsBlocks, ReadsWholeFiles, WritesWholeFolders, _Base):
     """Mixin: all of :class:`FSDP2Strategy` but Lightning's base class."""
 
     def __init__(

@@ -19,7 +19,9 @@ from torch import nn
 from torch.optim import Optimizer
 
 from lightning_optim.errors import InvalidOption
+from lightning_optim.files import check_file, raise_explained
 from lightning_optim.stepping import spread_state
+from lightning_optim.trainer.strategies._whole_folder import check_folder
 
 if TYPE_CHECKING:
     _Base = ModelParallelStrategy
@@ -56,11 +58,30 @@ def load_whole(
     """Loads a checkpoint by Lightning's method, but optimizer states of a single file as on one device.
 
     Raises:
+        UnreadableCheckpoint: If it is not whole, or none.
         InvalidOption: If the file has no optimizer states, or those of other optimizers or another model.
     """
     path, optimizers = Path(strategy.broadcast(checkpoint_path)), [*strategy.optimizers]
+    if path.is_file():
+        check_file(path)
+    else:
+        check_folder(strategy, path)
+    try:
+        return _load_checked(strategy, load, path, optimizers, *args, **kwargs)
+    except Exception as error:
+        raise_explained(path, error)
+
+
+def _load_checked(
+    strategy: ModelParallelStrategy,
+    load: Callable[..., dict[str, Any]],
+    path: Path,
+    optimizers: list[Optimizer],
+    *args: Any,
+    **kwargs: Any,
+) -> dict[str, Any]:
     if not optimizers or not path.is_file():
-        return load(checkpoint_path, *args, **kwargs)
+        return load(path, *args, **kwargs)
     # It loads into those that the strategy has.
     strategy.optimizers.clear()
     try:

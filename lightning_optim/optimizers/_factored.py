@@ -102,11 +102,24 @@ def over_root(
         full = moments[full_name].lerp_(squares.add_(eps), weight)
         return torch.rsqrt(full, out=squares).mul_(values)
     rows, columns = layout.shape[-2:]
-    row, column = yield [Sum(squares.sum(-1), layout, (-1,)), Sum(squares.sum(-2), layout, (-2,))]
-    # The mean of squares plus epsilon: epsilon is added to few numbers, not to all.
-    row = moments[row_name].lerp_(row.div_(columns).add_(eps), weight)
+    own_row, own_column = Sum(squares.sum(-1), layout, (-1,)), Sum(squares.sum(-2), layout, (-2,))
+
+    def advanced(row: Tensor) -> Tensor:
+        # The mean of squares plus epsilon: epsilon is added to few numbers, not to all.
+        return moments[row_name].lerp_(row.div_(columns).add_(eps), weight)
+
+    def total_of(row: Tensor) -> Sum:
+        return Sum(row.sum(-1, keepdim=True), layout, (-2,))
+
+    if own_row.is_whole:
+        # One message for both.
+        row = advanced(own_row.part)
+        column, total = yield [own_column, total_of(row)]
+    else:
+        row, column = yield [own_row, own_column]
+        row = advanced(row)
+        (total,) = yield [total_of(row)]
     column = moments[column_name].lerp_(column.div_(rows).add_(eps), weight)
-    (total,) = yield [Sum(row.sum(-1, keepdim=True), layout, (-2,))]
     row_factor = (row / total.div_(rows)).rsqrt_().unsqueeze(-1)
     quotients: Tensor = torch.mul(values, row_factor, out=squares)
     return quotients.mul_(column.rsqrt().unsqueeze(-2))

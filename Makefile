@@ -31,9 +31,10 @@ test: venv
 test-benchmarks: venv
 	$(BIN)/python -m pytest tests/test_benchmarks.py
 
-# Our optimizers on shards, in two and in four processes, and checkpoints of every name from 1, 2 and 4 in 1, 2 and 4.
+# What `make test` does with one name of each kind in several processes, for all of them: our optimizers on shards, in two
+# and in four; checkpoints from 1, 2 and 4 in 1, 2 and 4; pairs of optimizers under ddp.
 test-sharded: venv
-	LIGHTNING_OPTIM_SHARDED_TESTS=1 $(BIN)/python -m pytest tests/sharded
+	LIGHTNING_OPTIM_SHARDED_TESTS=1 $(BIN)/python -m pytest tests/sharded tests/trainer/test_composite_ddp.py
 
 # Optimizers of the big collections, which no row describes, in an environment of their own. timm needs torchvision: see
 # benchmarks/declare_torchvision_operators.py.

@@ -15,6 +15,7 @@ from transformers import get_scheduler
 
 from tests.cases import BY_NAME, Case
 from tests.models import LitTokens, TokenModel, fp16_mixed, loader, trainer
+from tests.processes import EVERY
 
 # Two epochs of nine batches, two a step: the last step of an epoch has one.
 STEPS, BATCHES, ACCUMULATED = 10, 9, 2
@@ -42,6 +43,9 @@ PAIRS = (
 )
 # What torchao compiles takes seconds in each process; its rows are stepped like any other.
 ON_TWO_RANKS = tuple(pair for pair in PAIRS if not any(BY_NAME[name].upstream.startswith("torchao") for name in pair))
+if not EVERY:
+    _mains = ("sgd", "soap", "muon", "galore_adamw_8bit", "prodigy")
+    ON_TWO_RANKS = tuple(pair for pair in ON_TWO_RANKS if pair[0] in _mains)
 CLIPPING = {
     "value": {"gradient_clip_val": 0.05, "gradient_clip_algorithm": "value"},
     "norm": {"gradient_clip_val": 0.3, "gradient_clip_algorithm": "norm"},

@@ -24,6 +24,8 @@ from pathlib import Path
 from typing import IO, Any
 
 ROOT = Path(__file__).parents[1]
+#: Whether what takes minutes in several processes runs for every name: `make test-sharded`. Else for one of each kind.
+EVERY = bool(os.environ.get("LIGHTNING_OPTIM_SHARDED_TESTS"))
 
 
 def run_fresh(

@@ -16,8 +16,8 @@ from torch.distributed.tensor import DTensor
 
 from lightning_optim import LayerwiseFSDP2Strategy
 from tests.cases import case_of
-from tests.layerwise_fsdp2_worker import Sharded
 from tests.models import loader, trainer
+from tests.sharded.layerwise_fsdp2_worker import Sharded
 
 #: The optimizers on one device, on two, and on one again. The model has groups with and without weight decay.
 MOVED = (

@@ -25,6 +25,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_optim import LayerwiseFSDP2Strategy, OptimMixin
 from tests.models import trainer
+from tests.processes import EVERY
 from tests.sharded.cases import ALONE, GRID, GRID_NAMES, WAYS, Way, strategy_case
 
 RANK = int(os.environ.get("LOCAL_RANK", 0))
@@ -192,7 +193,7 @@ def fits(names: list[str], processes: int) -> Iterator[tuple[str, dict[str, Any]
         if way.processes == processes:
             for name in names:
                 yield f"{way.name}, {name}", fit(name, way)
-    for way in GRID if os.environ.get("LIGHTNING_OPTIM_SHARDED_TESTS") else ():
+    for way in GRID if EVERY else ():
         if processes in (1, way.processes):
             for name in GRID_NAMES:
                 yield f"{way.name}, {name}", fit(name, ALONE if processes == 1 else way, Transformer)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import os
 import tempfile
 from pathlib import Path
 from typing import Any, cast
@@ -16,11 +15,11 @@ from torch.distributed.tensor import DTensor, Shard
 import lightning_optim.optimizers
 from lightning_optim import InvalidOption, InvalidParamGroups
 from lightning_optim._compat.shards import absent_processes
-from tests.processes import run_fresh
+from tests.processes import EVERY, run_fresh
 from tests.sharded.cases import CASES, LOW_RANK, MATRICES, Stepped, fits, meshes
 
 # Four processes take twice as long on two cores: make test-sharded.
-PROCESSES = (2, 4) if os.environ.get("LIGHTNING_OPTIM_SHARDED_TESTS") else (2,)
+PROCESSES = (2, 4) if EVERY else (2,)
 # A basis is as exact as the gaps between singular values let it be.
 BASES_APART, STATES_APART = 1e-3, 1e-5
 _OVERSAMPLING = 8

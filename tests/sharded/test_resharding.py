@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 
@@ -16,16 +15,11 @@ from lightning_optim._compat.shards import absent_processes
 from lightning_optim.command._entry import main
 from lightning_optim.optimizers import Muon
 from tests.cases import CASES
-from tests.processes import run_fresh
+from tests.processes import EVERY, run_fresh
 from tests.sharded.devices_worker import MOVED, OnOneDevice, fit, made
 
-EVERY = bool(os.environ.get("LIGHTNING_OPTIM_SHARDED_TESTS"))
 #: What torch, optimi and we keep in different ways; the rest, and four processes, take minutes: make test-sharded.
-NAMES = (
-    [case.name for case in CASES if case.row.sharded]
-    if EVERY
-    else ["adamw_torch", "grokadamw", "galore_adafactor", "apollo_adamw", "muon", "lomo"]
-)
+NAMES = [case.name for case in CASES if case.row.sharded] if EVERY else ["adamw_torch", "galore_adafactor", "muon"]
 SIZES = (1, 2, 4) if EVERY else (1, 2)
 PAIRS = [(one, other) for one in SIZES for other in SIZES if EVERY or one != other]
 #: The last two are those of one process without shards: it wrote the checkpoint, or reads it.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import os
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -18,10 +17,9 @@ from lightning_optim._compat.shards import absent_processes
 from lightning_optim.optimizers import OwnOptimizer
 from lightning_optim.table import ROWS, STRATEGIES, strategies
 from tests.cases import ELSEWHERE
-from tests.processes import run_fresh
+from tests.processes import EVERY, run_fresh
 from tests.sharded.cases import GRID, GRID_NAMES, WAYS
 
-EVERY = bool(os.environ.get("LIGHTNING_OPTIM_SHARDED_TESTS"))
 #: Every kind of answer; the rest take a minute: make test-sharded.
 QUICK = (
     "adamw_torch_fused",

@@ -17,8 +17,17 @@ from lightning_optim import IncompatibleTrainer, InvalidOption
 from lightning_optim._compat.shards import absent_processes, give_mesh
 from lightning_optim.trainer.strategies._blocks import shard_blocks
 from tests.cases import case_of
-from tests.layerwise_fsdp2_worker import ACCUMULATED, BUCKETS, COMPARED, MAIN, PRECISIONS, RESUMED, SETTINGS, WIDTH
 from tests.processes import run_fresh
+from tests.sharded.layerwise_fsdp2_worker import (
+    ACCUMULATED,
+    BUCKETS,
+    COMPARED,
+    MAIN,
+    PRECISIONS,
+    RESUMED,
+    SETTINGS,
+    WIDTH,
+)
 
 MIB = 2**20
 
@@ -27,7 +36,7 @@ MIB = 2**20
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """All runs by name, of each process."""
     directory = tmp_path_factory.mktemp("layerwise_fsdp2")
-    done = run_fresh("-m", "tests.layerwise_fsdp2_worker", str(directory), ranks=2)
+    done = run_fresh("-m", "tests.sharded.layerwise_fsdp2_worker", str(directory), ranks=2)
     assert done.returncode == 0, done.stderr[-3000:]
     return [torch.load(directory / f"rank{rank}.pt", weights_only=True) for rank in (0, 1)]
 

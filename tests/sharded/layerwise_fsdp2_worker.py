@@ -26,6 +26,7 @@ from lightning_optim import FSDP2Strategy, LayerwiseFSDP2Strategy
 from tests.cases import case_of
 from tests.layerwise_ddp_worker import Sent, monitored
 from tests.models import LENGTH, TOKENS, LitTokens, loader, trainer
+from tests.processes import EVERY
 
 RANK = int(os.environ.get("LOCAL_RANK", 0))
 WIDTH, BLOCKS = 32, 3
@@ -40,46 +41,42 @@ SETTINGS: dict[str, tuple[dict[str, Any], float]] = {
     "accumulation": ({"accumulate_grad_batches": 3}, 1e-6),
     ACCUMULATED: ({"accumulate_grad_batches": 3, "gradient_clip_val": 0.03}, 1e-6),
 }
-COMPARED = [("adamw_torch", setting) for setting in SETTINGS] + [("sgd", "norm clipping"), ("sgd", ACCUMULATED)]
-AVERAGING = ("schedule_free_adamw", "schedule_free_sgd", "schedule_free_radam")
-OURS = (
-    *AVERAGING,
-    "adamw_anyprecision",
-    "grokadamw",
-    "lomo",
-    "adafactor",
-    "adalomo",
-    "galore_adamw",
-    "apollo_adamw",
-    "muon",
-    "scale",
-)
+COMPARED = [("adamw_torch", setting) for setting in SETTINGS] + [("sgd", ACCUMULATED)]
+OURS = ["schedule_free_adamw", "adamw_anyprecision", "adafactor", "galore_adamw", "muon"]
+if EVERY:
+    OURS += ["schedule_free_sgd", "schedule_free_radam", "grokadamw", "lomo", "adalomo", "apollo_adamw", "scale"]
 COMPARED += [(name, "norm clipping") for name in OURS]
 #: For modules without ``configure_model``, and the dtype in which linear layers find their weights.
 PRECISIONS = {"32-true": "float32", "bf16-mixed": "bfloat16", "16-mixed": "float16"}
 BUCKETS = (0.0, 0.001, None)
 #: The optimizers before and after the checkpoint in the middle, and whether it is a single file.
 RESUMED = [
-    (f"adamw_torch{first}", f"adamw_torch{second}", whole_file)
-    for whole_file in (False, True)
-    for first, second in (("", "_layerwise"), ("_layerwise", ""), ("_layerwise", "_layerwise"))
+    ("adamw_torch", "adamw_torch_layerwise", False),
+    ("adamw_torch_layerwise", "adamw_torch", True),
+    # States that are spread unlike their parameter, or not at all.
+    ("galore_adamw", "galore_adamw_layerwise", False),
+    # At the average, while the model is whole in a file; at the training point in its state.
+    ("schedule_free_adamw", "schedule_free_adamw_layerwise", True),
 ]
+if EVERY:
+    RESUMED += [
+        ("adamw_torch", "adamw_torch_layerwise", True),
+        ("adamw_torch_layerwise", "adamw_torch", False),
+        *(("adamw_torch_layerwise", "adamw_torch_layerwise", whole_file) for whole_file in (False, True)),
+        # Their states and groups hold integers, strings and None besides tensors.
+        ("grokadamw", "grokadamw_layerwise", False),
+        ("adamw_anyprecision_layerwise", "adamw_anyprecision", True),
+        ("galore_adamw", "galore_adamw_layerwise", True),
+        *(("adafactor_layerwise", "adafactor", whole_file) for whole_file in (False, True)),
+        ("apollo_adamw", "apollo_adamw", True),
+        ("muon", "muon_layerwise", False),
+        ("schedule_free_adamw", "schedule_free_adamw_layerwise", False),
+        ("schedule_free_radam_layerwise", "schedule_free_radam", False),
+        ("schedule_free_sgd", "schedule_free_sgd", True),
+    ]
 #: Several as one: the optimizer of the ends of the model; the main one is AnyPrecision.
 SEVERAL = {"model[.](0|4)[.].*": {"optim": "adamw_torch", "lr": 1e-3, "lr_scheduler": "cosine"}}
 MAIN = "adamw_anyprecision"
-# Their states and groups hold integers, strings and None besides tensors.
-RESUMED += [("grokadamw", "grokadamw_layerwise", False), ("adamw_anyprecision_layerwise", "adamw_anyprecision", True)]
-# States that are spread unlike their parameter, or not at all.
-RESUMED += [
-    *(("galore_adamw", "galore_adamw_layerwise", whole_file) for whole_file in (False, True)),
-    *(("adafactor_layerwise", "adafactor", whole_file) for whole_file in (False, True)),
-    ("apollo_adamw", "apollo_adamw", True),
-    ("muon", "muon_layerwise", False),
-    # At the average, while the model is whole in a file; at the training point in its state.
-    *(("schedule_free_adamw", "schedule_free_adamw_layerwise", whole_file) for whole_file in (False, True)),
-    ("schedule_free_radam_layerwise", "schedule_free_radam", False),
-    ("schedule_free_sgd", "schedule_free_sgd", True),
-]
 
 
 class Sharded(LitTokens):

@@ -20,7 +20,7 @@ from lightning_optim.layerwise._buckets import AgreedBuckets, ArrivalBuckets, Bu
 from lightning_optim.layerwise._clips import Clips, Totals
 from lightning_optim.layerwise._coupled import refuse_coupled
 from lightning_optim.layerwise._hooks import GradientHooks
-from lightning_optim.layerwise._passes import Measurement, Observation, Observer, Pass, Step
+from lightning_optim.layerwise._passes import Measurement, Observation, Observer, Pass, Step, without_gradients
 from lightning_optim.layerwise._probe import ask
 from lightning_optim.layerwise._replicas import AgreedOrder, Replicas, refuse_separate_processes, refuse_unused
 from lightning_optim.layerwise._split_parts import Watches
@@ -74,18 +74,15 @@ class Layerwise(AfterBackward):
         self.bucket_mb = bucket_mb
         self.replicas = replicas
         self.names = dict(names or {})
-        #: Total 2-norm of the last step's gradients before clipping, unscaled and averaged, a 0-dim tensor; ``None``
-        #: until clipping or ``wants_norm`` needs it.
+        #: 2-norm of the last step's gradients before clipping, unscaled and averaged, 0-dim; ``None`` until needed.
         self.gradient_norm: Tensor | None = None
         #: Whether to take the norm at every step, even if clipping does not need it.
         self.wants_norm = False
         #: MiB of gradients that may stay alive until backward is over; if all fit, no backward measures them first.
         self.norm_budget_mb: float | None = None
-        #: Whether an overflow under loss scaling skips the whole step, as in PyTorch, not just its bucket; this takes a
-        #: backward that only measures before the one that steps.
+        #: Whether an overflow under loss scaling skips the whole step, as in PyTorch, by a backward that only measures.
         self.skips_whole_steps = False
-        #: Whether micro-batches have accumulated; to be set where ``parameter.grad`` does not show it, as with FSDP2
-        #: and ``set_requires_gradient_sync(False)``.
+        #: Whether micro-batches have accumulated; to be set where ``parameter.grad`` does not show it, as with FSDP2.
         self.accumulated = False
         #: What scales the losses, for :meth:`stepping`; set by training frameworks that scale them.
         self.scaler: GradScaler | None = None
@@ -95,6 +92,8 @@ class Layerwise(AfterBackward):
         self.in_closure = False
         #: True if a backward has stepped since the last ``optimizer.step``, which then has nothing to do.
         self.stepped = False
+        #: True if the last step was abandoned, with some parameters stepped and others not.
+        self.torn = False
 
         self._hooks = GradientHooks(self._on_gradient)
         self._pass: Pass | None = None
@@ -105,7 +104,6 @@ class Layerwise(AfterBackward):
         self._watches = Watches()
         self._order = AgreedOrder()
         self._lock = threading.Lock()  # a model on two devices has two backward threads
-
         self._instead_of: dict[str, Any] = {}
         self._replace("step", MethodType(_step, optimizer))
         self._replace(ATTACHED, self)
@@ -231,11 +229,12 @@ class Layerwise(AfterBackward):
             IncompatibleTrainer: If a parameter gets no gradient in a process and others average it.
         """
         if self.replicas is not None and not self._order.covers(self._trainable()):
-            # Accumulated micro-batches have already shown the order, and their gradients must not be freed. A parameter
-            # may still get its gradient in the last one.
+            # Accumulated micro-batches have shown the order already; a parameter may still get a gradient in the last.
             complete = not self._order.arrivals
             if complete:
-                self._run(Observation(ArrivalBuckets(0), self._name, self._order.arrivals), backward)
+                # Gradients that a checkpoint brought must not be freed.
+                with without_gradients(self._parameters()):
+                    self._run(Observation(ArrivalBuckets(0), self._name, self._order.arrivals), backward)
             self._order.agree(self.replicas, list(self._parameters()), self._name, complete)
         clips = Clips(self.optimizer, clipping)
         if self._must_measure(clips):
@@ -252,6 +251,7 @@ class Layerwise(AfterBackward):
     @uncompiled
     def begin(self, clipping: Clipping | None = None, scaler: GradScaler | None = None) -> None:
         """Has the next backward pass step the optimizer."""
+        self.torn = False
         self._hooks.add(self._trainable())  # also what was added or unfrozen since
         if self.replicas is None:
             refuse_separate_processes(self._parameters())
@@ -304,6 +304,7 @@ class Layerwise(AfterBackward):
     def abort(self) -> None:
         """Abandons the current backward and drops its gradients; what was stepped stays stepped."""
         if self._pass is not None:
+            self.torn = self.is_stepping
             self._pass, self._measured = None, None
             self.optimizer.zero_grad(set_to_none=True)
 

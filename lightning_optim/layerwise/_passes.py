@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Protocol
 
 import torch
@@ -16,6 +17,19 @@ from lightning_optim.layerwise._clips import Clips, Totals
 from lightning_optim.layerwise._coupled import Watch
 from lightning_optim.layerwise._split_parts import SplitParts
 from lightning_optim.stepping import norms_of
+
+
+@contextmanager
+def without_gradients(parameters: Iterable[Tensor]) -> Iterator[None]:
+    """Inside, parameters have no gradients; afterwards they have those from before."""
+    alive = [(parameter, parameter.grad) for parameter in parameters]
+    for parameter, _ in alive:
+        parameter.grad = None
+    try:
+        yield
+    finally:
+        for parameter, gradient in alive:
+            parameter.grad = gradient
 
 
 class Observer(Protocol):

@@ -33,6 +33,7 @@ from lightning_optim.table import LayerwiseOptions, parse
 from lightning_optim.trainer import _packages as packages
 from lightning_optim.trainer._expected import Expected, OwnHook
 from lightning_optim.trainer._length import Length
+from lightning_optim.trainer.callbacks._accumulated import AccumulatedCallback
 from lightning_optim.trainer.callbacks._finders import AfterFinders, Built, forgetful_finder, has_finder
 from lightning_optim.trainer.callbacks._graph import GraphCallback
 from lightning_optim.trainer.callbacks._layerwise import LayerwiseCallback, steps_in_backward, takes
@@ -126,6 +127,7 @@ def attend(module: LightningModule, own: OwnHook) -> Any:
         if layerwise is not None:
             options = LayerwiseOptions(bucket_mb=layerwise.bucket_mb)
             LayerwiseCallback.attach(trainer, optimizer, options, f"the module's layerwise {type(optimizer).__name__}")
+    AccumulatedCallback.attach(trainer)
     return configured
 
 
@@ -176,6 +178,8 @@ def _resolve(
     if spec.layerwise or steps_in_backward(trainer):
         options = LayerwiseOptions(**resolved.options.select("layerwise"))
         LayerwiseCallback.attach(trainer, optimizer, options, asked if spec.layerwise else None)
+    # Last, to be the first that is told of a backward.
+    AccumulatedCallback.attach(trainer)
     return resolved
 
 

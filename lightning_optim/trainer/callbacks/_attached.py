@@ -22,7 +22,9 @@ class Attached(Callback):
         return self
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        self._detach(trainer)
+        # The user's callbacks, which come later, may save: the checkpoint needs what this one adds. Lightning goes
+        # through this very list.
+        trainer.callbacks.append(_AtLast(self))  # type: ignore[attr-defined]
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self._detach(trainer)
@@ -30,4 +32,15 @@ class Attached(Callback):
     def _detach(self, trainer: Trainer) -> None:
         """Removes the callback; safe while Lightning runs its callbacks' hooks."""
         # A new list: Lightning is iterating over the old one.
+        trainer.callbacks = [other for other in trainer.callbacks if other is not self]  # type: ignore[attr-defined]
+
+
+class _AtLast(Callback):
+    """Stands at the end of the callbacks that are told of an exception, and detaches one of the first."""
+
+    def __init__(self, attached: Attached) -> None:
+        self._attached = attached
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        self._attached._detach(trainer)
         trainer.callbacks = [other for other in trainer.callbacks if other is not self]  # type: ignore[attr-defined]

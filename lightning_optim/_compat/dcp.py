@@ -19,7 +19,7 @@ from torch.distributed.checkpoint.planner import ReadItem
 from torch.distributed.checkpoint.state_dict_loader import _load_state_dict
 from torch.serialization import _get_layout
 
-__all__ = ["Entry", "entries", "read_whole"]
+__all__ = ["entries", "read_whole"]
 
 # The file that says where in the others everything is: a pickle.
 _METADATA = ".metadata"

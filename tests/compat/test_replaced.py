@@ -27,6 +27,7 @@ REPLACED = {
     "load_state_dict": "exact resume of optimizers that run no hooks (build/_resume.py)",
     "main_params": "parts that clip their own gradients (trainer/callbacks/_own_clips.py)",
     "profile": "the warning for hooks that read gradients (trainer/callbacks/_gradient_readers.py)",
+    "save_checkpoint": "distributed checkpoints that are never half written (trainer/strategies/_whole_folder.py)",
     "step": "every layerwise optimizer (layerwise/_engine.py, layerwise/_split_step.py)",
 }
 
@@ -89,6 +90,7 @@ class Thaws(BaseFinetuning):
         ("main_params", "precision_plugin", {}),
         ("main_params", "precision_plugin", {"plugins": fp16_mixed}),
         ("profile", "profiler", {}),
+        ("save_checkpoint", "strategy", {}),
         ("step", "", {}),
         ("step", "", {"plugins": fp16_mixed}),
     ],

@@ -22,6 +22,7 @@ from lightning_optim.build import (
     build_optimizer,
     build_schedule,
     convert_training_arguments,
+    migrate_state_dict,
 )
 from lightning_optim.errors import (
     DuplicateOptimizer,
@@ -134,6 +135,7 @@ __all__ = [
     "compare_memory",
     "convert_training_arguments",
     "estimate_memory",
+    "migrate_state_dict",
     "option",
     "recommend",
     "register",

@@ -34,6 +34,7 @@ from lightning_optim.build._factory import (
 )
 from lightning_optim.build._from_transformers import convert_training_arguments
 from lightning_optim.build._memory import measured_bytes, parameter_bytes, state_bytes
+from lightning_optim.build._migrate import migrate_state_dict
 from lightning_optim.build._module_schedule import FollowingSchedule, peak_rate
 from lightning_optim.build._part_schedules import curves_of, main_curve, schedule_of, schedule_text
 from lightning_optim.build._plain import plain, storable
@@ -89,6 +90,7 @@ __all__ = [
     "long_warmup",
     "main_curve",
     "measured_bytes",
+    "migrate_state_dict",
     "other_schedule",
     "parameter_bytes",
     "peak_rate",

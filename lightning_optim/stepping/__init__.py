@@ -24,7 +24,15 @@ from lightning_optim.stepping._sharding import (
     without_reduction,
 )
 from lightning_optim.stepping._spreading import SpreadsStates, spread_state
-from lightning_optim.stepping._state_marks import FORMAT, IDENTIFIER, MARKS, MEMBERS, check_state, refuse_foreign
+from lightning_optim.stepping._state_marks import (
+    FORMAT,
+    IDENTIFIER,
+    MARKS,
+    MEMBERS,
+    check_state,
+    plain_name,
+    refuse_foreign,
+)
 from lightning_optim.stepping._together import Deal, Sum, Together, Update, add_up, alone, run_together, side_by_side
 from lightning_optim.stepping._uncompiled import StepsUncompiled, uncompiled
 from lightning_optim.stepping._valid_groups import only_valid_groups
@@ -62,6 +70,7 @@ __all__ = [
     "only_valid_groups",
     "own_clips",
     "parts_of",
+    "plain_name",
     "preparations",
     "prepare_step",
     "refuse_foreign",

@@ -85,8 +85,10 @@ def _refuse_other_parameters(own: Sequence[Group], saved: Sequence[Group]) -> No
         raise InvalidOption(
             f"the optimizer's state belongs to other groups: here they are {here}, in the checkpoint {there}. {_SAME}"
         )
+    if not all(MEMBERS in group for group in (*own, *saved)):
+        _refuse_other_sizes(own, saved)
     pairs = [
-        (_plain(here), _plain(there))
+        (plain_name(here), plain_name(there))
         for mine, theirs in zip(own, saved, strict=False)
         if MEMBERS in mine and MEMBERS in theirs
         for here, there in zip_longest(mine[MEMBERS], theirs[MEMBERS], fillvalue="nothing")
@@ -97,6 +99,18 @@ def _refuse_other_parameters(own: Sequence[Group], saved: Sequence[Group]) -> No
     raise InvalidOption(
         f"the optimizer's state belongs to other groups: {other[0]!r} stands where the checkpoint has {other[1]!r}. "
         f"{_SAME}"
+    )
+
+
+def _refuse_other_sizes(own: Sequence[Group], saved: Sequence[Group]) -> None:
+    here, there = ([len(group["params"]) for group in groups if "params" in group] for groups in (own, saved))
+    if len(here) != len(own) or len(there) != len(saved) or here == there:
+        return
+    held = ", ".join(f"{group.get('name', 'a group')}: {size}" for group, size in zip(own, here, strict=True))
+    raise InvalidOption(
+        f"the state in the checkpoint has {len(there)} group(s), of {', '.join(map(str, there))} parameters, and does "
+        f"not name them; here they are {len(here)} ({held}). lightning_optim.migrate_state_dict(state_dict, optimizer, "
+        f"parameters) gives each parameter its own, {_ANEW}."
     )
 
 
@@ -117,7 +131,7 @@ def _same_but_for_a_prefix(pairs: Sequence[tuple[str, str]]) -> bool:
     return False
 
 
-def _plain(name: str) -> str:
+def plain_name(name: str) -> str:
     """Returns a parameter's name without torch.compile's additions."""
     return name.replace("_orig_mod.", "")
 

@@ -81,6 +81,12 @@ def configured(config: Path | None, model: str | None, data: str | None) -> Work
         sys.path.insert(0, os.getcwd())
     if config is not None and not config.is_file():
         raise InvalidOption(f"--config {config}: there is no such file")
+    try:
+        held = yaml.safe_load(config.read_text(encoding="utf-8")) if config is not None else {}
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
+        raise InvalidOption(f"--config {config} is no plain YAML: {error}") from error
+    if not isinstance(held or {}, dict):
+        raise InvalidOption(f"--config {config} is no mapping with model: and trainer:")
     cli = _parse(
         _class(model, "--model", LightningModule),
         _class(data, "--data", LightningDataModule),

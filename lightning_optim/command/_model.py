@@ -40,7 +40,7 @@ def read_config(path: str) -> Mapping[str, Any]:
     """
     try:
         found = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (OSError, yaml.YAMLError) as error:
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         raise BadRequest(f"--config {path}: {error}") from error
     if isinstance(found, Mapping) and isinstance(found.get("fit"), Mapping):
         found = found["fit"]

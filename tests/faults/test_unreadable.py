@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from lightning_optim import OptimCallback, UnreadableCheckpoint
+from lightning_optim.command._entry import main
 from lightning_optim.files import check_file
 from tests.faults.files import FOREIGN, Runs, flipped
 from tests.models import ForeignTokens, LitTokens, loader, trainer
@@ -140,3 +141,31 @@ def test_who_asks_for_code_gets_it(file: Path) -> None:
     refused(file, "mkdir.*weights_only=False", fit)
     fit(file, weights_only=False)
     assert file.with_suffix(".ran").exists()
+
+
+CONFIGS = {
+    "an image": b"\x89PNG\r\n\x1a\n" + bytes(range(256)),
+    "zeros": bytes(10),
+    "too deep": b"[" * 20_000,
+    "code": b"!!python/object/apply:os.mkdir [ran]",
+    "no mapping": b"- 1",
+}
+
+
+@pytest.mark.parametrize("command", ["memory", "info", "recommend", "bench", "convert"])
+@pytest.mark.parametrize("kind", [*CONFIGS, "a folder", "nothing"])
+def test_commands_refuse_files_of_something_else(
+    kind: str, command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    file = tmp_path / "run.yaml"
+    if kind == "a folder":
+        file.mkdir()
+    elif kind in CONFIGS:
+        file.write_bytes(CONFIGS[kind])
+    flags = ["--steps", "2", "--no-picture"] if command == "bench" else []
+    assert main([command, *([] if command == "convert" else ["--config"]), str(file), *flags]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"lightning-optim {command}: error: ")
+    assert str(file) in error
+    assert [path.name for path in tmp_path.iterdir()] == (["run.yaml"] if kind != "nothing" else [])

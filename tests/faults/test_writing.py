@@ -8,6 +8,8 @@ import os
 import resource
 import shutil
 import signal
+import sys
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -15,12 +17,13 @@ from typing import Any
 
 import pytest
 import torch
+from lightning.pytorch import Callback
 
 from lightning_optim.bench._records import Records
 from lightning_optim.command._entry import main
 from lightning_optim.errors import InvalidOption
 from lightning_optim.files import written_whole
-from tests.models import LitTokens, loader, trainer
+from tests.models import ForeignTokens, LitTokens, loader, trainer
 
 BEFORE = b"weeks of training"
 
@@ -40,16 +43,19 @@ def names(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
 
 
-def save(run: Any, file: Path) -> None:
+class Saves(Callback):
     """Saves as ``ModelCheckpoint`` does while a fit runs."""
-    from lightning.pytorch import Callback
 
-    class Saves(Callback):
-        def on_train_batch_end(self, trainer: Any, *args: Any) -> None:
-            trainer.save_checkpoint(file)
+    def __init__(self, file: Path) -> None:
+        self.file = file
 
-    run.callbacks.append(Saves())
-    run.fit(LitTokens(8), loader(1))
+    def on_train_batch_end(self, trainer: Any, *args: Any) -> None:
+        trainer.save_checkpoint(self.file)
+
+
+def save(run: Any, file: Path, module: Any = None) -> None:
+    run.callbacks.append(Saves(file))
+    run.fit(module or LitTokens(8), loader(1))
 
 
 def test_a_full_disk_leaves_the_checkpoint_before(tmp_path: Path) -> None:
@@ -196,3 +202,29 @@ def test_a_killed_process_leaves_the_file_before(tmp_path: Path) -> None:
         torch.save({"state_dict": {}}, beside)
     assert names(tmp_path) == ["last.ckpt"]
     shutil.rmtree(tmp_path)
+
+
+@pytest.mark.skipif(
+    not Path("/dev/shm").is_dir() or os.stat("/dev/shm").st_dev == os.stat(tempfile.gettempdir()).st_dev,
+    reason="needs a second disk",
+)
+@pytest.mark.parametrize("module", [LitTokens, ForeignTokens])
+def test_a_copy_from_the_disk_of_temporary_files_is_cut_off(module: type[Any], tmp_path: Path) -> None:
+    """As docs/checkpoints.md says, Lightning alone loses the file before; with this package it stays."""
+    file = tmp_path / "last.ckpt"
+    file.write_bytes(BEFORE)
+    model, run = module(8), trainer(max_steps=1)
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as other:
+        child = os.fork()
+        if not child:
+            tempfile.tempdir = other
+            sys.setprofile(_dies_in_a_copy)
+            save(run, file, model)
+            os._exit(0)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+    assert file.read_bytes() == (BEFORE if module is LitTokens else b"")
+
+
+def _dies_in_a_copy(frame: Any, event: str, argument: Any) -> None:
+    if event == "c_call" and argument.__name__ in ("sendfile", "copy_file_range"):
+        os.kill(os.getpid(), signal.SIGKILL)

@@ -27,8 +27,10 @@ from lightning_optim.errors import (
     MissingDependency,
     UnknownOptimizer,
     UnknownSchedule,
+    UnreadableCheckpoint,
     UntrustedOptimizer,
 )
+from lightning_optim.files import check_file
 from lightning_optim.table import REGISTRY, as_mapping
 from lightning_optim.trainer import _packages as packages
 from lightning_optim.trainer._mixin import OptimMixin
@@ -37,6 +39,16 @@ from lightning_optim.trainer.accelerators import NPUAccelerator, PJRTAccelerator
 
 # The torch scheduler of `--optimizer CLASS`; Lightning calls it `lr_scheduler`, which here takes a schedule's name.
 _TORCH_SCHEDULER = "torch_lr_scheduler"
+
+
+_TYPED_WRONG = (
+    UnknownOptimizer,
+    UnknownSchedule,
+    InvalidOption,
+    IncompatibleTrainer,
+    MissingDependency,
+    UnreadableCheckpoint,
+)
 
 
 class OptionText:
@@ -176,7 +188,10 @@ class OptimCLI(LightningCLI):
             self.optim_config = self._checked_config()
             if self.optim_config and self.config.get("subcommand") in (None, "fit"):
                 self.optim_config.ensure_available()
-        except (UnknownOptimizer, UnknownSchedule, InvalidOption, IncompatibleTrainer, MissingDependency) as error:
+            if self.config.get("subcommand"):
+                # Lightning reads hyperparameters from it before the Trainer looks at it.
+                check_file(self.config[self.config.subcommand].get("ckpt_path"))
+        except _TYPED_WRONG as error:
             self.parser.error(str(error))
         self._said = set(trust.words(self.config.as_dict()))
 

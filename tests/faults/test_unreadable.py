@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from lightning_optim import OptimCallback, UnreadableCheckpoint
+from lightning_optim import OptimCallback, OptimCLI, UnreadableCheckpoint
 from lightning_optim.command._entry import main
 from lightning_optim.files import check_file
 from tests.faults.files import FOREIGN, Runs, flipped
@@ -105,6 +105,16 @@ def test_files_without_checksums_are_read(tmp_path: Path) -> None:
     finally:
         torch.serialization.set_crc32_options(True)
     check_file(tmp_path / "without.ckpt")
+
+
+def test_the_command_line_refuses_it_too(
+    file: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    FOREIGN["truncated"][0](file)
+    monkeypatch.setattr("sys.argv", ["train.py", "fit", "--optim", "sgd", "--ckpt_path", str(file)])
+    with pytest.raises(SystemExit):
+        OptimCLI(ForeignTokens, seed_everything_default=False)
+    assert f"{file} cannot be read: it is truncated" in " ".join(capsys.readouterr().err.split())
 
 
 def test_a_folder_is_refused(tmp_path: Path) -> None:

@@ -172,6 +172,8 @@ def _flat(state: Mapping[str, Any]) -> dict[str, Any]:
 def _fits(value: Any, parameter: Tensor, copies: int | None) -> bool:
     if copies is None or not isinstance(value, Tensor):
         return value is not None
+    if copies == 1 and value.ndim > 1 and value.shape != parameter.shape:
+        return False
     # Also quantized: there is one code per element.
     return value.numel() == copies * parameter.numel()
 

@@ -136,6 +136,15 @@ def test_a_module_and_one_that_owns_it_hold_the_same_parameters() -> None:
     build_optimizer(bare, "adamw_torch").load_state_dict(saved("adamw_torch"))
 
 
+def test_a_matrix_of_the_other_orientation_is_another_one() -> None:
+    """As a Trainer of elsewhere may have listed them; they have as many elements."""
+    layers = nn.ModuleList([nn.Linear(8, 4, bias=False), nn.Linear(4, 8, bias=False)])
+    theirs = torch.optim.AdamW([*layers.parameters()][::-1])
+    step(theirs)
+    with pytest.raises(InvalidOption, match=r"another optimizer's: it has step, exp_avg \[8, 4\]"):
+        build_optimizer(layers, "adamw_torch").load_state_dict(theirs.state_dict())
+
+
 def test_what_torch_wrote_is_loaded_and_marked() -> None:
     layers = model()
     theirs = torch.optim.AdamW([p for p in layers.parameters() if p.requires_grad and p.ndim > 1])

@@ -15,8 +15,8 @@ from lightning.pytorch import Callback
 from lightning.pytorch.strategies import ModelParallelStrategy
 
 from lightning_optim import LayerwiseFSDP2Strategy
-from tests.layerwise_fsdp2_worker import Sharded
 from tests.models import loader, trainer
+from tests.sharded.layerwise_fsdp2_worker import Sharded
 
 NAMES = {"ours": "adamw_torch_layerwise", "lightnings": "adamw_torch"}
 

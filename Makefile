@@ -7,7 +7,7 @@ COLLECTIONS_VENV := .venv-collections
 # For another Python: `make test-oldest PYTHON=python3.10 OLDEST_VENV=.venv-oldest-3.10`.
 OLDEST_VENV := .venv-oldest
 
-.PHONY: venv demo test test-benchmarks test-sharded test-collections test-npu-contract test-gpu test-xla test-oldest test-python lint docs benchmarks bench-quick survey clean
+.PHONY: venv demo test test-benchmarks test-sharded test-long test-collections test-npu-contract test-gpu test-xla test-oldest test-python lint docs benchmarks bench-quick survey clean
 
 venv: $(VENV)/.installed
 
@@ -35,6 +35,10 @@ test-benchmarks: venv
 # and in four; checkpoints from 1, 2 and 4 in 1, 2 and 4; pairs of optimizers under ddp.
 test-sharded: venv
 	LIGHTNING_OPTIM_SHARDED_TESTS=1 $(BIN)/python -m pytest tests/sharded tests/trainer/test_composite_ddp.py
+
+# 10,000 steps, 300 fits, 2,000 parameters, four processes: nothing grows, and nothing touches each other.
+test-long: venv
+	LIGHTNING_OPTIM_LONG_TESTS=1 $(BIN)/python -m pytest tests/long
 
 # Optimizers of the big collections, which no row describes, in an environment of their own. timm needs torchvision: see
 # benchmarks/declare_torchvision_operators.py.

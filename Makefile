@@ -36,7 +36,7 @@ test-benchmarks: venv
 test-sharded: venv
 	LIGHTNING_OPTIM_SHARDED_TESTS=1 $(BIN)/python -m pytest tests/sharded tests/trainer/test_composite_ddp.py
 
-# 10,000 steps, 300 fits, 2,000 parameters, four processes: nothing grows, and nothing touches each other.
+# 10,000 steps, 300 fits, 2,000 parameters, four processes: nothing grows, and nothing touches each other. Five minutes.
 test-long: venv
 	LIGHTNING_OPTIM_LONG_TESTS=1 $(BIN)/python -m pytest tests/long
 

@@ -135,6 +135,17 @@ def test_half_a_micro_batch_is_refused(tmp_path: Path) -> None:
     assert "the backward of the next one had begun" in refusal(tmp_path / "on_exception.ckpt")
 
 
+def test_what_is_saved_on_an_exception_is_written_whole(tmp_path: Path) -> None:
+    class Sees(Callback):
+        def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+            self.writer = type(trainer.strategy.checkpoint_io).__name__
+
+    sees = Sees()
+    with pytest.raises(RuntimeError, match="interrupted"):
+        fit("adamw_torch", Interrupts(1, "start"), sees)
+    assert sees.writer == "_WholeFiles"
+
+
 def test_an_interrupted_first_micro_batch_is_taken_again(tmp_path: Path) -> None:
     whole, _ = fit("adamw_torch")
     with pytest.raises(RuntimeError, match="interrupted"):

@@ -15,6 +15,7 @@ from torch import Tensor
 from lightning_optim._compat import kernels
 from lightning_optim.errors import InvalidOption, listing
 from lightning_optim.optimizers._base import OwnOptimizer, hyperparameters
+from lightning_optim.stepping import as_group
 
 #: The dtypes that a state may have.
 StateDtype = Literal["float32", "bfloat16", "float16", "float64"]
@@ -65,7 +66,7 @@ class AnyPrecisionAdamW(OwnOptimizer):
         super().__init__(params, _with_dtype_names(hyperparameters(locals())))
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        super().add_param_group(_with_dtype_names(param_group))
+        super().add_param_group(_with_dtype_names(as_group(param_group)))
 
     def _check_group(self, group: dict[str, Any]) -> None:
         super()._check_group(group)

@@ -15,7 +15,7 @@ from lightning_optim.optimizers._base import gradients, hyperparameters, to_comp
 from lightning_optim.optimizers._low_rank import LowRankAdamW, StateDtype
 from lightning_optim.optimizers._matrices import as_matrices, as_matrix
 from lightning_optim.optimizers._projection import ProjectionMethod, ProjectionType, products, project
-from lightning_optim.stepping import Update
+from lightning_optim.stepping import Update, as_group
 
 
 class GaLoreAdamW(LowRankAdamW):
@@ -69,7 +69,7 @@ class GaLoreAdamW(LowRankAdamW):
         super().__init__(params, hyperparameters(locals()))
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        eps, match = (param_group.get(name, self.defaults[name]) for name in ("eps", "match_galore_torch"))
+        eps, match = (as_group(param_group).get(name, self.defaults[name]) for name in ("eps", "match_galore_torch"))
         super().add_param_group({**param_group, "eps": default_eps(match) if eps is None else eps})
 
     def _step_plainly(self, parameters: list[Tensor], step: int, group: dict[str, Any]) -> None:

@@ -29,7 +29,7 @@ from lightning_optim.optimizers._base import (
 from lightning_optim.optimizers._matrices import as_matrices, named, refuse_vectors
 from lightning_optim.optimizers._newton_schulz import iteration_dtype, orthogonalize, stack_size
 from lightning_optim.optimizers._projection import matrix_shape
-from lightning_optim.stepping import Deal, Layout, Sum, Together, Update, side_by_side
+from lightning_optim.stepping import Deal, Layout, Sum, Together, Update, as_group, side_by_side
 
 #: The rule for the length of an update.
 LrScale = Literal["original", "match_rms_adamw"]
@@ -112,7 +112,7 @@ class Muon(OwnOptimizer):
         super().__init__(params, _with_dtype_name(hyperparameters(locals())))
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        super().add_param_group(_with_dtype_name(param_group))
+        super().add_param_group(_with_dtype_name(as_group(param_group)))
 
     def _check_group(self, group: dict[str, Any]) -> None:
         super()._check_group(group)

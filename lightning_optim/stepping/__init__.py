@@ -35,7 +35,7 @@ from lightning_optim.stepping._state_marks import (
 )
 from lightning_optim.stepping._together import Deal, Sum, Together, Update, add_up, alone, run_together, side_by_side
 from lightning_optim.stepping._uncompiled import StepsUncompiled, uncompiled
-from lightning_optim.stepping._valid_groups import only_valid_groups
+from lightning_optim.stepping._valid_groups import as_group, only_valid_groups
 
 __all__ = [
     "FORMAT",
@@ -57,6 +57,7 @@ __all__ = [
     "Update",
     "add_up",
     "alone",
+    "as_group",
     "averaging_parts",
     "check_state",
     "forget_gathered",

@@ -16,6 +16,7 @@ from lightning_optim.stepping._averaging import KeepsTrainingPoint
 from lightning_optim.stepping._clipping import Clipping
 from lightning_optim.stepping._state_marks import refuse_other_groups
 from lightning_optim.stepping._uncompiled import StepsUncompiled, uncompiled
+from lightning_optim.stepping._valid_groups import as_group
 
 #: A group's key for the name of the part that steps it.
 PART = "part"
@@ -79,7 +80,7 @@ class Composite(StepsUncompiled):
             # In the constructor: the groups are parts' already.
             super().add_param_group(param_group)
             return
-        name = param_group.get(PART, next(iter(self.parts)))
+        name = as_group(param_group).get(PART, next(iter(self.parts)))
         given = param_group["params"]
         members = [given] if isinstance(given, Tensor) else list(given)
         if not set(_parameters(self.param_groups)).isdisjoint(members):

@@ -68,7 +68,19 @@ class _BitsPerGroup(StepsUncompiled):
                     )
 
     def load_state_dict(self, state_dict: dict[str, Any], *args: Any, **kwargs: Any) -> None:
-        """Loads as upstream does, and runs the hooks that torch would run."""
+        """Loads as upstream does, and runs the hooks that torch would run.
+
+        Raises:
+            InvalidOption: If torch has lost the states' tensors: upstream nests them in a dict, and what
+                ``torch.distributed.checkpoint`` flattens it does not put together again.
+        """
+        states = [state for state in state_dict.get("state", {}).values() if isinstance(state, dict)]
+        if any(value == {} for state in states for value in state.values() if isinstance(value, dict)):
+            raise InvalidOption(
+                f"the state dict has empty entries for {type(self).__name__}: flatten_optimizer_state_dict=True of "
+                "torch.distributed.checkpoint loses what bitsandbytes nests. Save and load with "
+                "StateDictOptions(flatten_optimizer_state_dict=False), the default."
+            )
         before, after = load_hooks(self)
         for hook in before:
             state_dict = hook(self, state_dict) or state_dict

@@ -9,6 +9,7 @@ import optimi
 import torch
 from optimi.utils import HAS_TRITON
 from torch import Tensor
+from torch.optim import Optimizer
 
 from lightning_optim.stepping import StepsUncompiled
 
@@ -31,16 +32,25 @@ class StableAdamW(StepsUncompiled, optimi.StableAdamW):
         super().add_param_group(param_group)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        groups = state_dict["param_groups"]
-        if len(groups) == len(self.param_groups):  # else torch raises
-            groups = [{**group, **_kernels(own)} for group, own in zip(groups, self.param_groups, strict=True)]
-        super().load_state_dict({**state_dict, "param_groups": groups})
+        # Runs after hooks registered by others, which may translate a state dict.
+        handle = self.register_load_state_dict_pre_hook(_with_own_kernels)
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            handle.remove()
         for group in self.param_groups:
             for parameter in group["params"] if group["triton"] else ():
                 state = self.state[parameter]
                 if "kahan_comp" in state and state["kahan_comp"] is None:
                     # The kernels want a pointer even if nothing is compensated.
                     state["kahan_comp"] = torch.zeros(1, dtype=torch.uint8, device=parameter.device)
+
+
+def _with_own_kernels(optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
+    groups = state_dict["param_groups"]
+    if len(groups) == len(optimizer.param_groups):  # else torch raises
+        groups = [{**group, **_kernels(own)} for group, own in zip(groups, optimizer.param_groups, strict=True)]
+    return {**state_dict, "param_groups": groups}
 
 
 def _kernels(group: dict[str, Any]) -> dict[str, Any]:

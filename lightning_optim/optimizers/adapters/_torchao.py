@@ -17,6 +17,7 @@ from typing import Any, ClassVar
 import torch
 import torchao.optim
 from torch import Tensor
+from torch.optim import Optimizer
 from torchao.optim.subclass_4bit import OptimState4bit
 from torchao.optim.subclass_8bit import OptimState8bit
 from torchao.optim.subclass_fp8 import OptimStateFp8
@@ -86,17 +87,28 @@ class _PlainCheckpoints(StepsUncompiled, AdamBase):
         return state_dict
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        saved = state_dict["state"]
-        indices = [index for group in state_dict["param_groups"] for index in group["params"]]
         # torch casts every floating-point state to the parameter's dtype and deep-copies dicts: it gets only the other
         # entries; quantized ones and the float32 ones of full-precision groups are set afterwards.
         reserved = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
-        plain = {
-            index: {name: value for name, value in saved[index].items() if name not in reserved}
-            for index in indices
-            if index in saved
-        }
-        super().load_state_dict({**state_dict, "state": {**saved, **plain}})
+        saved: dict[Any, Any] = {}
+        indices: list[Any] = []
+
+        def keep(_: Optimizer, given: dict[str, Any]) -> dict[str, Any]:
+            saved.update(given["state"])
+            indices.extend(index for group in given["param_groups"] for index in group["params"])
+            plain = {
+                index: {name: value for name, value in saved[index].items() if name not in reserved}
+                for index in indices
+                if index in saved
+            }
+            return {**given, "state": {**saved, **plain}}
+
+        # Runs after hooks registered by others, which may translate a state dict.
+        handle = self.register_load_state_dict_pre_hook(keep)
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            handle.remove()
         parameters = [parameter for group in self.param_groups for parameter in group["params"]]
         for index, parameter in zip(indices, parameters, strict=True):
             for name in reserved:

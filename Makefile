@@ -7,7 +7,10 @@ COLLECTIONS_VENV := .venv-collections
 # For another Python: `make test-oldest PYTHON=python3.10 OLDEST_VENV=.venv-oldest-3.10`.
 OLDEST_VENV := .venv-oldest
 
-.PHONY: venv demo test test-benchmarks test-sharded test-long test-collections test-npu-contract test-gpu test-xla test-oldest test-python lint docs benchmarks bench-quick survey clean
+.PHONY: venv demo test test-benchmarks test-sharded test-long test-collections test-npu-contract test-gpu test-xla test-oldest test-python stress stress-quick lint docs benchmarks bench-quick survey clean
+
+# Where the figures of pages go.
+FIGURES := docs/bench
 
 venv: $(VENV)/.installed
 
@@ -101,6 +104,14 @@ $(XLA_VENV)/.installed $(OLDEST_VENV)/.installed: requirements-torch-2.9.txt
 	rm -f $(@D)/lib/python*/site-packages/nvidia/cudnn/lib/libcudnn_*
 	touch $@
 
+# Whatever may meet in a fit, in pairs: docs/reliability.md. Ctrl-C interrupts it, and the same command goes on. The
+# quick form, in which every value occurs, is a part of `make test`, too.
+stress: venv
+	OMP_NUM_THREADS=1 $(BIN)/python -W ignore -m tests.stress --output $(FIGURES)/stress.json
+
+stress-quick: venv
+	OMP_NUM_THREADS=1 $(BIN)/python -W ignore -m tests.stress --quick
+
 lint: venv
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -110,9 +121,6 @@ lint: venv
 docs: venv
 	$(BIN)/python docs/generate.py
 	$(BIN)/sphinx-build --fail-on-warning --keep-going --quiet -b html docs docs/_build
-
-# Where the figures of pages go.
-FIGURES := docs/bench
 
 # Prints ratios of interleaved runs, with the hardware and the versions. Those that pages show go to $(FIGURES), too.
 benchmarks: venv

@@ -44,6 +44,7 @@ __all__ = [
     "logged_results",
     "logged_step",
     "note_hyperparameters",
+    "restore_data",
     "restricted_classmethod",
     "running_trainer",
     "saves_shards",
@@ -120,6 +121,19 @@ def logged_results(loop: Any) -> Any:
 def has_data(loop: Any) -> bool:
     """Whether a loop has a dataloader: where validation has, a plateau schedule waits for its metric."""
     return bool(loop._data_source.is_defined())
+
+
+def restore_data(trainer: Trainer) -> None:
+    """Gives dataloaders that go on where they were their states from the checkpoint, if they were made before it.
+
+    They are when the length of the training is asked for, and Lightning forgets to do it then: a run that goes on in
+    the middle of an epoch would begin that epoch's data anew.
+    """
+    loop = trainer.fit_loop
+    if loop.restarting and loop._combined_loader_states_to_load and loop._combined_loader is not None:
+        loop._load_combined_loader_states()
+        # The iterator is of the state before.
+        iter(loop._data_fetcher)  # type: ignore[arg-type]
 
 
 def take_apart(configured: Any) -> tuple[list[Optimizer], list[Any], str | None]:

@@ -124,6 +124,8 @@ class ResolvedOptimizer:
 
         Raises:
             InvalidParamGroups: If some belong to an optimizer that was not built, because it had nothing to train.
+            IncompatibleTrainer: If some cannot be stepped by the optimizer they belong to; when it was built, they were
+                frozen.
         """
         found = []
         by_name = {built.request.name: built for built in self.each}
@@ -141,7 +143,10 @@ class ResolvedOptimizer:
             )
             first = built.optimizer.param_groups[0]
             whose = {key: first[key] for key in (IDENTIFIER, FORMAT, PART) if key in first}
-            found += [{**group, **whose} for group in make_groups(part.parameters, built.spec, built.options, policy)]
+            groups = make_groups(part.parameters, built.spec, built.options, policy)
+            request = rules.Request(built.spec, part.config.replace(optim=built.name), built.options)
+            rules.check_run(rules.Run(request, part.parameters, groups))
+            found += [{**group, **whose} for group in groups]
         return found
 
     def substitution(self, asked: str) -> str:

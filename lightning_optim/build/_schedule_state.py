@@ -15,6 +15,8 @@ from lightning_optim.errors import InvalidOption
 
 _NAME = "name"
 PLATEAU = "reduce_lr_on_plateau"
+# How the text for a schedule that has no name here begins.
+_FOREIGN = "another package's schedule"
 # Attributes of this run alone.
 _TRANSIENT = frozenset({"resumed", "replaces"})
 _SETTINGS = (
@@ -37,14 +39,17 @@ def written_by(state: Mapping[str, Any]) -> str | None:
     if "num_bad_epochs" in state:
         return PLATEAU
     others = sorted(set(state) - STEP_SCHEDULE_STATE)
-    return f"another scheduler's ({', '.join(others)})" if others else None
+    return f"{_FOREIGN} (its state has {', '.join(others)})" if others else None
 
 
 def other_schedule(asked: str | None, written: str | None) -> InvalidOption:
     """Returns the error for a run whose schedule is not the checkpoint's; ``None`` stands for none."""
+    foreign = written is not None and written.startswith(_FOREIGN)
+    given = written if foreign else f"lr_scheduler={written!r}"
+    resume = "what makes that one: the callback or the module's own schedule" if foreign else given
     return InvalidOption(
-        f"lr_scheduler={asked!r}, and the checkpoint was written with lr_scheduler={written!r}: the learning rate "
-        f"would follow neither. Resume with lr_scheduler={written!r}; or pass override_on_resume=['lr_scheduler'] to "
+        f"lr_scheduler={asked!r}, and the checkpoint was written with {given}: the learning rate would follow neither. "
+        f"Resume with {resume}; or pass override_on_resume=['lr_scheduler'] to "
         "go on with what was asked, at the step of the checkpoint; or start anew from its weights: "
         "LitModel.load_from_checkpoint(path)."
     )

@@ -75,5 +75,8 @@ def _floats(state: Mapping[str, Any]) -> Iterator[Tensor]:
         value = getattr(value, "scale", value)
         if is_sharded(value):
             value = value.to_local()
+        if value.is_sparse:
+            # The momentum of sparse gradients.
+            value = value.coalesce().values()
         if value.is_floating_point() and value.numel():
             yield value

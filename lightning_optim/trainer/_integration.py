@@ -196,6 +196,7 @@ def _facts(trainer: Trainer) -> TrainerFacts:
         processes=trainer.world_size,
         makes_graphs=takes(trainer.lightning_module, "create_graph"),
         steps_in_backward=steps_in_backward(trainer),
+        logs=not (trainer.barebones and trainer.lightning_module.automatic_optimization),
     )
 
 

@@ -414,6 +414,17 @@ FIT_CASES = (
             ("StochasticWeightAveraging", lambda: StochasticWeightAveraging(1e-3)),
         )
     ],
+    Run(
+        rules._run._plateau_hears_its_metric,
+        {"optim": "adamw_torch", "lr_scheduler": "reduce_lr_on_plateau"},
+        (
+            "'reduce_lr_on_plateau' with Trainer(barebones=True)",
+            "no metric to watch",
+            "Leave barebones out",
+            "'linear'",
+        ),
+        trainer=lambda: {"barebones": True},
+    ),
 )
 
 

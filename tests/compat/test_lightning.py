@@ -8,13 +8,14 @@ from typing import Any
 
 import pytest
 import torch
-from lightning.pytorch.callbacks import Callback, LearningRateFinder
+from lightning.pytorch.callbacks import Callback, LearningRateFinder, ModelCheckpoint
 from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.plugins import MixedPrecision, TorchCheckpointIO, XLAPrecision
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, SingleDeviceStrategy, XLAStrategy
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import StepLR
+from torch.utils.data import DataLoader
 
 from tests.compat.contract import relied_on
 from tests.models import ForeignTokens, LitTokens, loader, trainer
@@ -67,6 +68,53 @@ def test_the_trainer_that_calls_is_found() -> None:
         found: list[bool] = []
         trainer(max_steps=1).fit(Looks(), loader())
         assert found == [True]
+
+
+class GoesOn(DataLoader[Any]):
+    """Goes on where it was, as torchdata's StatefulDataLoader does: from the moment its iterator is made."""
+
+    done = 0
+
+    def __iter__(self) -> Any:
+        # At the end of an epoch there is nothing to skip in the next.
+        self.done, skipped = 0, self.done % len(self)
+        batches = list(super().__iter__())[skipped:]
+        return map(self._count, batches, range(skipped + 1, skipped + 1 + len(batches)))
+
+    def _count(self, batch: Any, done: int) -> Any:
+        self.done = done
+        return batch
+
+    def state_dict(self) -> dict[str, int]:
+        return {"done": self.done}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.done = state["done"]
+
+
+def test_data_that_were_made_before_the_checkpoint_was_read_go_on(tmp_path: Path) -> None:
+    with relied_on("lightning.restore_data", "resuming within an epoch with a schedule") as restore_data:
+
+        class Early(ForeignTokens):
+            def configure_optimizers(self) -> Any:
+                assert self.trainer.estimated_stepping_batches == 4
+                return super().configure_optimizers()
+
+        def run(path: Path | None, restores: bool) -> list[Any]:
+            batches: list[Any] = []
+            keeps = Callback()
+            keeps.on_train_start = lambda trainer, _: restore_data(trainer) if restores else None  # type: ignore[assignment]
+            keeps.on_train_batch_start = lambda _, __, batch, ___: batches.append(batch[0])  # type: ignore[assignment]
+            save = ModelCheckpoint(tmp_path, filename="{step}", every_n_train_steps=3, save_top_k=-1)
+            fit = trainer(max_epochs=1, callbacks=[keeps, save], enable_checkpointing=True)
+            fit.fit(Early(), GoesOn(loader(4).dataset, batch_size=16), ckpt_path=path)
+            return batches
+
+        whole = run(None, True)
+        assert [torch.equal(run(tmp_path / "step=3.ckpt", restores)[0], whole[3]) for restores in (True, False)] == [
+            True,
+            False,
+        ]
 
 
 def test_accumulation_is_known_after_each_backward() -> None:

@@ -670,3 +670,12 @@ def test_fabric_that_scales_by_itself_is_refused() -> None:
 def test_the_suffix_is_taken_once() -> None:
     with pytest.raises(UnknownOptimizer, match="NAdam_layerwise_layerwise"):
         REGISTRY.find("torch.optim.NAdam_layerwise_layerwise")
+
+
+@pytest.mark.parametrize("strategy", ["fsdp2", "layerwise_fsdp2"])
+def test_double_precision_of_shards_is_refused_by_flag_too(strategy: str) -> None:
+    """As Lightning does where the strategy is an object."""
+    model = LitTokens()
+    with pytest.raises(IncompatibleTrainer, match=r"precision='64-true' under .*FSDP2Strategy.*Use '32-true'"):
+        trainer(max_steps=1, strategy=strategy, devices=1, precision="64-true").fit(model, loader())
+    assert not model.losses

@@ -8,7 +8,7 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
-from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint
+from lightning.pytorch.callbacks import BatchSizeFinder, LearningRateMonitor, ModelCheckpoint
 from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_optim import InvalidOption
@@ -115,3 +115,22 @@ def test_lightning_knows_the_schedule(tmp_path: Path) -> None:
     assert len(monitor.lrs) == 2
     # Nothing of it stays behind.
     assert not any("Plateau" in type(callback).__name__ for callback in run.callbacks)  # type: ignore[attr-defined]
+
+
+class Sized(Flat):
+    batch_size = 2
+
+    def train_dataloader(self) -> Any:
+        return DataLoader(loader(batches=4).dataset, batch_size=self.batch_size)
+
+    def val_dataloader(self) -> Any:
+        return loader(batches=1)
+
+
+def test_a_finder_of_batch_sizes_does_not_ask_it(tmp_path: Path) -> None:
+    """Its trials have no validation, and count their first batch as one that any schedule is due at."""
+    found = BatchSizeFinder(init_val=2, max_trials=2, steps_per_trial=1)
+    model = Sized()
+    trainer(max_epochs=3, callbacks=[found], default_root_dir=tmp_path).fit(model)
+    assert model.batch_size == 4
+    assert model.by_epoch[-3:] == [1.0, 1.0, 0.5]

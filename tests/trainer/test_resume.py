@@ -15,8 +15,10 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
 
+from lightning_optim import OptimCallback
 from tests.cases import BY_NAME, KINDS, LAYERWISE, NAMES, case_of
-from tests.models import LitTokens, loader, trainer
+from tests.compat.test_lightning import GoesOn
+from tests.models import ForeignTokens, LitTokens, loader, trainer
 from tests.processes import run_fresh
 
 # What a validation is to leave alone: the point of those that are switched for it, and one of each other way to step.
@@ -98,6 +100,27 @@ def test_a_fresh_process_continues_exactly(
     found, case = outcomes(moment, precision), BY_NAME[name]
     writer, reader = (getattr(case, form) for form in MOVES[move])
     assert_equal(found[case.plain], found[f"{writer}@{reader}"], move)
+
+
+@pytest.mark.parametrize("schedule", [None, "constant", "linear"])
+@pytest.mark.parametrize("by_callback", [False, True])
+def test_data_that_go_on_where_they_were_do_whatever_the_schedule(
+    tmp_path: Path, schedule: str | None, by_callback: bool
+) -> None:
+    """A schedule asks for the length of the training, and Lightning then forgets the state of the dataloaders."""
+
+    def run(path: Path | None) -> dict[str, Any]:
+        torch.manual_seed(0)
+        optim: dict[str, Any] = {"optim": "adamw_torch", "lr": 1e-2, "lr_scheduler": schedule}
+        model = ForeignTokens() if by_callback else LitTokens(**optim)
+        saver = ModelCheckpoint(tmp_path, filename="{step}", every_n_train_steps=7, save_top_k=-1)
+        callbacks = [saver, OptimCallback(**optim)] if by_callback else [saver]
+        fit = trainer(max_epochs=2, callbacks=callbacks, enable_checkpointing=True)
+        fit.fit(model, GoesOn(loader(5).dataset, batch_size=16), ckpt_path=path)
+        return model.state_dict()
+
+    whole = run(None)
+    assert_equal(whole, run(tmp_path / "step=7.ckpt"), "weights")
 
 
 def assert_plain(value: Any, where: str) -> None:

@@ -11,7 +11,7 @@ import torch
 from lightning.pytorch.callbacks import BackboneFinetuning, ModelCheckpoint
 from torch import Tensor, nn
 
-from lightning_optim import OptimMixin
+from lightning_optim import IncompatibleTrainer, OptimMixin
 from tests.models import trainer
 
 BATCHES = torch.utils.data.DataLoader(torch.arange(16) % 8, batch_size=8)
@@ -99,3 +99,21 @@ def test_a_checkpoint_with_thawed_groups_is_resumed(tmp_path: Path) -> None:
     run = fit(model, ckpt_path=tmp_path / "epoch=2.ckpt")
     assert [*names_of(run, model)][2:] == ["added_1/no_decay", "added_1/decay"]
     assert model.rates[-1]["added_1/no_decay"] == model.rates[-1]["added_1/decay"] == pytest.approx(4e-3)
+
+
+class Sparse(Pretrained):
+    def __init__(self, **optim: Any) -> None:
+        super().__init__(**optim)
+        self.backbone[0] = nn.Embedding(8, 64, sparse=True)
+
+
+@pytest.mark.parametrize("layerwise", ["", "_layerwise"])
+def test_what_cannot_be_stepped_is_refused_when_it_is_thawed(layerwise: str) -> None:
+    """Frozen, it was none of the optimizer's."""
+    model = Sparse(optim=f"adamw_torch{layerwise}", lr=1e-2)
+    with pytest.raises(IncompatibleTrainer, match=r"cannot step sparse gradients, and 'backbone\.0\.weight'"):
+        fit(model)
+    assert len(model.rates) == 2
+    fit(Sparse(optim=f"sgd{layerwise}", lr=1e-2, weight_decay=0.0))
+    with pytest.raises(IncompatibleTrainer, match="weight_decay together with the sparse gradients"):
+        fit(Sparse(optim=f"sgd{layerwise}", lr=1e-2, weight_decay=0.1))

@@ -14,6 +14,7 @@ from torch import nn
 from torch.optim import SGD
 
 from lightning_optim._compat.torch import capturable_devices, is_flattened, sgd_is_wrong_on_half
+from lightning_optim.build._curves import MODULE_SCHEDULE, follows_the_step
 from lightning_optim.build.rules._fused import half_sgd
 from lightning_optim.build.rules._request import Request
 from lightning_optim.groups import NamedParameter, device_types
@@ -33,6 +34,7 @@ class TrainerFacts:
         processes: How many train together.
         makes_graphs: Whether ``LightningModule.backward`` can be called with ``create_graph=True``.
         steps_in_backward: Whether the strategy makes every optimizer layerwise.
+        logs: Whether ``self.log`` is heard.
     """
 
     forgetful: str = ""
@@ -42,6 +44,7 @@ class TrainerFacts:
     processes: int = 1
     makes_graphs: bool = True
     steps_in_backward: bool = False
+    logs: bool = True
 
 
 @dataclass(frozen=True)
@@ -235,6 +238,17 @@ def _finder_with_resume(run: Run) -> str | None:
     )
 
 
+def _plateau_hears_its_metric(run: Run) -> str | None:
+    name = run.request.config.lr_scheduler
+    watches = name is not None and name != MODULE_SCHEDULE.name and not follows_the_step(name)
+    if not watches or run.trainer is None or run.trainer.logs:
+        return None
+    return (
+        f"lr_scheduler={name!r} with Trainer(barebones=True), in which self.log does nothing: there is no metric to "
+        "watch. Leave barebones out, or use another schedule, such as 'linear'."
+    )
+
+
 RUN_RULES: tuple[Callable[[Run], str | None], ...] = (
     _device,
     _paging,
@@ -250,4 +264,5 @@ RUN_RULES: tuple[Callable[[Run], str | None], ...] = (
     _fused_parameters_are_packed,
     _two_averages,
     _finder_with_resume,
+    _plateau_hears_its_metric,
 )

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from lightning.pytorch import LightningModule, Trainer
 
+from lightning_optim._compat.lightning import loaded_checkpoint
 from lightning_optim.build import MODULE_SCHEDULE, OptimConfig
 from lightning_optim.errors import IncompatibleTrainer
 from lightning_optim.trainer.callbacks._attached import Attached
+from lightning_optim.trainer.callbacks._resume import averaging_began
 
 
 class MustBuildOptim(Attached):
@@ -29,6 +31,9 @@ class MustBuildOptim(Attached):
             )
 
         name = self._config.lr_scheduler
+        if averaging_began(trainer, loaded_checkpoint(trainer)):
+            # Its callback has taken the schedule away, to put its own in the place.
+            return
         if name not in (None, MODULE_SCHEDULE.name) and not trainer.lr_scheduler_configs:
             raise IncompatibleTrainer(
                 f"lr_scheduler={name!r} was given to {type(pl_module).__name__}, but its configure_optimizers returns "

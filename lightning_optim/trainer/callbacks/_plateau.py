@@ -42,7 +42,7 @@ class PlateauCallback(Attached):
         callback._put_first(trainer)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if trainer.state.fn != "fit" or trainer.sanity_checking:
+        if trainer.state.fn != "fit" or trainer.sanity_checking or not self._is_in_use(trainer):
             return
         loops = trainer.fit_loop.epoch_loop
         self._follows_validation = self._monitor in _logged(logged_results(loops.val_loop))
@@ -56,7 +56,7 @@ class PlateauCallback(Attached):
             raise self._missing({*_logged(logged_results(loops)), *trainer.callback_metrics})
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self._follows_validation:
+        if self._follows_validation or not self._is_in_use(trainer):
             return
         if self._monitor in trainer.callback_metrics:
             self._step(trainer)
@@ -97,6 +97,10 @@ class PlateauCallback(Attached):
         elif final and (self._follows_validation is False or not has_data(trainer.fit_loop.epoch_loop.val_loop)):
             raise self._missing(trainer.callback_metrics)
 
+    def _is_in_use(self, trainer: Trainer) -> bool:
+        """Whether the schedule is still the Trainer's: StochasticWeightAveraging puts its own in the place."""
+        return any(config.scheduler is self._scheduler for config in trainer.lr_scheduler_configs)
+
     def _step(self, trainer: Trainer) -> None:
         trainer.lightning_module.lr_scheduler_step(self._scheduler, trainer.callback_metrics[self._monitor])
 
@@ -110,8 +114,13 @@ class PlateauCallback(Attached):
 
 
 def lightning_config(scheduler: ReduceLROnPlateau, monitor: str) -> dict[str, Any]:
-    """Returns what to tell Lightning: it knows the schedule, for ``lr_schedulers()`` and monitors, never steps it."""
-    return {"scheduler": scheduler, "monitor": monitor, "interval": "step", "frequency": sys.maxsize}
+    """Returns what to tell Lightning: it knows the schedule, for ``lr_schedulers()`` and monitors, never steps it.
+
+    Not even as one for plateaus: BatchSizeFinder counts its first batch as 0, which is due at any frequency, and has no
+    metric.
+    """
+    never = {"interval": "step", "frequency": sys.maxsize, "reduce_on_plateau": False}
+    return {"scheduler": scheduler, "monitor": monitor, **never}
 
 
 def _logged(results: Any) -> set[str]:

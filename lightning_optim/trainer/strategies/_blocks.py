@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from lightning.pytorch import LightningModule
-from lightning.pytorch.plugins import MixedPrecision
+from lightning.pytorch.plugins import DoublePrecision, MixedPrecision
 from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning_utilities.core.rank_zero import rank_zero_info
 from torch import nn
@@ -35,6 +35,12 @@ class ShardsBlocks(_Base):
     shard: str | None = None
 
     def setup_environment(self) -> None:
+        if isinstance(self.precision_plugin, packages.kin(DoublePrecision)):
+            # Lightning refuses it where the strategy is given as an object, and not where it is given as a flag.
+            raise IncompatibleTrainer(
+                f"precision='64-true' under {type(self).__name__}, which Lightning's ModelParallelStrategy does not "
+                "support. Use '32-true', or Trainer(strategy='ddp')."
+            )
         super().setup_environment()
         module = self.lightning_module
         assert module is not None

@@ -1,0 +1,401 @@
+"""What is known of cells, as data: what is refused, and what goes wrong for a reason.
+
+A cell that fits a row has to end as the row says. A row that no cell of the matrix ended by is itself an error: what it
+knows is no longer so. The generator keeps the values that a row names out of each other's cells.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from tests.stress.axes import DISTRIBUTED, Cell
+
+Record = dict[str, Any]
+When = Callable[[Cell], bool]
+
+
+@dataclass(frozen=True)
+class Known:
+    """Something known of cells.
+
+    Attributes:
+        what: In a few words, for the table in the docs.
+        when: Whether a cell is one of them.
+        text: Regular expression for the error's or the failing check's text.
+        why: The reason: a page of the docs for what is refused, else why it is as it is.
+        control: Whether plain Lightning with the upstream class does the same.
+        after_batches: Whether it is refused in the first step that shows it, not before.
+        resume: Whether only going on from a checkpoint is refused, or goes wrong.
+    """
+
+    what: str
+    when: When
+    text: str
+    why: str
+    control: bool = False
+    after_batches: bool = False
+    resume: bool = False
+
+    def explains(self, cell: Cell, trouble: str) -> bool:
+        """Whether this is what is known of the cell."""
+        return self.when(cell) and re.search(self.text, trouble) is not None
+
+
+def _row(**facts: Any) -> When:
+    """Whether the identifier's row has these fields."""
+    return lambda cell: all(bool(getattr(cell.case.row, name)) is value for name, value in facts.items())
+
+
+def _has(axis: str, *values: str) -> When:
+    return lambda cell: cell[axis] in values
+
+
+def _all(*conditions: When) -> When:
+    return lambda cell: all(condition(cell) for condition in conditions)
+
+
+def _any(*conditions: When) -> When:
+    return lambda cell: any(condition(cell) for condition in conditions)
+
+
+def _steps_in_backward(cell: Cell) -> bool:
+    return cell["form"] == "layerwise" or cell.case.in_backward
+
+
+def _for_matrices(cell: Cell) -> bool:
+    return cell.case.row.takes != "all"
+
+
+def _projects(cell: Cell) -> bool:
+    return cell.case.projects
+
+
+_FUSED = ("adamw", "adamw_torch", "adamw_torch_fused", "sgd", "adagrad")
+
+#: What is refused before the first batch, with an error of lightning_optim: docs/refusals.md.
+REFUSED = (
+    Known(
+        "float16 weights for an optimizer that computes in their type",
+        _all(_has("precision", "16-true"), _row(half_weights=False)),
+        "computes in the parameters' dtype",
+        "refusals.md",
+    ),
+    Known(
+        "an embedding with `sparse=True` for an optimizer of dense gradients",
+        _all(_has("module", "sparse"), _row(sparse=False), lambda cell: cell["callback"] != "BackboneFinetuning"),
+        "cannot step sparse gradients",
+        "refusals.md",
+    ),
+    Known(
+        "an embedding with `sparse=True` whose gradients are averaged in hooks",
+        _all(_has("module", "sparse"), _has("strategy", "layerwise_ddp")),
+        "averages dense gradients|cannot step sparse",
+        "refusals.md",
+    ),
+    Known(
+        "an embedding with `sparse=True` under fused kernels",
+        _all(_has("module", "sparse"), _has("strategy", "fused", "fused_ddp")),
+        "fused kernels cannot step sparse gradients|cannot step sparse",
+        "refusals.md",
+    ),
+    Known(
+        "complex parameters for an optimizer of real ones",
+        _all(_has("module", "complex"), _row(complex=False)),
+        "cannot step complex parameters",
+        "refusals.md",
+    ),
+    Known(
+        "complex parameters under fused kernels",
+        _all(_has("module", "complex"), _has("strategy", "fused", "fused_ddp")),
+        "fused kernels step real floating-point|cannot step complex",
+        "refusals.md",
+    ),
+    Known(
+        "a layerwise optimizer under a strategy that needs gradients after backward",
+        _all(_steps_in_backward, _has("strategy", "ddp", "fused_ddp", "fused")),
+        "works on gradients after|is stepped during backward|no fused kernel",
+        "refusals.md",
+    ),
+    Known(
+        "fused kernels for an optimizer that has none",
+        _all(_has("strategy", "fused", "fused_ddp"), lambda cell: cell["identifier"] not in _FUSED),
+        "no fused kernel",
+        "refusals.md",
+    ),
+    Known(
+        "fused SGD with half-precision weights on a CPU",
+        _all(
+            _has("strategy", "fused", "fused_ddp"), _has("identifier", "sgd"), _has("precision", "bf16-true", "16-true")
+        ),
+        "leaves half-precision parameters",
+        "refusals.md",
+    ),
+    Known(
+        "an optimizer that couples its parameters, stepped during backward",
+        _all(
+            _row(coupled=True),
+            _any(_has("form", "layerwise"), _has("strategy", "layerwise", "layerwise_ddp", "layerwise_fsdp2")),
+        ),
+        "under a strategy that steps during backward|_layerwise",
+        "refusals.md",
+    ),
+    Known(
+        "an optimizer that is wrong on shards",
+        _all(_has("strategy", "layerwise_fsdp2"), _row(sharded=False)),
+        "cannot step sharded parameters|steps during backward",
+        "refusals.md",
+    ),
+    Known(
+        "a schedule for a schedule-free optimizer",
+        _all(_row(averages_weights=True), lambda cell: cell["schedule"] != "none"),
+        "averages its iterates",
+        "refusals.md",
+    ),
+    Known(
+        "averages of weights with a schedule-free optimizer",
+        _all(_row(averages_weights=True), _has("callback", "EMA", "SWA")),
+        "both exchange the weights",
+        "refusals.md",
+    ),
+    Known(
+        "a parameter without a gradient under `layerwise_ddp`",
+        _all(_has("module", "unused"), _has("strategy", "layerwise_ddp")),
+        "got no gradient",
+        "refusals.md",
+        after_batches=True,
+    ),
+    Known(
+        "a gradient that arrives twice: a tied weight in reentrant checkpoints",
+        _all(_has("module", "tied"), _has("checkpointing", "reentrant"), lambda cell: cell.in_backward),
+        "twice",
+        "refusals.md",
+        after_batches=True,
+    ),
+    Known(
+        "an embedding with `sparse=True` that is thawed for an optimizer of dense gradients",
+        _all(_has("module", "sparse"), _has("callback", "BackboneFinetuning"), _row(sparse=False)),
+        "cannot step sparse gradients",
+        "refusals.md",
+        after_batches=True,
+    ),
+    Known(
+        "`64-true` under FSDP2",
+        _all(_has("strategy", "layerwise_fsdp2"), _has("precision", "64-true")),
+        "precision='64-true'",
+        "refusals.md",
+    ),
+    Known(
+        "stacks of matrices in shards, for an optimizer that projects",
+        _all(_projects, _has("module", "experts"), _has("strategy", "layerwise_fsdp2")),
+        "cannot step stacks of matrices|cannot step sharded",
+        "sharded.md",
+    ),
+    Known(
+        "an optimizer for matrices, of which none trains before `BackboneFinetuning` thaws",
+        _all(_has("callback", "BackboneFinetuning"), _any(_projects, _for_matrices)),
+        "has no hidden matrix|has no matrix|projects nothing",
+        "param-groups.md",
+    ),
+    Known(
+        "float16 weights for the optimizer of what is no matrix",
+        _all(_has("precision", "16-true"), _for_matrices),
+        "computes in the parameters' dtype",
+        "refusals.md",
+    ),
+    Known(
+        "`reduce_lr_on_plateau` in a barebones Trainer",
+        _all(_has("flag", "barebones"), _has("schedule", "plateau")),
+        "barebones=True",
+        "refusals.md",
+    ),
+    Known(
+        "going on from a checkpoint with a finder among the callbacks",
+        _has("callback", "LearningRateFinder", "BatchSizeFinder"),
+        "Lightning has forgotten the checkpoint",
+        "refusals.md",
+        resume=True,
+    ),
+)
+
+#: What goes wrong, and why it is not mended here.
+EXCEPTIONS = (
+    Known(
+        "`accumulate_grad_batches` beside `GradientAccumulationScheduler`",
+        _all(_has("callback", "GradientAccumulationScheduler"), _has("accumulation", "2", "3")),
+        "You have set `accumulate_grad_batches`",
+        "Lightning's: one of the two says how much is accumulated",
+        control=True,
+    ),
+    Known(
+        "`64-true`: a checkpoint goes through float32",
+        _has("precision", "64-true"),
+        "^split: (weights|optimizer).* apart",
+        "Lightning's: it loads the weights before it makes the module one of float64",
+        control=True,
+        resume=True,
+    ),
+    Known(
+        "a checkpoint of an epoch's last batch, and a plateau schedule",
+        _all(_has("callback", "ModelCheckpoint"), _has("schedule", "plateau")),
+        "^split: (weights|optimizer).* apart",
+        "Lightning's: the validation that was due next is left out when the run goes on",
+        control=True,
+        resume=True,
+    ),
+    Known(
+        "a parameter without a gradient under `ddp`",
+        _all(_has("strategy", "ddp", "fused_ddp"), _has("module", "unused")),
+        "parameters that were not used in producing the loss",
+        "Lightning's: `ddp_find_unused_parameters_true` is for it",
+        control=True,
+    ),
+    Known(
+        "`BackboneFinetuning` under `ddp`",
+        _all(_has("strategy", "ddp", "fused_ddp", "layerwise_ddp"), _has("callback", "BackboneFinetuning")),
+        "the processes have different parameters|^other: weights|^control: weights|were not used in producing",
+        "torch's: what was frozen when the module was wrapped is not averaged; with `layerwise_ddp` it is",
+    ),
+    Known(
+        "statistics of BatchNorm in the second process, with accumulation",
+        _all(_has("module", "BatchNorm"), _has("strategy", "ddp", "fused_ddp", "layerwise_ddp")),
+        "^other: weights.*running",
+        "layerwise.md#strategies: `layerwise_ddp` broadcasts them before every forward, `ddp` after those that step",
+    ),
+    Known(
+        "clipping complex or sparse gradients by value",
+        _all(_has("module", "complex", "sparse"), _has("clipping", "value", "tiny value")),
+        "clamp is not supported for complex|'SparseCPU' backend",
+        "torch's",
+        control=True,
+    ),
+    Known(
+        "clipping sparse gradients by norm",
+        _all(_has("module", "sparse"), _has("clipping", "norm", "tiny norm", "huge norm")),
+        "'SparseCPU' backend",
+        "torch's",
+        control=True,
+    ),
+    Known(
+        "an embedding with `sparse=True` under FSDP2",
+        _all(_has("module", "sparse"), _has("strategy", "layerwise_fsdp2")),
+        "'SparseCPU' backend|CheckpointException",
+        "torch's",
+        control=True,
+    ),
+    Known(
+        "sparse gradients in float16",
+        _all(_has("module", "sparse"), _has("precision", "16-true")),
+        "not implemented for 'Half'",
+        "torch's",
+        control=True,
+    ),
+    Known(
+        "accumulated shards, clipped to next to nothing",
+        _all(_has("strategy", "layerwise_fsdp2"), _has("clipping", "tiny value"), _has("accumulation", "2", "3")),
+        "^other: weights",
+        "layerwise.md: FSDP2 reduces every micro-batch and layerwise their sum: what is about zero has any sign",
+    ),
+    Known(
+        "averages in bfloat16 or float16",
+        _all(_has("callback", "EMA"), _has("precision", "bf16-true", "16-true")),
+        "^split: (weights|optimizer).* apart",
+        "Lightning's: the average is kept in float32, and in a checkpoint in the precision of the module",
+        control=True,
+        resume=True,
+    ),
+    Known(
+        "complex parameters under loss scaling",
+        _all(_has("module", "complex"), _has("precision", "16-mixed")),
+        "not implemented for 'ComplexFloat'",
+        "torch's: its GradScaler unscales real gradients",
+        control=True,
+    ),
+    Known(
+        "complex parameters in a module of half precision",
+        _all(_has("module", "complex"), _has("precision", "bf16-true", "16-true")),
+        "view_as_real|fake tensor call|[Cc]omplex",
+        "torch's: making a module bfloat16 leaves out the imaginary part",
+        control=True,
+    ),
+    Known(
+        "BatchNorm over a view, compiled as one graph",
+        _all(_has("module", "BatchNorm"), _has("compile", "whole")),
+        "view size is not compatible",
+        "torch's: tracing the backward takes the gradient for contiguous",
+        control=True,
+    ),
+    Known(
+        "a parameter without dimensions under FSDP2",
+        _all(_has("strategy", "layerwise_fsdp2"), _has("module", "0-dim")),
+        "doesn't support scalar parameters",
+        "torch's: `fully_shard` splits along the first dimension",
+        control=True,
+    ),
+    Known(
+        "a channels_last parameter under FSDP2",
+        _all(_has("strategy", "layerwise_fsdp2"), _has("module", "channels_last")),
+        "does not support non-contiguous parameters",
+        "torch's",
+        control=True,
+    ),
+    Known(
+        "`BackboneFinetuning` under FSDP2",
+        _all(_has("strategy", "layerwise_fsdp2"), _has("callback", "BackboneFinetuning")),
+        "^KeyError",
+        "Lightning's: it looks for the parameters that were there before they were sharded",
+        control=True,
+    ),
+    Known(
+        "`EMAWeightAveraging` under FSDP2",
+        _all(_has("strategy", "layerwise_fsdp2"), _has("callback", "EMA")),
+        "FSDP does not support deepcopy",
+        "Lightning's: its callback copies the module",
+        control=True,
+    ),
+    Known(
+        "`StochasticWeightAveraging` under FSDP2",
+        _all(_has("strategy", "layerwise_fsdp2"), _has("callback", "SWA")),
+        "mixed torch.Tensor and DTensor|SWA",
+        "Lightning's: sharded models are not supported",
+        control=True,
+    ),
+    Known(
+        "`StochasticWeightAveraging` of a module with BatchNorm under loss scaling",
+        _all(_has("callback", "SWA"), _has("module", "BatchNorm"), _has("precision", "16-mixed")),
+        "No inf checks were recorded|nested_tensorlist",
+        "Lightning's: the epoch that only updates statistics has no gradients to look at",
+        control=True,
+    ),
+    Known(
+        "checkpoints or early stopping in a barebones Trainer",
+        _all(_has("flag", "barebones"), _has("callback", "ModelCheckpoint", "EarlyStopping")),
+        "barebones=True|Early stopping conditioned on metric",
+        "Lightning's: such a Trainer writes no checkpoints and logs nothing",
+        control=True,
+    ),
+    Known(
+        "`BatchSizeFinder` with several processes",
+        _all(_has("callback", "BatchSizeFinder"), _has("strategy", *sorted(DISTRIBUTED))),
+        "not supported with distributed strategies",
+        "Lightning's",
+        control=True,
+    ),
+    Known(
+        "BatchNorm inside an activation checkpoint, where a backward measures first",
+        _all(
+            _has("module", "BatchNorm"),
+            _has("checkpointing", "non-reentrant", "reentrant"),
+            _any(_has("clipping", "norm", "tiny norm", "huge norm"), _has("strategy", "ddp", "layerwise_ddp")),
+        ),
+        "^other: weights.*running",
+        "layerwise.md#clipping-by-norm: recomputing counts the batch, with any optimizer, and is done once more",
+    ),
+)
+
+
+def clashes(cell: Cell) -> bool:
+    """Whether something is known of the cell."""
+    return any(known.when(cell) and not known.resume for known in (*REFUSED, *EXCEPTIONS))

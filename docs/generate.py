@@ -4,7 +4,8 @@
 ``checkpoints.md``, ``arguments.md`` by ``migrating.md``. What benchmarks wrote into docs/bench/ becomes
 ``measured-layerwise.md`` and ``measured-families.md``, included by ``layerwise.md``, ``measured-monitor.md``, by
 ``monitor.md``, ``measured-muon.md``, by ``muon.md``, and ``measured-sharded.md`` and ``measured-dealt.md``, by
-``sharded.md``.
+``sharded.md``. ``versions.md``, included by ``hardware.md``, is read from pyproject.toml, the files of requirements and
+what ``make newest`` wrote.
 """
 
 from __future__ import annotations
@@ -17,6 +18,9 @@ import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
+
+import tomllib
+from packaging.requirements import Requirement
 
 from lightning_optim import OptimizerSpec
 from lightning_optim.build import CARRIED, PLACES, SCHEDULES, TRAINING_ARGUMENTS, TrainingArgument
@@ -35,6 +39,13 @@ PROVIDERS = {
     "optimi": "optimi",
     "schedulefree": "schedulefree",
 }
+ROOT = Path(__file__).parents[1]
+#: By column of the table of versions, the file that names those that its make targets install.
+INSTALLED = {
+    "oldest: `make test-oldest`": "requirements-oldest.txt",
+    "pinned: `make test`, `test-sharded`, `test-benchmarks`, `test-installed`, `docs`": "constraints.txt",
+    "`make test-xla`": "requirements-xla.txt",
+}
 SCOPES = {"group": "parameter group", "constructor": "optimizer", "policy": "grouping", "layerwise": "optimizer"}
 
 
@@ -46,6 +57,7 @@ def main(target: Path) -> None:
     (target / "strategies.md").write_text("\n".join(trained()) + "\n", encoding="utf-8")
     (target / "formats.md").write_text("\n".join(formats()) + "\n", encoding="utf-8")
     (target / "arguments.md").write_text("\n".join(arguments()) + "\n", encoding="utf-8")
+    (target / "versions.md").write_text("\n".join(versions()) + "\n", encoding="utf-8")
     for name, table in (
         ("layerwise", measured_layerwise),
         ("families", measured_families),
@@ -248,6 +260,44 @@ def trained() -> Iterator[str]:
         names = ", ".join(map(_code, (spec.name, *spec.aliases)))
         rows.append((names, *((cell.why or "yes") if cell.trains else "no" for cell in cells), "; ".join(reasons)))
     yield from markdown_table(header, rows)
+
+
+def promised() -> dict[str, Requirement]:
+    """Returns the packages that pyproject.toml names bounds of, ours left out, as users install them."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    extras = ("bitsandbytes", "torchao", "schedulefree", "optimi", "flashoptim", "cli")
+    lines = [*project["dependencies"], *(line for extra in extras for line in project["optional-dependencies"][extra])]
+    found: dict[str, Requirement] = {}
+    for requirement in map(Requirement, lines):
+        found.setdefault(requirement.name, requirement)
+    return found
+
+
+def pins(name: str) -> dict[str, str]:
+    """Returns the versions that a file of requirements pins, and those that it includes."""
+    found: dict[str, str] = {}
+    for line in (ROOT / name).read_text(encoding="utf-8").splitlines():
+        if line.startswith("--requirement "):
+            found |= pins(line.split()[1])
+        elif "==" in line and not line.startswith("#"):
+            package, _, version = line.partition("==")
+            found[package] = version
+    return found
+
+
+def versions() -> Iterator[str]:
+    """Yields the lines of the table of versions: promised, run with, and the newest that exist."""
+    newest = json.loads((ROOT / "docs" / "newest.json").read_text(encoding="utf-8"))
+    columns = [pins(name) for name in INSTALLED.values()]
+    rows = []
+    for name, requirement in promised().items():
+        latest = newest["versions"][name]
+        is_pinned = latest == pins("constraints.txt").get(name)
+        other = f"{latest}, {'not run' if latest in requirement.specifier else 'not taken'}"
+        cell = "the pinned one" if is_pinned else other
+        bounds = ", ".join(sorted(map(str, requirement.specifier), reverse=True))
+        rows.append((name, bounds, *(column.get(name, "not installed") for column in columns), cell))
+    yield from markdown_table(("package", "taken", *INSTALLED, f"newest on {newest['date']}"), rows)
 
 
 def schedules() -> Iterator[str]:

@@ -85,7 +85,7 @@ def entries(folder: Path) -> Iterator[Entry]:
     """Returns what a distributed checkpoint holds, and where. Nothing that its files say is run.
 
     Raises:
-        OSError, EOFError, pickle.UnpicklingError, KeyError, AttributeError: If it cannot be told.
+        Exception: If it cannot be told; a pickle that is cut off raises many.
     """
     found = _metadata(folder)
     kinds = found.state_dict_metadata

@@ -104,7 +104,8 @@ def check_finished(folder: Path) -> None:
 
 def missing(path: Path) -> UnreadableCheckpoint | None:
     """Returns the error for a path at which there is nothing, if what was there stands beside."""
-    replaced = path.with_name(path.name + REPLACED)
+    # Not with_name: this folder, ".", has no name.
+    replaced = path.parent / f"{path.name}{REPLACED}"
     if path.exists() or not replaced.exists():
         return None
     return unreadable(

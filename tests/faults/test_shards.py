@@ -13,8 +13,10 @@ from typing import Any
 import pytest
 import torch
 
+from lightning_optim import UnreadableCheckpoint
 from lightning_optim._compat.dcp import read_whole
 from lightning_optim.command._entry import main
+from lightning_optim.files import check_shards
 from tests.faults.files import Runs, flipped, truncated
 from tests.faults.shards_worker import NAMES
 from tests.faults.test_writing import files_up_to
@@ -112,6 +114,16 @@ def test_what_is_not_whole_is_refused_by_name(
     assert re.search(BROKEN[kind], capsys.readouterr().err)
     assert not (folder / "ran").exists()
     assert not any(tmp_path.iterdir())
+
+
+def test_a_description_that_is_cut_off_anywhere_is_refused(folder: Path, tmp_path: Path) -> None:
+    made = tmp_path / "made"
+    shutil.copytree(folder / "ours" / "last.ckpt", made)
+    metadata = (made / ".metadata").read_bytes()
+    for length in range(0, len(metadata), 1 + len(metadata) // 200):
+        (made / ".metadata").write_bytes(metadata[:length])
+        with pytest.raises(UnreadableCheckpoint, match=r"its \.metadata is missing, truncated or damaged"):
+            check_shards(made)
 
 
 def test_between_two_renames_the_one_before_is_named(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

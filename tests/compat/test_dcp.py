@@ -70,9 +70,11 @@ def test_nothing_is_run(tmp_path: Path) -> None:
         folder = tmp_path / "metadata"
         folder.mkdir()
         (folder / ".metadata").write_bytes(pickle.dumps(Runs(tmp_path / "ran")))
-        for function in (entries, read_whole):
-            with pytest.raises(BaseException, match="mkdir was not expected"):
-                function(folder)
+        with pytest.raises(pickle.UnpicklingError, match="mkdir was not expected"):
+            entries(folder)
+        # Torch 2.9 does not say why it could not read the description.
+        with pytest.raises(BaseException, match="mkdir was not expected|metadata is not None"):
+            read_whole(folder)
         assert not (tmp_path / "ran").exists()
         # What it is kept from.
         with suppress(AttributeError):

@@ -6,7 +6,6 @@ import io
 import pathlib
 import pickle
 from collections import OrderedDict
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -81,7 +80,7 @@ class Entry:
     transformed: bool
 
 
-def entries(folder: Path) -> Iterator[Entry]:
+def entries(folder: Path) -> list[Entry]:
     """Returns what a distributed checkpoint holds, and where. Nothing that its files say is run.
 
     Raises:
@@ -89,19 +88,17 @@ def entries(folder: Path) -> Iterator[Entry]:
     """
     found = _metadata(folder)
     kinds = found.state_dict_metadata
-    return iter(
-        [
-            Entry(
-                index.fqn,
-                stored.relative_path,
-                stored.offset,
-                stored.offset + stored.length,
-                not isinstance(kinds[index.fqn], described.BytesStorageMetadata),
-                bool(getattr(stored, "transform_descriptors", None)),
-            )
-            for index, stored in found.storage_data.items()
-        ]
-    )
+    return [
+        Entry(
+            index.fqn,
+            stored.relative_path,
+            stored.offset,
+            stored.offset + stored.length,
+            not isinstance(kinds[index.fqn], described.BytesStorageMetadata),
+            bool(getattr(stored, "transform_descriptors", None)),
+        )
+        for index, stored in found.storage_data.items()
+    ]
 
 
 class _Reader(FileSystemReader):

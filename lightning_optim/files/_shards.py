@@ -48,7 +48,7 @@ def check_shards(folder: Path, number: int = 0, of: int = 1) -> None:
         if isinstance(error, pickle.UnpicklingError) and "GLOBAL" in str(error):
             raise_explained(folder / METADATA, error)
         raise unreadable(folder, f"its {METADATA} is missing, truncated or damaged") from error
-    for entry in itertools.islice(found, number, None, of):
+    for entry in found[number::of]:
         file = folder / entry.file
         size = file.stat().st_size if file.is_file() else 0
         if size < entry.end:

@@ -160,7 +160,7 @@ def _gradients(trainer: Trainer) -> dict[str, Tensor]:
 def _put_back(trainer: Trainer, gradients: dict[str, Tensor]) -> None:
     for name, parameter in trainer.lightning_module.named_parameters():
         if name in gradients:
-            layout, gradient = Layout.of(parameter), gradients[name].to(parameter.device)
-            parameter.grad = layout.wrap(layout.share(gradient)) if is_sharded(parameter) else gradient
+            layout = Layout.of(parameter)
+            parameter.grad = layout.wrap(layout.share(gradients[name].to(parameter.device)))
     for layerwise in _engines(trainer):
         layerwise.accumulated = True

@@ -1,7 +1,7 @@
 """What is known of cells, as data: what is refused, and what goes wrong for a reason.
 
 A cell that fits a row has to end as the row says. A row that no cell of the matrix ended by is itself an error: what it
-knows is no longer so. The generator keeps the values that a row names out of each other's cells.
+knows is no longer so.
 """
 
 from __future__ import annotations
@@ -29,6 +29,9 @@ class Known:
         control: Whether plain Lightning with the upstream class does the same.
         after_batches: Whether it is refused in the first step that shows it, not before.
         resume: Whether only going on from a checkpoint is refused, or goes wrong.
+        stops: For an exception, whether it ends the fit, so that nothing else of its cell is tried. The generator keeps
+            the values of such a row out of each other's cells, as it does those of what is refused. Other rows change
+            no cell, so that what is learned from a run is judged by the same cells.
     """
 
     what: str
@@ -38,6 +41,7 @@ class Known:
     control: bool = False
     after_batches: bool = False
     resume: bool = False
+    stops: bool = False
 
     def explains(self, cell: Cell, trouble: str) -> bool:
         """Whether this is what is known of the cell."""
@@ -228,6 +232,7 @@ EXCEPTIONS = (
         "You have set `accumulate_grad_batches`",
         "Lightning's: one of the two says how much is accumulated",
         control=True,
+        stops=True,
     ),
     Known(
         "`64-true`: a checkpoint goes through float32",
@@ -251,12 +256,14 @@ EXCEPTIONS = (
         "parameters that were not used in producing the loss",
         "Lightning's: `ddp_find_unused_parameters_true` is for it",
         control=True,
+        stops=True,
     ),
     Known(
         "`BackboneFinetuning` under `ddp`",
         _all(_has("strategy", "ddp", "fused_ddp", "layerwise_ddp"), _has("callback", "BackboneFinetuning")),
         "the processes have different parameters|^other: weights|^control: weights|were not used in producing",
         "torch's: what was frozen when the module was wrapped is not averaged; with `layerwise_ddp` it is",
+        stops=True,
     ),
     Known(
         "statistics of BatchNorm in the second process, with accumulation",
@@ -270,6 +277,7 @@ EXCEPTIONS = (
         "clamp is not supported for complex|'SparseCPU' backend",
         "torch's",
         control=True,
+        stops=True,
     ),
     Known(
         "clipping sparse gradients by norm",
@@ -277,6 +285,7 @@ EXCEPTIONS = (
         "'SparseCPU' backend",
         "torch's",
         control=True,
+        stops=True,
     ),
     Known(
         "an embedding with `sparse=True` under FSDP2",
@@ -284,6 +293,7 @@ EXCEPTIONS = (
         "'SparseCPU' backend|CheckpointException",
         "torch's",
         control=True,
+        stops=True,
     ),
     Known(
         "sparse gradients in float16",
@@ -291,6 +301,7 @@ EXCEPTIONS = (
         "not implemented for 'Half'",
         "torch's",
         control=True,
+        stops=True,
     ),
     Known(
         "accumulated shards, clipped to next to nothing",
@@ -312,6 +323,7 @@ EXCEPTIONS = (
         "not implemented for 'ComplexFloat'",
         "torch's: its GradScaler unscales real gradients",
         control=True,
+        stops=True,
     ),
     Known(
         "complex parameters in a module of half precision",
@@ -319,6 +331,7 @@ EXCEPTIONS = (
         "view_as_real|fake tensor call|[Cc]omplex",
         "torch's: making a module bfloat16 leaves out the imaginary part",
         control=True,
+        stops=True,
     ),
     Known(
         "BatchNorm over a view, compiled as one graph",
@@ -326,6 +339,7 @@ EXCEPTIONS = (
         "view size is not compatible",
         "torch's: tracing the backward takes the gradient for contiguous",
         control=True,
+        stops=True,
     ),
     Known(
         "shards accumulated by `GradientAccumulationScheduler`",
@@ -345,6 +359,7 @@ EXCEPTIONS = (
         "^CheckpointException",
         "Lightning's: what it saves before its trial has no rate of a schedule, and it asks for one afterwards",
         control=True,
+        stops=True,
     ),
     Known(
         "`schedule_free_sgd` in bfloat16 with batches that grow",
@@ -352,6 +367,7 @@ EXCEPTIONS = (
         "a parameter is not finite",
         "the upstream class diverges alike",
         control=True,
+        stops=True,
     ),
     Known(
         "clipping to next to nothing in float16",
@@ -379,6 +395,7 @@ EXCEPTIONS = (
         "doesn't support scalar parameters",
         "torch's: `fully_shard` splits along the first dimension",
         control=True,
+        stops=True,
     ),
     Known(
         "a channels_last parameter under FSDP2",
@@ -386,6 +403,7 @@ EXCEPTIONS = (
         "does not support non-contiguous parameters",
         "torch's",
         control=True,
+        stops=True,
     ),
     Known(
         "`BackboneFinetuning` under FSDP2",
@@ -393,6 +411,7 @@ EXCEPTIONS = (
         "^KeyError",
         "Lightning's: it looks for the parameters that were there before they were sharded",
         control=True,
+        stops=True,
     ),
     Known(
         "`EMAWeightAveraging` under FSDP2",
@@ -400,6 +419,7 @@ EXCEPTIONS = (
         "FSDP does not support deepcopy",
         "Lightning's: its callback copies the module",
         control=True,
+        stops=True,
     ),
     Known(
         "`StochasticWeightAveraging` under FSDP2",
@@ -407,6 +427,7 @@ EXCEPTIONS = (
         "mixed torch.Tensor and DTensor|SWA",
         "Lightning's: sharded models are not supported",
         control=True,
+        stops=True,
     ),
     Known(
         "`StochasticWeightAveraging` of a module with BatchNorm, under loss scaling or clipped by value",
@@ -418,6 +439,7 @@ EXCEPTIONS = (
         "No inf checks were recorded|nested_tensorlist",
         "Lightning's: the epoch that only updates statistics has no gradients to look at",
         control=True,
+        stops=True,
     ),
     Known(
         "checkpoints or early stopping in a barebones Trainer",
@@ -425,6 +447,7 @@ EXCEPTIONS = (
         "barebones=True|Early stopping conditioned on metric",
         "Lightning's: such a Trainer writes no checkpoints and logs nothing",
         control=True,
+        stops=True,
     ),
     Known(
         "`BatchSizeFinder` with several processes",
@@ -432,6 +455,7 @@ EXCEPTIONS = (
         "not supported with distributed strategies",
         "Lightning's",
         control=True,
+        stops=True,
     ),
     Known(
         "BatchNorm inside an activation checkpoint, where a backward measures first",
@@ -446,6 +470,9 @@ EXCEPTIONS = (
 )
 
 
+_STOPS = (*(row for row in REFUSED if not row.resume), *(row for row in EXCEPTIONS if row.stops))
+
+
 def clashes(cell: Cell) -> bool:
-    """Whether something is known of the cell."""
-    return any(known.when(cell) and not known.resume for known in (*REFUSED, *EXCEPTIONS))
+    """Whether the cell is refused, or known to end in an error."""
+    return any(known.when(cell) for known in _STOPS)

@@ -20,7 +20,7 @@ def array(seed: int, clashes: Clashes) -> list[Cell]:
 
     Args:
         seed: Of the choices among equals.
-        clashes: Whether something is known of the values of a cell, whose other values may be the ordinary ones.
+        clashes: Whether a cell is known to end before it has trained, whose other values may be the ordinary ones.
     """
     random_ = random.Random(seed)
     clashing = {pair: alone(*pair)[0] for pair in all_pairs() if all(map(clashes, alone(*pair)))}

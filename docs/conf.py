@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import lightning_optim
 
 project = "lightning-optim"
@@ -24,3 +26,11 @@ napoleon_use_ivar = True
 html_theme = "furo"
 html_title = f"lightning-optim {version}"
 html_show_copyright = False
+html_static_path = ["_static"]
+html_css_files = ["site.css"]
+html_js_files = [("site.js", {"defer": "defer"})]
+html_search_scorer = str(Path(__file__).parent / "_static" / "scorer.js")
+# furo's own underlines every imported name.
+pygments_dark_style = "a11y-high-contrast-dark"
+# A signature that is longer has a line per parameter.
+python_maximum_signature_line_length = 80

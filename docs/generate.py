@@ -1,11 +1,11 @@
 """Writes the parts of the pages that are generated from the tables, into docs/generated/.
 
-``identifiers.md`` and ``schedules.md`` are included by the pages of the same names, ``formats.md`` by
-``checkpoints.md``, ``arguments.md`` by ``migrating.md``. What benchmarks wrote into docs/bench/ becomes
-``measured-layerwise.md`` and ``measured-families.md``, included by ``layerwise.md``, ``measured-monitor.md``, by
-``monitor.md``, ``measured-muon.md``, by ``muon.md``, and ``measured-sharded.md`` and ``measured-dealt.md``, by
-``sharded.md``. ``versions.md``, included by ``hardware.md``, is read from pyproject.toml, the files of requirements and
-what ``make newest`` wrote.
+``identifiers.md`` and ``schedules.md`` are included by the pages of the same names, ``identifiers-FAMILY.md`` by
+``identifiers/FAMILY.md``, ``formats.md`` by ``checkpoints.md``, ``arguments.md`` by ``migrating.md``. What benchmarks
+wrote into docs/bench/ becomes ``measured-layerwise.md`` and ``measured-families.md``, included by ``layerwise.md``,
+``measured-monitor.md``, by ``monitor.md``, ``measured-muon.md``, by ``muon.md``, and ``measured-sharded.md`` and
+``measured-dealt.md``, by ``sharded.md``. ``versions.md``, included by ``hardware.md``, is read from pyproject.toml, the
+files of requirements and what ``make newest`` wrote.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import itertools
 import json
 import re
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,17 +27,19 @@ from lightning_optim.build import CARRIED, PLACES, SCHEDULES, TRAINING_ARGUMENTS
 from lightning_optim.command import Facts, describe_options, markdown_table, view
 from lightning_optim.table import ROWS, STRATEGIES, strategies
 
-PROVIDERS = {
-    "torch": "PyTorch",
-    "torch_xla": "torch_xla",
-    "torch_npu": "torch_npu",
-    "apex": "apex",
-    "torchao": "torchao",
-    "bitsandbytes": "bitsandbytes",
-    "flashoptim": "flashoptim",
-    "lightning_optim": "Our own",
-    "optimi": "optimi",
-    "schedulefree": "schedulefree",
+#: By page under docs/identifiers/, the rows on it; a page and its names in the order in which the overview has them.
+FAMILIES = {
+    "adamw": "adamw adamw_torch adamw_torch_fused paged_adamw_32bit adamw_torch_xla adamw_torch_npu_fused "
+    "adamw_apex_fused",
+    "adamw-8bit": "adamw_bnb_8bit paged_adamw_8bit adamw_torch_8bit adamw_torch_fp8 adamw_torch_4bit flash_adamw",
+    "lion": "lion_32bit lion_8bit paged_lion_32bit paged_lion_8bit flash_lion",
+    "low-rank": "galore_adamw galore_adamw_8bit galore_adafactor apollo_adamw apollo_mini",
+    "matrices": "muon normuon soap scale",
+    "little-state": "adafactor came lomo adalomo",
+    "ademamix": "ademamix ademamix_8bit paged_ademamix_32bit paged_ademamix_8bit",
+    "schedule-free": "schedule_free_adamw schedule_free_radam schedule_free_sgd",
+    "adam-relatives": "adopt adan adam_mini prodigy stable_adamw adamw_anyprecision grokadamw",
+    "classics": "sgd adagrad rmsprop rmsprop_bnb rmsprop_bnb_8bit lamb lars",
 }
 ROOT = Path(__file__).parents[1]
 #: By column of the table of versions, the file that names those that its make targets install.
@@ -53,6 +55,8 @@ def main(target: Path) -> None:
     """Writes the files into the directory ``target``."""
     target.mkdir(parents=True, exist_ok=True)
     (target / "identifiers.md").write_text("\n".join(identifiers()) + "\n", encoding="utf-8")
+    for name, rows in families().items():
+        (target / f"identifiers-{name}.md").write_text("\n".join(family(rows)) + "\n", encoding="utf-8")
     (target / "schedules.md").write_text("\n".join(schedules()) + "\n", encoding="utf-8")
     (target / "strategies.md").write_text("\n".join(trained()) + "\n", encoding="utf-8")
     (target / "formats.md").write_text("\n".join(formats()) + "\n", encoding="utf-8")
@@ -239,15 +243,35 @@ def formats() -> Iterator[str]:
     yield from markdown_table(("format", "identifiers"), lines)
 
 
+def families() -> dict[str, list[OptimizerSpec]]:
+    """Returns the rows by family.
+
+    Raises:
+        ValueError: If a row is in no family, or in two.
+    """
+    rows = {spec.name: spec for spec in ROWS}
+    named = [name for names in FAMILIES.values() for name in names.split()]
+    if wrong := [name for name in {*rows, *named} if named.count(name) != (name in rows)]:
+        raise ValueError(f"FAMILIES in docs/generate.py must have every row once; look at {', '.join(wrong)}")
+    return {family: [rows[name] for name in names.split()] for family, names in FAMILIES.items()}
+
+
 def identifiers() -> Iterator[str]:
-    """Yields the lines of the overview and of every row's section."""
-    header = ("identifier", "class", "lr", "weight decay", "extra", "state")
-    views = {name: view(name, spec) for spec in ROWS for name in (spec.name, *spec.aliases)}
-    yield from markdown_table(header, map(_overview, views.values()))
-    for package, provider in itertools.groupby(ROWS, key=lambda spec: spec.implementation.partition(".")[0]):
-        yield from ("", f"## {PROVIDERS[package]}")
-        for spec in provider:
-            yield from _row(spec, views[spec.name])
+    """Yields the lines of the overview: what to choose by comes first."""
+    header = ("identifier", "state, bytes per parameter", "extra", "devices", "what it is")
+    rows = itertools.chain.from_iterable(families().values())
+    lines = (_overview(view(name, spec), spec) for spec in rows for name in (spec.name, *spec.aliases))
+    yield from _stacked(header, lines, "filtered")
+
+
+def family(rows: Sequence[OptimizerSpec]) -> Iterator[str]:
+    """Yields the lines of the sections of a page's rows, and of their aliases."""
+    for spec in rows:
+        yield from _row(spec, view(spec.name, spec))
+        for alias in spec.aliases:
+            # A heading of its own is what the search finds.
+            yield from ("", f"(optim-{alias})=", f"## {alias}", "")
+            yield f"Another name of [`{spec.name}`](#optim-{spec.name}), with the same options and defaults."
 
 
 def trained() -> Iterator[str]:
@@ -313,24 +337,30 @@ def schedules() -> Iterator[str]:
             yield from _options(describe_options(spec.options), with_scope=False)
 
 
-def _overview(facts: Facts) -> tuple[str, ...]:
-    identifier = f"[`{facts['identifier']}`](#optim-{facts['alias_of'] or facts['identifier']})"
+def _overview(facts: Facts, spec: OptimizerSpec) -> tuple[str, ...]:
+    summary = spec.summary[0].upper() + spec.summary[1:]
     return (
-        f"{identifier}, alias of `{facts['alias_of']}`" if facts["alias_of"] else identifier,
-        _code(facts["implementation"]),
-        "must be given" if facts["lr"] is None else f"{facts['lr']:g}",
-        "none" if facts["weight_decay"] is None else f"{facts['weight_decay']:g}",
-        _code(facts["extra"]) if facts["extra"] else "",
+        f"[`{facts['identifier']}`](#optim-{facts['identifier']})",
         _state(facts),
+        _extra(facts),
+        "all but XLA" if spec.xla and spec.devices is None else _devices(spec),
+        f"Another name of `{facts['alias_of']}`" if facts["alias_of"] else summary,
     )
+
+
+def _extra(facts: Facts) -> str:
+    if facts["extra"]:
+        return _code(facts["extra"])
+    return "".join(f"no extra: {package['distribution']}" for package in facts["packages"])
 
 
 def _row(spec: OptimizerSpec, facts: Facts) -> Iterator[str]:
     summary = spec.summary[0].upper() + spec.summary[1:]
-    yield from ("", f"(optim-{spec.name})=", f"### {spec.name}", "", f"{summary}.", "")
-    yield f"- Class: `{spec.implementation}`"
+    yield from ("", f"(optim-{spec.name})=", f"## {spec.name}", "", f"{summary}.", "")
     if spec.aliases:
         yield f"- Also called: {', '.join(map(_code, spec.aliases))}"
+    yield f"- Class: `{spec.implementation}`"
+    yield f"- Defaults: {_defaults(facts)}"
     if spec.fixed:
         yield f"- Fixed arguments: {', '.join(_code(f'{name}={value!r}') for name, value in spec.fixed.items())}"
     yield f"- Install: {_install(facts)}"
@@ -351,6 +381,12 @@ def _row(spec: OptimizerSpec, facts: Facts) -> Iterator[str]:
     yield from _options(facts["options"])
 
 
+def _defaults(facts: Facts) -> str:
+    lr = "`lr` must be given" if facts["lr"] is None else f"`lr` {facts['lr']:g}"
+    decay = "no weight decay" if facts["weight_decay"] is None else f"`weight_decay` {facts['weight_decay']:g}"
+    return f"{lr}, {decay}"
+
+
 def _options(options: Sequence[Facts], with_scope: bool = True) -> Iterator[str]:
     if not options:
         yield "No options."
@@ -368,7 +404,12 @@ def _options(options: Sequence[Facts], with_scope: bool = True) -> Iterator[str]
         for option in options
     )
     width = len(header) if with_scope else len(header) - 1
-    yield from markdown_table(header[:width], (row[:width] for row in rows))
+    yield from _stacked(header[:width], (row[:width] for row in rows))
+
+
+def _stacked(header: Sequence[str], rows: Iterable[Sequence[str]], classes: str = "") -> Iterator[str]:
+    """Yields a table that docs/_static/site.css stacks where the screen is narrow."""
+    yield from (f":::{{rst-class}} stacked {classes}".rstrip(), "", *markdown_table(header, rows), "", ":::")
 
 
 def _state(facts: Facts) -> str:

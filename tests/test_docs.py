@@ -43,7 +43,12 @@ from lightning_optim.build._curves import SCHEDULES
 from lightning_optim.table._registry import ENTRY_POINT_GROUP
 
 ROOT = Path(__file__).parent.parent
-PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *(ROOT / "docs").glob("*.md")])
+PAGES = sorted(
+    [
+        *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")),
+        *(page for folder in ("docs", "docs/identifiers") for page in (ROOT / folder).glob("*.md")),
+    ]
+)
 KINDS = {"python", "yaml", "pycon", "console", "console fails", "console no-run", "text", "text output", "toml"}
 FOR_XLA = {"python xla", "text output xla"}
 
@@ -180,7 +185,11 @@ def _isolated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv(name, "0")
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def _name(page: Path) -> str:
+    return f"identifiers-{page.stem}" if page.parent.name == "identifiers" else page.stem
+
+
+@pytest.mark.parametrize("page", PAGES, ids=_name)
 @pytest.mark.usefixtures("_isolated")
 def test_snippets_run(page: Path) -> None:
     state = _Page()
@@ -189,7 +198,7 @@ def test_snippets_run(page: Path) -> None:
         state.run(block)
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+@pytest.mark.parametrize("page", PAGES, ids=_name)
 def test_links_lead_somewhere(page: Path) -> None:
     prose = _FENCE.sub("", page.read_text(encoding="utf-8"))
     for link in re.findall(r"\]\(([^)#\s]+)(?:#[^)]*)?\)", prose):
@@ -234,11 +243,18 @@ def test_generated_pages_cover_the_table(tmp_path: Path) -> None:
     muon = (tmp_path / "measured-muon.md").read_text(encoding="utf-8")
     assert all(f"| {one['loss']:.3f} |" in muon for one in (steps["adamw_torch"], *steps["muon"].values()))
     assert set(REGISTRY.plain) <= _identifiers(identifiers)
+    sections = []
+    for page in sorted((ROOT / "docs" / "identifiers").glob("*.md")):
+        assert f"{{include}} ../generated/identifiers-{page.stem}.md" in page.read_text(encoding="utf-8")
+        assert f"\nidentifiers/{page.stem}\n" in (ROOT / "docs" / "identifiers.md").read_text(encoding="utf-8")
+        text = (tmp_path / f"identifiers-{page.stem}.md").read_text(encoding="utf-8")
+        sections += re.findall(r"^\(optim-(\w+)\)=\n## \1$", text, re.MULTILINE)
+    assert len(list(tmp_path.glob("identifiers-*.md"))) == len(list((ROOT / "docs" / "identifiers").glob("*.md")))
+    # One each, and no name twice.
+    assert sorted(sections) == sorted(REGISTRY.plain)
     assert set(SCHEDULES) <= _identifiers(schedules)
     for row in TRAINING_ARGUMENTS.values():
         assert f"| `{row.name}`" in arguments
-    for spec in REGISTRY.plain.values():
-        assert f"## {spec.name}\n" in identifiers
 
 
 def test_api_page_documents_every_public_name() -> None:

@@ -88,3 +88,31 @@ def test_digits_learns_with_a_schedule_free_optimizer(tmp_path: Path) -> None:
     accuracies = metric(tmp_path / "lightning_logs" / "version_0", "val_accuracy")
     assert len(accuracies) == 3
     assert float(accuracies[-1]) > 0.9
+
+
+def test_muon_steps_the_matrices_of_the_blocks(tmp_path: Path) -> None:
+    short = ["--trainer.max_steps", "12", "--trainer.limit_val_batches", "1", "--trainer.log_every_n_steps", "1"]
+    short += ["--data.batch_size", "4"]
+    configs = ["--config", EXAMPLES / "gpt.yaml", "--config", EXAMPLES / "muon.yaml"]
+    output = run("gpt.py", "fit", *configs, *short, *logged(tmp_path))
+    groups = re.findall(r"^  (\S+) +(\d+) tensors? +[\d,]+ elements  lr=([\d.]+)", output, re.M)
+    blocks = 3
+    assert groups == [
+        (".*query_key_value[.]weight/decay", str(blocks), "0.02"),
+        ("decay", str(3 * blocks), "0.02"),
+        ("adamw_torch/decay", "1", "0.004"),
+        ("adamw_torch/no_decay", str(8 * blocks + 2), "0.004"),
+    ]
+    losses = [float(loss) for loss in metric(tmp_path / "lightning_logs" / "version_0", "train_loss")]
+    assert losses[-1] < losses[0] - 1
+
+
+def test_gan_comes_closer_to_real_digits(tmp_path: Path) -> None:
+    output = run("gan.py", "--epochs", "15", "--output", tmp_path)
+    for part, name in (("generator", "schedule_free_adamw"), ("discriminator", "adamw_8bit")):
+        assert f"optim='{name}'" in output, part
+    found = re.search(r"Distance from real digits: ([\d.]+) before, ([\d.]+) after", output)
+    assert found, output
+    before, after = map(float, found.groups())
+    assert after < before / 3
+    assert (tmp_path / "gan.png").read_bytes().startswith(b"\x89PNG")

@@ -116,3 +116,20 @@ def test_gan_comes_closer_to_real_digits(tmp_path: Path) -> None:
     before, after = map(float, found.groups())
     assert after < before / 3
     assert (tmp_path / "gan.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_port_trains_to_the_same_losses_with_fewer_lines() -> None:
+    output = run("port/compare.py")
+    found = re.findall(r"^(.+): (\d+) losses, from ([\d.]+) to ([\d.]+); largest difference (\S+)$", output, re.M)
+    assert [name for name, *_ in found] == ["AdamW, warm-up and cosine", "schedule-free AdamW"]
+    tolerances = (0.0, 1e-4)
+    for (_, *values), tolerance in zip(found, tolerances, strict=True):
+        count, first, last, apart = map(float, values)
+        assert count == 3 * (math.ceil(0.8 * 1797 / 32) + 1)
+        assert last < first / 5
+        assert apart <= tolerance
+    lines = re.search(r"before.py: (\d+) lines. after.py: (\d+) lines. (\d+) go, (\d+) come.", output)
+    assert lines, output
+    before, after, gone, came = map(int, lines.groups())
+    assert after == before - gone + came
+    assert after < before / 3

@@ -7,7 +7,7 @@ COLLECTIONS_VENV := .venv-collections
 # For another Python: `make test-oldest PYTHON=python3.10 OLDEST_VENV=.venv-oldest-3.10`.
 OLDEST_VENV := .venv-oldest
 
-.PHONY: venv demo test test-benchmarks test-sharded test-long test-collections test-npu-contract test-gpu test-xla test-oldest test-python test-installed newest stress stress-quick lint docs benchmarks bench-quick survey clean
+.PHONY: venv demo test test-benchmarks test-sharded test-long test-collections test-npu-contract test-gpu test-xla test-oldest test-python test-installed newest stress stress-quick lint docs figures benchmarks bench-quick survey clean
 
 # Where the figures of pages go.
 FIGURES := docs/bench
@@ -129,6 +129,10 @@ lint: venv
 docs: venv
 	$(BIN)/python docs/generate.py
 	$(BIN)/sphinx-build --fail-on-warning --keep-going --quiet -b html docs docs/_build
+
+# The pictures, and the tables between markers in the pages, from the files that benchmarks wrote into docs/bench/.
+figures: venv
+	$(BIN)/python docs/figures.py
 
 # Prints ratios of interleaved runs, with the hardware and the versions. Those that pages show go to $(FIGURES), too.
 benchmarks: venv

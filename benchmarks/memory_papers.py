@@ -1,11 +1,16 @@
-"""Prints bytes of optimizer state next to those that papers give, as docs/memory.md shows them."""
+"""Counts bytes of optimizer state next to those that papers give: docs/bench/memory_papers.json, for docs/memory.md."""
 
 from __future__ import annotations
 
+import argparse
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 from lightning_optim import estimate_memory
+from lightning_optim.bench._run import machine
 
 # As the training script of https://github.com/jiaweizzhao/GaLore chooses them.
 BLOCKS = ("query", "key", "value", "out", "gate", "up", "down")
@@ -43,24 +48,33 @@ def state(shape: str, optim: str, args: str, blocks_only: bool = False, precisio
 
 
 def main() -> None:
-    """Prints the tables."""
-    print("| shape | paper, GB | parameters' dtype | float32 | parameters' dtype, blocks only |")
-    print("| --- | --- | --- | --- | --- |")
+    """Counts and writes."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--output", type=Path, default=Path(__file__).parents[1] / "docs/bench/memory_papers.json")
+    output = parser.parse_args().output
+    galore: list[dict[str, Any]] = []
     for figure in GALORE:
         found = [state(figure.shape, figure.optim, args) for args in figure.requests]
         found.append(state(figure.shape, figure.optim, figure.requests[0], blocks_only=True))
-        print(f"| {figure.shape} | {figure.paper} | {' | '.join(f'{size / 1e9:.2f}' for size in found)} |")
-    print("\n| identifier | paper | options | GB | GiB |\n| --- | --- | --- | --- | --- |")
-    for figure in APOLLO:
-        for args in figure.requests:
-            size = state(figure.shape, figure.optim, args)
-            shown = f"`{args}`" if args else "defaults"
-            print(f"| `{figure.optim}` | {figure.paper} G | {shown} | {size / 1e9:.2f} | {size / 2**30:.2f} |")
-    print("\n| GPT-2 medium, float32 | less state than `adamw_torch` |\n| --- | --- |")
-    whole = state("gpt2-medium", "adamw_torch", "", precision="32-true")
-    for args in ("quantize_embeddings=True", ""):
-        saved = 1 - state("gpt2-medium", "adamw_8bit", args, precision="32-true") / whole
-        print(f"| `adamw_8bit`, {f'`{args}`' if args else 'defaults'} | {saved:.1%} |")
+        galore.append({"shape": figure.shape, "paper": figure.paper, "bytes": found})
+    apollo = [
+        {"optim": one.optim, "paper": one.paper, "options": args, "bytes": state(one.shape, one.optim, args)}
+        for one in APOLLO
+        for args in one.requests
+    ]
+    medium = [
+        {"optim": optim, "options": args, "bytes": state("gpt2-medium", optim, args, precision="32-true")}
+        for optim, args in (("adamw_torch", ""), ("adamw_8bit", "quantize_embeddings=True"), ("adamw_8bit", ""))
+    ]
+    report = {
+        "command": "python benchmarks/memory_papers.py",
+        "machine": {"device": "counted, nothing was allocated", "versions": machine()["versions"]},
+        "galore": galore,
+        "apollo": apollo,
+        "gpt2-medium": medium,
+    }
+    output.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    print(f"written: {output}")
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 
+from lightning_optim import command
 from tests.processes import run_fresh
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
@@ -187,12 +188,39 @@ def test_optimizers_benchmark_runs() -> None:
     assert not re.findall(r"\bnan\b|\binf\b", printed)
 
 
-def test_states_beside_the_papers_are_those_of_the_page() -> None:
+def test_states_beside_the_papers_are_those_of_the_file() -> None:
     script = runpy.run_path(str(BENCHMARKS / "memory_papers.py"))
+    kept = json.loads((BENCHMARKS.parent / "docs" / "bench" / "memory_papers.json").read_text(encoding="utf-8"))
     figure = script["GALORE"][0]
     found = [script["state"](figure.shape, figure.optim, args) for args in figure.requests]
-    cells = [figure.shape, figure.paper, *(f"{size / 1e9:.2f}" for size in found)]
-    assert f"| {' | '.join(cells)} |" in (BENCHMARKS.parent / "docs" / "memory.md").read_text(encoding="utf-8")
+    assert kept["galore"][0]["bytes"][:2] == found
+    assert kept["galore"][0]["paper"] == figure.paper
+
+
+def test_tables_of_memory_hold_what_the_command_prints(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "memory.json"
+    monkeypatch.setattr(
+        sys,
+        "argv",
+        ["memory_tables.py", "--sizes", "60m", "--identifiers", "adamw_8bit", "lomo", "--output", str(path)],
+    )
+    runpy.run_path(str(BENCHMARKS / "memory_tables.py"))["main"]()
+    records = json.loads(path.read_text(encoding="utf-8"))["records"]
+    assert [one["asked"] for one in records if "peak" in one] == [
+        *("adamw_8bit", "adamw_8bit_layerwise", "lomo"),
+        *("adamw_8bit", "adamw_8bit_layerwise", "lomo", "lomo"),
+    ]
+    assert [one["asked"] for one in records if "refused" in one] == ["adamw_8bit", "adamw_8bit_layerwise"]
+    assert all("kernels take whole tensors" in one["refused"] for one in records if "refused" in one)
+    for one in (records[0], records[-1]):
+        capsys.readouterr()
+        assert command.main([*one["command"].split()[1:], "--optim", one["asked"], "--json"]) == 0
+        (estimate,) = json.loads(capsys.readouterr().out)["estimates"]
+        assert {name: estimate[name] for name in ("state", "gradients", "peak")} == {
+            name: one[name] for name in ("state", "gradients", "peak")
+        }
 
 
 def test_steps_of_muon_and_adamw_are_compared(

@@ -7,7 +7,7 @@ COLLECTIONS_VENV := .venv-collections
 # For another Python: `make test-oldest PYTHON=python3.10 OLDEST_VENV=.venv-oldest-3.10`.
 OLDEST_VENV := .venv-oldest
 
-.PHONY: venv demo test test-benchmarks test-sharded test-long test-collections test-npu-contract test-gpu test-xla test-oldest test-python test-installed newest stress stress-quick lint docs figures benchmarks bench-quick survey clean
+.PHONY: venv demo test test-benchmarks test-sharded test-long test-collections test-npu-contract test-gpu test-xla test-oldest test-python test-installed newest stress stress-quick lint docs browser figures benchmarks bench-quick survey clean
 
 # Where the figures of pages go.
 FIGURES := docs/bench
@@ -125,10 +125,16 @@ lint: venv
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# Warnings are errors. The snippets in the pages are executed by `make test`.
+# Warnings are errors. The snippets in the pages are executed by `make test`. All pages are written, whatever changed:
+# Sphinx forgets the index entries of others, and the search does not find them any more.
 docs: venv
 	$(BIN)/python docs/generate.py
-	$(BIN)/sphinx-build --fail-on-warning --keep-going --quiet -b html docs docs/_build
+	$(BIN)/sphinx-build --fail-on-warning --keep-going --quiet --write-all -b html docs docs/_build
+
+# The pages as Chromium shows them, wide and narrow, light and dark: they fit, the filter and the search find, links lead
+# somewhere. Needs Chromium and its driver: apt-get install chromium chromium-driver
+browser: docs
+	LIGHTNING_OPTIM_BROWSER_TESTS=1 $(BIN)/python -m pytest tests/browser
 
 # The pictures, and the tables between markers in the pages, from the files that benchmarks wrote into docs/bench/.
 figures: venv

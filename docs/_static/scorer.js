@@ -1,9 +1,13 @@
-/* How the search orders what it finds: the figures are Sphinx's own. Sphinx puts this file into its search script. */
+/* How the search orders what it finds; Sphinx puts this file into its search script. The figures are Sphinx's own. */
 var Scorer = {
-  /* A section or a page that is called what was asked for comes first. */
-  score: ([_docname, title, _anchor, _description, score]) => {
+  score: ([page, title, _anchor, _description, score, _file, kind]) => {
     const asked = (new URLSearchParams(location.search).get("q") ?? "").trim().toLowerCase();
-    return title.split(" > ").pop().toLowerCase() === asked ? score + 100 : score;
+    /* First what a page says that it is about, with {index}, then a section or a page of that very name. */
+    if (kind === "index") return score === 100 ? 300 : score;
+    if (title.split(" > ").pop().toLowerCase() === asked) return 200 + score;
+    /* These name everything, and would come first by the alphabet. */
+    if (kind === "text" && ["api", "changelog", "contributing", "releasing"].includes(page)) return score - 4;
+    return score;
   },
   objNameMatch: 11,
   objPartialMatch: 6,

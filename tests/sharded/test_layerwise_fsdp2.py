@@ -100,6 +100,12 @@ def block() -> nn.Module:
     return nn.Sequential(nn.Linear(8, 8), nn.LayerNorm(8))
 
 
+def tied() -> dict[str, nn.Module]:
+    embedding, head = nn.Embedding(8, 8), nn.Linear(8, 8, bias=False)
+    head.weight = embedding.weight
+    return {"embedding": embedding, "blocks": nn.Sequential(block(), block()), "head": head}
+
+
 def is_fsdp(module: nn.Module) -> list[str]:
     return [name for name, each in module.named_modules() if isinstance(each, FSDPModule)]
 
@@ -149,6 +155,8 @@ def test_which_modules_are_sharded(modules: dict[str, nn.Module], pattern: str |
             IncompatibleTrainer,
             "'scale'",
         ),
+        (tied(), None, IncompatibleTrainer, "'embedding.weight' and 'head.weight' are one parameter"),
+        ({"net": nn.ModuleDict(tied())}, None, IncompatibleTrainer, "'net.embedding' and 'net.head', which"),
     ],
 )
 def test_what_cannot_be_sharded_by_itself(

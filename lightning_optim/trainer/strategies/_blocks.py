@@ -86,7 +86,8 @@ def shard_blocks(module: LightningModule, pattern: str | None = None, autocast: 
             float32. ``None`` gathers and reduces in the parameters' own dtype.
 
     Raises:
-        IncompatibleTrainer: If there are no numbered blocks, or parameters that belong to no submodule.
+        IncompatibleTrainer: If there are no numbered blocks, parameters that belong to no submodule, or one of several
+            that are sharded apart.
         InvalidOption: If the pattern is no regular expression, or matches no module.
     """
     from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
@@ -100,6 +101,10 @@ def shard_blocks(module: LightningModule, pattern: str | None = None, autocast: 
             "sharded without configure_model: move it into the submodule that uses it, or write configure_model"
         )
     names = _numbered(module) if pattern is None else _named(module, pattern)
+    rest = list(_rest(module, "", set(names)))
+    # The innermost first, as fully_shard wants it.
+    units = [*sorted(names, key=lambda name: -name.count(".")), *rest]
+    _refuse_ties(module, units)
     assert module.device_mesh is not None
     mesh = module.device_mesh["data_parallel"]
     policy = MixedPrecisionPolicy()
@@ -109,16 +114,26 @@ def shard_blocks(module: LightningModule, pattern: str | None = None, autocast: 
         for each in modules.values():
             if isinstance(each, _KEPT_IN_FLOAT32):
                 fully_shard(each, mesh=mesh)
-    # The innermost first, as fully_shard wants it.
-    for name in sorted(names, key=lambda name: -name.count(".")):
-        fully_shard(modules[name], mesh=mesh, mp_policy=policy)
-    rest = list(_rest(module, "", set(names)))
-    for name in rest:
+    for name in units:
         fully_shard(modules[name], mesh=mesh, mp_policy=policy)
     rank_zero_info(
         f"{type(module).__name__} has no configure_model: {len(names)} modules are sharded by themselves "
         f"({names[0]!r} to {names[-1]!r}), and the rest of {', '.join(map(repr, rest)) or 'nothing'} together."
     )
+
+
+def _refuse_ties(module: nn.Module, units: list[str]) -> None:
+    """Refuses a parameter of modules that are sharded apart: each would make one of its own of it, and train that."""
+    first: dict[nn.Parameter, tuple[str, str]] = {}
+    for name, parameter in module.named_parameters(remove_duplicate=False):
+        unit = next((unit for unit in units if name.startswith(f"{unit}.")), "")
+        other, tied = first.setdefault(parameter, (unit, name))
+        if unit != other:
+            raise IncompatibleTrainer(
+                f"{tied!r} and {name!r} are one parameter, and {other!r} and {unit!r}, which are sharded apart, would "
+                "each train one of its own: put both into a submodule that calls them and name that by the strategy's "
+                "option shard, or write configure_model"
+            )
 
 
 def _rest(module: nn.Module, prefix: str, sharded: set[str]) -> Iterator[str]:

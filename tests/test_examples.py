@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from tests.processes import run_fresh
 
@@ -116,6 +117,43 @@ def test_gan_comes_closer_to_real_digits(tmp_path: Path) -> None:
     before, after = map(float, found.groups())
     assert after < before / 3
     assert (tmp_path / "gan.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_lora_learns_and_saves_the_adapter_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    output = run("lora.py", "--steps", "8", "--output", tmp_path)
+    elements = [int(found.replace(",", "")) for found in re.findall(r"^  \S+ +\d+ tensors +([\d,]+)", output, re.M)]
+    width, hidden, blocks, rank = 256, 512, 2, 16
+    adapters = blocks * rank * (4 * (width + width) + 3 * (width + hidden))
+    assert elements[-1] == adapters, "the last report is of the adapters alone"
+    assert sum(elements[:-1]) > 10 * adapters
+    losses = re.search(r"Loss on code: ([\d.]+) before, ([\d.]+) after, ([\d.]+) loaded", output)
+    assert losses, output
+    before, after, loaded = map(float, losses.groups())
+    assert after < before - 0.1
+    assert loaded == after
+    saved = load_file(tmp_path / "lora_adapter" / "adapter_model.safetensors")
+    assert all(".lora_" in name for name in saved)
+    assert sum(tensor.numel() for tensor in saved.values()) == adapters
+
+
+def test_two_processes_hold_half_each_and_one_goes_on(tmp_path: Path) -> None:
+    shards, whole, longer = (str(tmp_path / f"{name}.ckpt") for name in ("shards", "whole", "longer"))
+    output = run("sharded.py", "--steps", "3", "--output", tmp_path)
+    done = run_fresh("-m", "lightning_optim", "consolidate", shards, whole)
+    assert done.returncode == 0, done.stderr
+    output += run("sharded.py", "--devices", "1", "--steps", "4", "--resume", whole, "--output", tmp_path)
+
+    held = re.findall(r"of (\d) holds ([\d.]+) of ([\d.]+) MiB of weights, ([\d.]+) of ([\d.]+) MiB of state", output)
+    (two, *half), (one, *all_of_it) = held
+    assert (two, one) == ("2", "1")
+    for mine, everything in (half[:2], half[2:]):
+        assert float(mine) == pytest.approx(float(everything) / 2, abs=0.01)
+    assert all_of_it == [half[1], half[1], half[3], half[3]]
+    perplexities = {path: float(value) for path, value in re.findall(r"Perplexity of (\S+): ([\d.]+)", output)}
+    assert perplexities[whole] == pytest.approx(perplexities[shards], rel=2e-3)  # two processes see a window twice
+    assert perplexities[longer] < perplexities[whole]
+    assert torch.load(longer, weights_only=True)["global_step"] == 4
 
 
 def test_port_trains_to_the_same_losses_with_fewer_lines() -> None:

@@ -156,6 +156,14 @@ def test_two_processes_hold_half_each_and_one_goes_on(tmp_path: Path) -> None:
     assert torch.load(longer, weights_only=True)["global_step"] == 4
 
 
+def test_fabric_goes_on_from_a_checkpoint_bit_for_bit() -> None:
+    output = run("fabric.py", "--optim", "stable_adamw", "--epochs", "2")
+    before, after = map(float, re.findall(r": ([\d.]+)% right", output))
+    assert before < 50
+    assert after > 90
+    assert "Interrupted after 1 epochs: the weights are the same, bit for bit" in output
+
+
 def test_port_trains_to_the_same_losses_with_fewer_lines() -> None:
     output = run("port/compare.py")
     found = re.findall(r"^(.+): (\d+) losses, from ([\d.]+) to ([\d.]+); largest difference (\S+)$", output, re.M)

@@ -16,6 +16,25 @@
     }
   };
 
+  /** Keeps options such as --llama on one line: a hyphen would break them. */
+  const short = () => {
+    for (const word of document.querySelectorAll("article :not(pre) > code .pre"))
+      word.classList.toggle("short", word.textContent.length <= 32);
+  };
+
+  /** Marks the columns in which every cell is a figure, such as 8.00 or 1,802 KiB, or says that there is none. */
+  const figures = (table) => {
+    const rows = [...(table.tBodies[0]?.rows ?? [])];
+    const figure = /^([-+±]?[\d.,]+ ?(%|ms|s|B|[KMG]i?B)?|no|)$/;
+    const columns = rows.length ? [...rows[0].cells].keys() : [];
+    for (const index of columns) {
+      const cells = rows.map((row) => row.cells[index]).filter(Boolean);
+      const texts = cells.map((cell) => cell.textContent.trim());
+      if (texts.every((text) => figure.test(text)) && texts.some((text) => /\d/.test(text)))
+        cells.forEach((cell) => cell.classList.add("number"));
+    }
+  };
+
   /** Returns the filter that the address asks for: identifiers.html#filter=lion. */
   const asked = () => {
     const found = location.hash.match(/^#filter=(.*)$/);
@@ -76,6 +95,8 @@
   };
 
   document.addEventListener("DOMContentLoaded", () => {
+    short();
+    document.querySelectorAll("article table.docutils").forEach(figures);
     document.querySelectorAll("table.stacked").forEach(label);
     document.querySelectorAll("table.filtered").forEach(filter);
     moved();

@@ -5,7 +5,8 @@ The fences, by their info string:
 - ``python``: executed; the blocks of a page share their names and run in order. A block whose first line is a comment
   with a file name (``# train.py``) is saved under that name instead.
 - ``yaml``: saved under the name in its first line.
-- ``pycon``: executed and compared by doctest; ``...`` stands for anything, line breaks do not count.
+- ``pycon``: executed and compared by doctest; ``...`` stands for anything, line breaks do not count. The last line of
+  an error, ``See: lightning-optim explain CODE``, may be left out.
 - ``console``: commands after ``$``, in the directory of the saved files. They must succeed, unless the fence says
   ``console fails``; output is compared as in ``pycon``. ``console no-run`` marks what cannot run here, as installing.
 - ``text``: with ``text output``, what the ``python`` block before it prints and logs.
@@ -40,6 +41,7 @@ import lightning_optim.testing
 from lightning_optim import REGISTRY, command
 from lightning_optim.build import TRAINING_ARGUMENTS, rules
 from lightning_optim.build._curves import SCHEDULES
+from lightning_optim.refusals import ENTRIES, SECTIONS
 from lightning_optim.table._registry import ENTRY_POINT_GROUP
 
 ROOT = Path(__file__).parent.parent
@@ -55,6 +57,7 @@ FOR_XLA = {"python xla", "text output xla"}
 _FENCE = re.compile(r"^(?P<ticks>`{3,})(?P<info>[^\n`]*)\n(?P<body>.*?)^(?P=ticks)$", re.MULTILINE | re.DOTALL)
 _FILE_NAME = re.compile(r"# (?P<name>\w+\.(py|yaml))$", re.MULTILINE)
 _LENIENT = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
+_SEE = re.compile(r"^See: lightning-optim explain [LO\d ]+$", re.MULTILINE)
 
 
 @dataclass(frozen=True)
@@ -78,6 +81,13 @@ def _blocks(page: Path) -> Iterator[Block]:
         kind = match["info"].strip()
         if not kind.startswith("{"):
             yield Block(page, text.count("\n", 0, match.start()) + 1, kind, match["body"])
+
+
+class _Checker(doctest.OutputChecker):
+    """Compares an output with and without the line that leads to more about an error."""
+
+    def check_output(self, want: str, got: str, optionflags: int) -> bool:
+        return any(super(_Checker, self).check_output(want, each, optionflags) for each in (got, _SEE.sub("", got)))
 
 
 class _Page:
@@ -117,7 +127,7 @@ class _Page:
         test = doctest.DocTestParser().get_doctest(block.body, self.names, block.where, str(block.page), block.line)
         output: list[str] = []
         with contextlib.redirect_stderr(io.StringIO()):
-            doctest.DocTestRunner(optionflags=_LENIENT).run(test, out=output.append, clear_globs=False)
+            doctest.DocTestRunner(_Checker(), optionflags=_LENIENT).run(test, out=output.append, clear_globs=False)
         if output:
             pytest.fail("".join(output), pytrace=False)
         self.names.update(test.globs)
@@ -170,7 +180,7 @@ def _run(arguments: list[str]) -> int:
 
 def _compare(block: Block, expected: str, printed: str) -> None:
     # Rich output ends its lines with spaces, and runs print more than a page shows: ... stands for it.
-    checker, example = doctest.OutputChecker(), doctest.Example("", expected)
+    checker, example = _Checker(), doctest.Example("", expected)
     if not checker.check_output(expected, printed, _LENIENT):
         difference = checker.output_difference(example, printed, _LENIENT)
         pytest.fail(f"{block.where} shows an output that does not come.\n{difference}", pytrace=False)
@@ -266,10 +276,18 @@ def test_api_page_documents_every_public_name() -> None:
     assert checking <= set(lightning_optim.testing.__all__)
 
 
-def test_refusals_page_has_a_row_per_rule() -> None:
-    rows = re.findall(r"^\| (?!What|-)", (ROOT / "docs" / "refusals.md").read_text(encoding="utf-8"), re.MULTILINE)
+def test_refusals_page_has_every_entry(tmp_path: Path) -> None:
+    runpy.run_path(str(ROOT / "docs" / "generate.py"))["main"](tmp_path)
+    page = (ROOT / "docs" / "refusals.md").read_text(encoding="utf-8")
+    shown = ""
+    for section in SECTIONS:
+        assert page.count(f"{{include}} generated/refusals-{section}.md") == 1
+        shown += (tmp_path / f"refusals-{section}.md").read_text(encoding="utf-8")
+    for code, entry in ENTRIES.items():
+        assert shown.count(f"({code})=\n### {code}: {entry.name}\n") == 1
+        assert entry.do in shown
     tables = (rules.CONFIG_RULES, rules.RUN_RULES, rules.DEMAND_RULES, rules.FUSED_RULES, rules.LAYERWISE_RULES)
-    assert len(rows) == sum(map(len, tables))
+    assert {code for table in tables for code in table} <= ENTRIES.keys()
 
 
 def test_migration_page_names_what_hugging_face_has() -> None:

@@ -58,11 +58,11 @@ def candidate(text: str, workload: Workload) -> Candidate:
         default = parse(spec.options, config.optim_args, name).default_lr(spec.default_lr)
         if not default:
             raise InvalidOption(
-                f"{text!r} has no learning rate to try others around; write one, as in '{name},lr=1e-3'"
+                f"{text!r} has no learning rate to try others around; write one, as in '{name},lr=1e-3'", code="LO907"
             )
         config = config.replace(lr=default)
     if not config.lr:
-        raise InvalidOption(f"{text!r}: a grid of learning rates needs one above 0 in its middle")
+        raise InvalidOption(f"{text!r}: a grid of learning rates needs one above 0 in its middle", code="LO907")
     return Candidate(text, config)
 
 
@@ -96,7 +96,7 @@ def chosen(names: Sequence[str], workload: Workload, quick: bool) -> tuple[list[
     if names:
         repeated = sorted({name for name in names if names.count(name) > 1})
         if repeated:
-            raise InvalidOption(f"{listing(repeated)} named more than once")
+            raise InvalidOption(f"{listing(repeated)} named more than once", code="LO907")
         return [candidate(name, workload) for name in names], {}
     own = [workload.own.optim] if workload.own else []
     taken, left_out = [], {}
@@ -107,5 +107,5 @@ def chosen(names: Sequence[str], workload: Workload, quick: bool) -> tuple[list[
         try:
             taken.append(candidate(workload.defaults.get(name, name), workload))
         except MissingDependency as error:
-            left_out[name] = str(error)
+            left_out[name] = error.text
     return taken, left_out

@@ -80,13 +80,13 @@ def configured(config: Path | None, model: str | None, data: str | None) -> Work
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
     if config is not None and not config.is_file():
-        raise InvalidOption(f"--config {config}: there is no such file")
+        raise InvalidOption(f"--config {config}: there is no such file", code="LO907")
     try:
         held = yaml.safe_load(config.read_text(encoding="utf-8")) if config is not None else {}
     except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
-        raise InvalidOption(f"--config {config} is no plain YAML: {error}") from error
+        raise InvalidOption(f"--config {config} is no plain YAML: {error}", code="LO907") from error
     if not isinstance(held or {}, dict):
-        raise InvalidOption(f"--config {config} is no mapping with model: and trainer:")
+        raise InvalidOption(f"--config {config} is no mapping with model: and trainer:", code="LO907")
     cli = _parse(
         _class(model, "--model", LightningModule),
         _class(data, "--data", LightningDataModule),
@@ -140,7 +140,7 @@ def _parse(model: type | None, data: type | None, args: list[str]) -> _Parser:
                 parser_kwargs={"exit_on_error": False},
             )
     except argparse.ArgumentError as error:
-        raise InvalidOption(str(error)) from error
+        raise InvalidOption(str(error), code="LO907") from error
 
 
 def _class(path: str | None, option: str, base: type) -> type | None:
@@ -152,10 +152,11 @@ def _class(path: str | None, option: str, base: type) -> type | None:
     except (ImportError, AttributeError, ValueError) as error:
         raise InvalidOption(
             f"{option} {path}: {error}. Name a class by its path, as in 'package.module.Class'; modules are looked for "
-            "in this folder, too"
+            "in this folder, too",
+            code="LO907",
         ) from error
     if not (inspect.isclass(found) and issubclass(found, base)):
-        raise InvalidOption(f"{option} {path} is no {base.__name__} of lightning.pytorch")
+        raise InvalidOption(f"{option} {path} is no {base.__name__} of lightning.pytorch", code="LO907")
     return found
 
 
@@ -164,14 +165,16 @@ def _refuse(config: Any, trainer: Any) -> None:
     if config.get("ckpt_path"):
         raise InvalidOption(
             f"the config continues from ckpt_path={config['ckpt_path']!r}, and every trial starts from scratch: take "
-            "it out, and have the module load pretrained weights itself"
+            "it out, and have the module load pretrained weights itself",
+            code="LO907",
         )
     devices, nodes = trainer.get("devices"), trainer.get("num_nodes")
     one = devices in _ONE_DEVICE or (isinstance(devices, list) and len(devices) == 1)
     if not one or nodes not in (None, 1):
         raise InvalidOption(
             f"the config asks for devices={devices!r} and num_nodes={nodes!r}, and a trial runs on one device: write "
-            "devices: 1"
+            "devices: 1",
+            code="LO907",
         )
 
 

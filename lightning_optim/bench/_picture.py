@@ -26,7 +26,7 @@ def new_figure() -> Figure:
         from matplotlib.figure import Figure
     except ModuleNotFoundError as error:
         raise MissingDependency(
-            "the picture needs matplotlib: pip install matplotlib. Or leave the picture out: --no-picture"
+            "the picture needs matplotlib: pip install matplotlib. Or leave the picture out: --no-picture", code="LO107"
         ) from error
     return Figure(figsize=(12, 4.5), layout="constrained")
 

@@ -42,12 +42,14 @@ class Records:
                 path.parent.mkdir(parents=True, exist_ok=True)
                 path.touch()
             except OSError as error:
-                raise InvalidOption(cannot_write(path, error)) from error
+                raise InvalidOption(cannot_write(path, error), code="LO908") from error
             self._write({"format": _FORMAT, "request": asked})
             return
         head, *self._lines = lines
         if head.get("format") != _FORMAT or "request" not in head:
-            raise InvalidOption(f"{path} is no file of this version of `lightning-optim bench`: take another --output")
+            raise InvalidOption(
+                f"{path} is no file of this version of `lightning-optim bench`: take another --output", code="LO908"
+            )
         _refuse_another(path, head["request"], asked)
 
     def _whole_lines(self) -> list[dict[str, Any]]:
@@ -57,11 +59,11 @@ class Records:
         try:
             lines = [json.loads(line) for line in whole.splitlines()]
         except ValueError as error:
-            raise InvalidOption(f"{self._path} holds what is no JSON: take another --output") from error
+            raise InvalidOption(f"{self._path} holds what is no JSON: take another --output", code="LO908") from error
         # Nothing is taken away from somebody else's file.
         ours = all(isinstance(line, dict) for line in lines) if lines else _BEGINS.startswith(content[: len(_BEGINS)])
         if not ours:
-            raise InvalidOption(f"{self._path} holds no measurements: take another --output")
+            raise InvalidOption(f"{self._path} holds no measurements: take another --output", code="LO908")
         if whole != content:
             os.truncate(self._path, len(whole))
         return lines
@@ -87,7 +89,7 @@ class Records:
             finally:
                 os.close(file)
         except OSError as error:
-            raise InvalidOption(cannot_write(self._path, error)) from error
+            raise InvalidOption(cannot_write(self._path, error), code="LO908") from error
         written: dict[str, Any] = json.loads(line)
         return written
 
@@ -104,7 +106,8 @@ def _refuse_another(path: Path, before: Mapping[str, Any], now: Mapping[str, Any
         more = f" and {len(changed) - 3} more" if len(changed) > 3 else ""
         raise InvalidOption(
             f"{path} holds measurements of another request: {shown}{more}. They cannot be compared: take another "
-            "--output, or delete the file"
+            "--output, or delete the file",
+            code="LO908",
         )
 
 

@@ -54,20 +54,23 @@ class Comparison:
 
     def __post_init__(self) -> None:
         if self.steps < 1:
-            raise InvalidOption(f"--steps {self.steps} is no training; give 1 or more")
+            raise InvalidOption(f"--steps {self.steps} is no training; give 1 or more", code="LO907")
         if self.rates < 1 or self.rates % 2 == 0:
             raise InvalidOption(
-                f"--lrs {self.rates}: give an odd number such as 3, so that the default learning rate is in the middle"
+                f"--lrs {self.rates}: give an odd number such as 3, so that the default learning rate is in the middle",
+                code="LO907",
             )
         if self.seeds < _FEWEST_SEEDS:
             raise InvalidOption(
                 f"--seeds {self.seeds}: an interval needs at least {_FEWEST_SEEDS}; from fewer it is too wide to tell "
-                "anything"
+                "anything",
+                code="LO907",
             )
         if len(self.candidates) < 2:
             raise InvalidOption(
                 f"one optimizer alone ({self.candidates[0].label}) cannot be compared; name two or more, the "
-                "reference first"
+                "reference first",
+                code="LO907",
             )
 
     @property

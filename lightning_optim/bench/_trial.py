@@ -80,7 +80,8 @@ def train(
         known = ", ".join(sorted(metrics)) or "nothing"
         raise InvalidOption(
             f"the module logs no {metric!r} by the end of training and validation; it logs: {known}. Name one of "
-            "these: --metric NAME"
+            "these: --metric NAME",
+            code="LO529",
         )
     if not math.isfinite(value):
         failure = "diverged"

@@ -57,7 +57,7 @@ class Source:
         try:
             return convert(value, kind)
         except (ValueError, TypeError, SyntaxError):
-            raise InvalidOption(f"{self.name(name)}={value!r} is no {kind.__name__}") from None
+            raise InvalidOption(f"{self.name(name)}={value!r} is no {kind.__name__}", code="LO909") from None
 
     def mapping(self, name: str) -> dict[str, Any]:
         """Returns the value as a mapping, which may be written as JSON.
@@ -70,7 +70,7 @@ class Source:
             with suppress(ValueError):
                 value = json.loads(value or "{}")
         if value is not None and not isinstance(value, Mapping):
-            raise InvalidOption(f"{self.name(name)}={value!r} is no mapping, and no JSON of one")
+            raise InvalidOption(f"{self.name(name)}={value!r} is no mapping, and no JSON of one", code="LO909")
         return dict(value or {})
 
     def chose(self, *names: str) -> bool:
@@ -104,7 +104,7 @@ def _from_object(args: Any) -> Source:
     defaults = {one.name: one.default for one in dataclasses.fields(args)} if dataclasses.is_dataclass(args) else {}
     if not hasattr(args, "to_dict") and not hasattr(args, "__dict__"):
         raise InvalidOption(
-            f"{args!r} ({type(args).__name__}) is no TrainingArguments, no mapping and no path of a file"
+            f"{args!r} ({type(args).__name__}) is no TrainingArguments, no mapping and no path of a file", code="LO909"
         )
     values = args.to_dict() if hasattr(args, "to_dict") else vars(args)
     source = _from_mapping(
@@ -128,7 +128,9 @@ def _from_mapping(held: Mapping[Any, Any], where: str) -> Source:
     # An empty value, `max_steps:`, asks for the default.
     held = {str(key): _without_secrets(str(key), value) for key, value in held.items() if value is not None}
     if "compute_environment" in held:
-        raise InvalidOption(f"{where} is a configuration of accelerate, which has no arguments of the Trainer")
+        raise InvalidOption(
+            f"{where} is a configuration of accelerate, which has no arguments of the Trainer", code="LO909"
+        )
     dialect = next((one for one in DIALECTS if one.marks & held.keys()), TRANSFORMERS)
     source = Source(dialect)
     for key, value in held.items():
@@ -138,13 +140,15 @@ def _from_mapping(held: Mapping[Any, Any], where: str) -> Source:
             source.unknown[key] = value
             continue
         if name in source.values:
-            raise InvalidOption(f"{where} has {key!r} and {source.called[name]!r}, which are one: keep one of them")
+            raise InvalidOption(
+                f"{where} has {key!r} and {source.called[name]!r}, which are one: keep one of them", code="LO909"
+            )
         source.values[name] = value
         source.called[name] = key
     source.given = set(source.values)
     if not source.values:
         has = f"It has {listing(list(held)[:8])}." if held else "It is empty."
-        raise InvalidOption(f"{where} has no key of TrainingArguments, such as learning_rate. {has}")
+        raise InvalidOption(f"{where} has no key of TrainingArguments, such as learning_rate. {has}", code="LO909")
     return source
 
 
@@ -164,16 +168,17 @@ def _read_file(path: Path) -> Mapping[Any, Any]:
     if path.suffix in _PICKLES:
         raise InvalidOption(
             f"{path} is a pickle, and to read one is to run what it holds. Where transformers is installed, and if you "
-            f"trust the file, write it as JSON: `torch.load('{path}', weights_only=False).to_json_string()`"
+            f"trust the file, write it as JSON: `torch.load('{path}', weights_only=False).to_json_string()`",
+            code="LO909",
         )
     is_json = path.suffix == ".json"
     try:
         text = path.read_text(encoding="utf-8")
         held = storable(json.loads(text) if is_json else yaml.safe_load(text))
     except OSError as error:
-        raise InvalidOption(f"cannot read {path}: {error.strerror}") from error
+        raise InvalidOption(f"cannot read {path}: {error.strerror}", code="LO909") from error
     except (ValueError, RecursionError, yaml.YAMLError) as error:
-        raise InvalidOption(f"{path} is no {'JSON' if is_json else 'plain YAML'}: {error}") from error
+        raise InvalidOption(f"{path} is no {'JSON' if is_json else 'plain YAML'}: {error}", code="LO909") from error
     if not isinstance(held, Mapping):
-        raise InvalidOption(f"{path} holds no mapping of arguments, such as `learning_rate: 5.0e-5`")
+        raise InvalidOption(f"{path} holds no mapping of arguments, such as `learning_rate: 5.0e-5`", code="LO909")
     return held

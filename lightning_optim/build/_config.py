@@ -71,10 +71,12 @@ class OptimConfig(Arguments):
         object.__setattr__(self, "warmup_steps", parse_warmup(self.warmup_steps))
         if self.param_groups is not None and not isinstance(self.param_groups, Mapping):
             raise InvalidOption(
-                f"param_groups={self.param_groups!r} is not a mapping of patterns such as {{'embed.*': {{'lr': 1e-4}}}}"
+                f"param_groups={self.param_groups!r} is not a mapping of patterns such as "
+                "{'embed.*': {'lr': 1e-4}}",
+                code="LO301",
             )
         if not isinstance(self.optim_fallback, bool):
-            raise InvalidOption(f"optim_fallback={self.optim_fallback!r} is neither True nor False")
+            raise InvalidOption(f"optim_fallback={self.optim_fallback!r} is neither True nor False", code="LO203")
         as_overrides(self.override_on_resume)
         check_target_modules(self.optim_target_modules)
         if self.lr_scheduler is not None:
@@ -172,7 +174,7 @@ class OptimConfig(Arguments):
         try:
             return OptimConfig(**arguments, **shared, override_on_resume=overrides or None)
         except (InvalidOption, IncompatibleTrainer) as error:
-            raise type(error)(f"{where}: {error}") from None
+            raise type(error)(f"{where}: {error.text}", code=error.codes) from None
 
     def _absorb_weight_decay(self) -> None:
         """Moves ``weight_decay`` out of ``optim_args``, where Hugging Face accepts it for some optimizers."""
@@ -182,7 +184,8 @@ class OptimConfig(Arguments):
         given = as_number("weight_decay", args.pop("weight_decay"), NON_NEGATIVE, optional=False)
         if self.weight_decay not in (None, given):
             raise InvalidOption(
-                f"weight_decay is given twice: weight_decay={self.weight_decay} and optim_args weight_decay={given}"
+                f"weight_decay is given twice: weight_decay={self.weight_decay} and optim_args weight_decay={given}",
+                code="LO206",
             )
         object.__setattr__(self, "weight_decay", given)
         object.__setattr__(self, "optim_args", args)

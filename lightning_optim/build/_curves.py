@@ -45,7 +45,8 @@ class FlooredCosineOptions(ScheduleOptions):
             given = "neither" if self.min_lr is None else "both"
             raise InvalidOption(
                 f"{given} of min_lr and min_lr_rate in lr_scheduler_args: set one of them, min_lr=1e-5 (a learning "
-                "rate) or min_lr_rate=0.1 (a part of the peak)"
+                "rate) or min_lr_rate=0.1 (a part of the peak)",
+                code="LO206",
             )
 
     def check_peak(self, peak: float) -> None:
@@ -122,7 +123,7 @@ class PlateauOptions(ScheduleOptions):
 
 def _check_below(name: str, value: float, peak: float) -> None:
     if value >= peak:
-        raise InvalidOption(f"{name}={value:g} must be smaller than the learning rate {peak:g}")
+        raise InvalidOption(f"{name}={value:g} must be smaller than the learning rate {peak:g}", code="LO213")
 
 
 class Multiplier(Protocol):
@@ -315,7 +316,8 @@ def get_schedule(name: str) -> ScheduleSpec:
         hint = f" Did you mean {listing(near)}?" if near else ""
         raise UnknownSchedule(
             f"there is no lr_scheduler {name!r}.{hint} Allowed: {listing(SCHEDULES)}. For a scheduler of torch "
-            "override configure_optimizers and build the optimizer with self.build_optimizer(self)."
+            "override configure_optimizers and build the optimizer with self.build_optimizer(self).",
+            code="LO108",
         )
     return SCHEDULES[name]
 

@@ -60,7 +60,8 @@ def divide(parameters: Sequence[NamedParameter], config: OptimConfig, model: Seq
     if not rest:
         raise InvalidParamGroups(
             f"the patterns {listing(taken)} of param_groups take every parameter, and optim={config.optim!r} would "
-            "train nothing. Name the optimizer of one of them as optim, and leave its pattern out."
+            "train nothing. Name the optimizer of one of them as optim, and leave its pattern out.",
+            code="LO316",
         )
     main = config.replace(
         param_groups={pattern: values for pattern, values in patterns.items() if pattern not in taken} or None,
@@ -106,7 +107,8 @@ def _matrices_and_others(
     if not own:
         raise InvalidParamGroups(
             f"the patterns of param_groups that name an optimizer leave no matrix to optim={config.optim!r}. Name one "
-            "of theirs as optim, or let their patterns take less."
+            "of theirs as optim, or let their patterns take less.",
+            code="LO315",
         )
     own_config = _with_patterns_of(own, config, pattern_of)
     main = Part(_plain_name(config.optim), own_config, own, remark=found.remark, roles=found.roles)

@@ -27,7 +27,7 @@ from lightning_optim.build._division import Part, divide
 from lightning_optim.build._memory import state_bytes
 from lightning_optim.build._resume import Resuming, mark
 from lightning_optim.build._schedules import resolve_warmup
-from lightning_optim.errors import IncompatibleTrainer, InvalidOption, InvalidParamGroups, MissingDependency
+from lightning_optim.errors import IncompatibleTrainer, InvalidOption, InvalidParamGroups, MissingDependency, joined
 from lightning_optim.groups import (
     GroupPolicy,
     NamedParameter,
@@ -134,7 +134,8 @@ class ResolvedOptimizer:
             if part.name not in by_name:
                 raise InvalidParamGroups(
                     f"{part.parameters[0].name!r} belongs to optim={part.config.optim!r}, which had nothing to train "
-                    "when the optimizers were built. Leave one of its parameters unfrozen from the start."
+                    "when the optimizers were built. Leave one of its parameters unfrozen from the start.",
+                    code="LO317",
                 )
             built = by_name[part.name]
             rate = lr if built is self.each[0] or not self.lr else built.lr * lr / self.lr
@@ -182,7 +183,9 @@ def resolve(
     model = every_parameter(target)
     parameters = [p for p in trainable(model) if only is None or p.parameter in only]
     if not parameters:
-        raise InvalidParamGroups("no parameter to optimize: the module's own optimizer has none that can be trained")
+        raise InvalidParamGroups(
+            "no parameter to optimize: the module's own optimizer has none that can be trained", code="LO306"
+        )
     parts = divide(parameters, config, model)
     resolved = [resolve_part(part, parameters, total_steps, trainer) for part in parts]
     whole = resolved[0] if len(parts) == 1 else _as_one(resolved, config)
@@ -201,7 +204,7 @@ def resolve_part(
     """Builds one of the optimizers of a request, to be stepped after backward; see :func:`resolve`."""
     config, parameters = part.config, part.parameters
     warmup_steps = resolve_warmup(config.warmup_steps, total_steps) if config.spec.warmup == "optimizer" else 0
-    refusals: dict[str, Exception] = {}
+    refusals: dict[str, Any] = {}
     for name in _candidates(config, parameters):
         try:
             resolved = _build(part, config.replace(optim=name), everything, warmup_steps, trainer)
@@ -210,13 +213,12 @@ def resolve_part(
                 raise
             refusals[name] = error
         else:
-            passed_over = {name: str(error) for name, error in refusals.items()}
+            passed_over = {name: error.text for name, error in refusals.items()}
             return dataclasses.replace(resolved, request=part, passed_over=passed_over)
     first, *others = refusals.values()
     if all(isinstance(error, _MISTAKES) for error in refusals.values()) or not others:
         raise first
-    lines = dict.fromkeys(line for error in refusals.values() for line in str(error).splitlines())
-    raise type(first)("\n".join((f"no optimizer for optim={config.optim!r} can run here:", *lines))) from first
+    raise joined([*refusals.values()], f"no optimizer for optim={config.optim!r} can run here:") from first
 
 
 def _as_one(parts: list[ResolvedOptimizer], config: OptimConfig) -> ResolvedOptimizer:
@@ -377,7 +379,8 @@ def build_optimizer(target: Target, optim: str = "adamw_torch", **arguments: Unp
     if warmup_steps and REGISTRY.find(optim).warmup != "optimizer":
         raise IncompatibleTrainer(
             f"warmup_steps={warmup_steps} together with optim={optim!r}: build_optimizer makes no schedule. Leave it "
-            f"out and call build_schedule(optimizer, 'constant_with_warmup', warmup_steps={warmup_steps})."
+            f"out and call build_schedule(optimizer, 'constant_with_warmup', warmup_steps={warmup_steps}).",
+            code="LO414",
         )
     config = OptimConfig(optim=optim, **arguments)
     builder = _BUILDER.get()

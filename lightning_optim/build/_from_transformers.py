@@ -102,7 +102,8 @@ class _Translation:
         if "." in optim and optim not in REGISTRY:
             raise InvalidOption(
                 f"{source.name('optim')}={optim!r} is a class, and what a file names is not imported: leave it "
-                f"out, and name the class where you train, by optim={optim!r} or --optim {optim}"
+                f"out, and name the class where you train, by optim={optim!r} or --optim {optim}",
+                code="LO909",
             )
         if optim in FORMER_OPTIMIZERS:
             optim, text = FORMER_OPTIMIZERS[optim]
@@ -252,7 +253,7 @@ class _Translation:
             self._remark("differs", text, "gradient_accumulation_steps")
         bf16, fp16 = source.number("bf16", bool), source.number("fp16", bool)
         if bf16 and bf16 != "auto" and fp16:
-            raise InvalidOption(f"{source.name('bf16')} and fp16 are both set: keep one of them")
+            raise InvalidOption(f"{source.name('bf16')} and fp16 are both set: keep one of them", code="LO909")
         if bf16 or fp16:
             precision = "bf16-true" if bf16 == "full" else "bf16-mixed" if bf16 else "16-mixed"
             self._write(self._trainer, "precision", precision, "bf16" if bf16 else "fp16")

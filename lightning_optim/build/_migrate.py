@@ -53,13 +53,15 @@ def migrate_state_dict(
             what = repr(given) if isinstance(given, str) else f"one of shape {tuple(given.shape)}"
             raise InvalidOption(
                 f"the other optimizer stepped a parameter, {what}, that no group of {_called(optimizer)} holds. Build "
-                "both for the same model, with the same parameters frozen."
+                "both for the same model, with the same parameters frozen.",
+                code="LO813",
             )
     missing = next((name for parameter, name in named.items() if parameter not in found), None)
     if missing is not None:
         raise InvalidOption(
             f"the other optimizer did not have {missing!r}, which {_called(optimizer)} steps: its state would begin "
-            "anew. Freeze it, or start anew from the weights."
+            "anew. Freeze it, or start anew from the weights.",
+            code="LO813",
         )
     own = optimizer.state_dict()
     groups, states = [], {}
@@ -79,7 +81,8 @@ def _names(optimizer: Optimizer) -> dict[Tensor, str]:
     if not all(MEMBERS in group for group in optimizer.param_groups):
         raise InvalidOption(
             f"{type(optimizer).__name__} was not built by build_optimizer, a module with OptimMixin or OptimCallback: "
-            "its groups do not name their parameters. Build it by an identifier or a dotted path."
+            "its groups do not name their parameters. Build it by an identifier or a dotted path.",
+            code="LO812",
         )
     return {
         parameter: plain_name(name)
@@ -96,7 +99,8 @@ def _given(saved: Sequence[State], parameters: Iterable[Any] | None) -> list[Ten
                 return [name for group in saved for name in group[key]]
         raise InvalidOption(
             "the state dict does not say whose state is whose. Pass what the other optimizer was given, in that order: "
-            "migrate_state_dict(state_dict, optimizer, model.parameters()), or its param groups."
+            "migrate_state_dict(state_dict, optimizer, model.parameters()), or its param groups.",
+            code="LO812",
         )
     listed = [*parameters]
     grouped = [_flat(group["params"]) for group in listed] if listed and isinstance(listed[0], Mapping) else None
@@ -105,7 +109,8 @@ def _given(saved: Sequence[State], parameters: Iterable[Any] | None) -> list[Ten
     if (here != there) if grouped is not None else (sum(here) != sum(there)):
         raise InvalidOption(
             f"parameters has {_sizes(here)}, and the state dict {_sizes(there)}. Pass what the other optimizer was "
-            "given, in that order, frozen parameters included if it had them."
+            "given, in that order, frozen parameters included if it had them.",
+            code="LO812",
         )
     return [each for group in grouped for each in group] if grouped is not None else _flat(listed)
 
@@ -142,7 +147,8 @@ def _counters(
         if any(value != values[0] for value in values):
             raise InvalidOption(
                 f"the groups of the other optimizer have counted {key!r} differently, {values[0]!r} and another, and "
-                f"their parameters are in one group of {_called(optimizer)}. Build it with the same groups."
+                f"their parameters are in one group of {_called(optimizer)}. Build it with the same groups.",
+                code="LO813",
             )
         # A copy: tensors are counted up in place.
         counted.update({key: copy.deepcopy(values[0])} if values else {})
@@ -180,7 +186,8 @@ def _moved(
         if translate is None or FORMAT in source:
             raise InvalidOption(
                 f"no way leads from the state of the other optimizer, which has {', '.join(map(str, state))}, to that "
-                f"of {_called(optimizer)}. Go on with what wrote it, or start anew from the weights."
+                f"of {_called(optimizer)}. Go on with what wrote it, or start anew from the weights.",
+                code="LO813",
             )
         moved = translate(moved, group)
         expected = optimizer._initial_state(parameter, group)
@@ -192,7 +199,8 @@ def _moved(
         raise InvalidOption(
             f"{name!r}, of shape {tuple(parameter.shape)}, would get {wrong[0]!r} of shape "
             f"{_shape(moved.get(wrong[0]))}. "
-            "It is another optimizer's or another parameter's: pass what the other optimizer was given, in that order."
+            "It is another optimizer's or another parameter's: pass what the other optimizer was given, in that order.",
+            code="LO812",
         )
     return moved
 

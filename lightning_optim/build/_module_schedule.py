@@ -98,7 +98,8 @@ class FollowingSchedule(LRScheduler):
                 f"lr_scheduler='module': the module's own {type(self._replaced).__name__} has groups with different "
                 f"learning rates, and the group {name!r} of {type(self.optimizer).__name__} has parameters of several. "
                 "Divide them with param_groups={'NAME.*': {'lr': ...}, ...}, or build optimizer and schedule in "
-                "configure_optimizers with self.build_optimizer (OptimMixin)."
+                "configure_optimizers with self.build_optimizer (OptimMixin).",
+                code="LO416",
             )
         return factors.pop()
 

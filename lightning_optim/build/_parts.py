@@ -41,7 +41,8 @@ def refuse_parts_without_optim(patterns: Mapping[str, Any] | None, optim: str) -
         if own:
             raise InvalidParamGroups(
                 f"param_groups[{pattern!r}] sets {listing(own)} and names no optimizer. Parameters with {own[0]} of "
-                f"their own have an optimizer of their own: add 'optim': {optim.removesuffix(SUFFIX)!r}, or another."
+                f"their own have an optimizer of their own: add 'optim': {optim.removesuffix(SUFFIX)!r}, or another.",
+                code="LO304",
             )
 
 
@@ -59,12 +60,15 @@ def part_arguments(pattern: str, values: Mapping[str, Any], stepped_in_backward:
     where = f"param_groups[{pattern!r}]"
     name = values[OPTIM]
     if not isinstance(name, str):
-        raise InvalidParamGroups(f"{where} names optim={name!r}, which is no identifier such as 'adamw_torch'")
+        raise InvalidParamGroups(
+            f"{where} names optim={name!r}, which is no identifier such as 'adamw_torch'", code="LO101"
+        )
     row = REGISTRY.find(name)
     if name.endswith(SUFFIX) or (row.layerwise and not stepped_in_backward):
         raise IncompatibleTrainer(
             f"{where} names optim={name!r}, which is stepped during backward; that is all or nothing. Name the main "
-            f"optimizer with {SUFFIX} at its end, and leave it out here."
+            f"optimizer with {SUFFIX} at its end, and leave it out here.",
+            code="LO318",
         )
     if stepped_in_backward:
         # Refuses what couples its parameters, with the reason.
@@ -74,7 +78,8 @@ def part_arguments(pattern: str, values: Mapping[str, Any], stepped_in_backward:
     if schedule is not None and not follows_the_step(schedule):
         raise IncompatibleTrainer(
             f"{where} has lr_scheduler={schedule!r}, which is for the whole: the schedule of a part is a function of "
-            "the step, such as 'cosine'. Give it to the main optimizer, whose parts follow it."
+            "the step, such as 'cosine'. Give it to the main optimizer, whose parts follow it.",
+            code="LO319",
         )
     part_clip(pattern, values)
     options = {key: value for key, value in values.items() if key not in (OPTIM, _CLIP, *own)}
@@ -97,7 +102,8 @@ def part_clip(pattern: str, values: Mapping[str, Any]) -> Clipping | None:
             return Clipping(kind, float(limit))
     raise InvalidOption(
         f"param_groups[{pattern!r}] has clip={given!r}. Use clip={{'norm': 1.0}} or clip={{'value': 0.5}}, with a "
-        "limit above 0."
+        "limit above 0.",
+        code="LO320",
     )
 
 
@@ -112,7 +118,8 @@ def others_arguments(config: Arguments, spec: OptimizerSpec) -> dict[str, Any]:
     if row.takes != "all" or row.layerwise:
         raise IncompatibleTrainer(
             f"optim={config.optim!r} with others={options.others!r}, which is not for these parameters. Use an "
-            f"optimizer for all, without {SUFFIX} at its end, such as others='adamw_torch'."
+            f"optimizer for all, without {SUFFIX} at its end, such as others='adamw_torch'.",
+            code="LO318",
         )
     if spec.layerwise:
         # Refuses what couples its parameters, with the reason.

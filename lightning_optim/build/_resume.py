@@ -79,7 +79,8 @@ class Resuming:
             if not any(set(self.keys(name)) <= set(group) for group in self.asked):
                 raise InvalidOption(
                     f"override_on_resume names {name!r}, which {spec.name!r} does not keep in its param groups: it "
-                    "comes from the constructor already. Leave it out."
+                    "comes from the constructor already. Leave it out.",
+                    code="LO810",
                 )
         self._own: list[dict[str, Any]] = []
         self._counters = frozenset(spec.state.counters if spec.state else ())
@@ -151,7 +152,8 @@ class Resuming:
                 raise InvalidOption(
                     f"the param groups in the checkpoint are another optimizer's: they lack {', '.join(lost)}, which "
                     f"optim={self._spec.name!r} needs. Resume with the optimizer that wrote them, or start anew: "
-                    "LitModel.load_from_checkpoint(path) reads the weights."
+                    "LitModel.load_from_checkpoint(path) reads the weights.",
+                    code="LO807",
                 )
 
     def _override(self, optimizer: Optimizer, group: dict[str, Any], asked: Mapping[str, Any], name: str) -> None:
@@ -181,7 +183,8 @@ class Resuming:
             raise InvalidOption(
                 f"override_on_resume names {name!r}, and {name}={value!r} keeps another state than {name}={other!r}, "
                 "with which the checkpoint was written. Leave it out of override_on_resume, or start anew from the "
-                "checkpoint's weights: LitModel.load_from_checkpoint(path)."
+                "checkpoint's weights: LitModel.load_from_checkpoint(path).",
+                code="LO810",
             )
 
     def _bytes(self, optimizer: Optimizer, group: Mapping[str, Any], options: Options) -> list[int]:
@@ -262,6 +265,7 @@ def as_overrides(value: Iterable[str] | str | None) -> tuple[str, ...]:
     names = value.split(",") if isinstance(value, str) else tuple(value) if isinstance(value, Iterable) else (value,)
     if not all(isinstance(name, str) for name in names):
         raise InvalidOption(
-            f"override_on_resume={value!r} is not a list of names such as ['lr', 'weight_decay', 'lr_scheduler']"
+            f"override_on_resume={value!r} is not a list of names such as ['lr', 'weight_decay', 'lr_scheduler']",
+            code="LO203",
         )
     return tuple(dict.fromkeys(name.strip() for name in names if name.strip()))

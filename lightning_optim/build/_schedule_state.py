@@ -51,7 +51,8 @@ def other_schedule(asked: str | None, written: str | None) -> InvalidOption:
         f"lr_scheduler={asked!r}, and the checkpoint was written with {given}: the learning rate would follow neither. "
         f"Resume with {resume}; or pass override_on_resume=['lr_scheduler'] to "
         "go on with what was asked, at the step of the checkpoint; or start anew from its weights: "
-        "LitModel.load_from_checkpoint(path)."
+        "LitModel.load_from_checkpoint(path).",
+        code="LO809",
     )
 
 

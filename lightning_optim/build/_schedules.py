@@ -36,7 +36,8 @@ def parse_warmup(warmup_steps: Any) -> int | float:
     if number >= 0 and math.isfinite(number) and number == int(number):
         return int(number)
     raise InvalidOption(
-        f"warmup_steps={warmup_steps!r}: a whole number of steps or a fraction of the training below 1 is allowed"
+        f"warmup_steps={warmup_steps!r}: a whole number of steps or a fraction of the training below 1 is allowed",
+        code="LO209",
     )
 
 
@@ -48,7 +49,8 @@ def resolve_warmup(warmup_steps: int | float, total_steps: int | None) -> int:
     if total_steps is None:
         raise InvalidOption(
             f"warmup_steps={warmup_steps!r} is a fraction of a training whose length is unknown; set "
-            "Trainer(max_steps=...) or Trainer(max_epochs=...), or give a number of steps"
+            "Trainer(max_steps=...) or Trainer(max_epochs=...), or give a number of steps",
+            code="LO210",
         )
     return math.ceil(total_steps * warmup)
 
@@ -162,7 +164,9 @@ def make_schedule(
     spec = get_schedule(name)
     if spec is MODULE_SCHEDULE:
         raise InvalidOption(
-            f"lr_scheduler={name!r} keeps the schedule of a LightningModule; without one there are {listing(SCHEDULES)}"
+            f"lr_scheduler={name!r} keeps the schedule of a LightningModule; without one there are "
+            f"{listing(SCHEDULES)}",
+            code="LO212",
         )
     if spec.multiplier is None:
         _check_warmup(name, warmup_steps)
@@ -179,7 +183,8 @@ def make_multiplier(
     if spec.needs_total and total_steps is None and getattr(options, "num_stable_steps", None) is None:
         raise InvalidOption(
             f"lr_scheduler={name!r} needs the length of the training; set Trainer(max_steps=...) or "
-            "Trainer(max_epochs=...), or pass total_steps"
+            "Trainer(max_epochs=...), or pass total_steps",
+            code="LO210",
         )
     _check_warmup(name, warmup_steps)
     warmup = resolve_warmup(warmup_steps, total_steps)
@@ -202,4 +207,6 @@ def long_warmup(warmup: int, total: int | None) -> str:
 def _check_warmup(name: str, warmup_steps: int | float) -> None:
     if warmup_steps and not get_schedule(name).warms_up:
         instead = "'constant_with_warmup'" if name == "constant" else "another lr_scheduler, such as 'linear'"
-        raise InvalidOption(f"lr_scheduler={name!r} has no warm-up, but warmup_steps={warmup_steps!r}; use {instead}")
+        raise InvalidOption(
+            f"lr_scheduler={name!r} has no warm-up, but warmup_steps={warmup_steps!r}; use {instead}", code="LO211"
+        )

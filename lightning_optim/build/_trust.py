@@ -77,7 +77,8 @@ def refusal(path: str) -> UntrustedOptimizer:
     return UntrustedOptimizer(
         f"optim={path!r} is named by the checkpoint alone, and is not imported: that would run whatever the module "
         f"{module!r} holds. If you trust the checkpoint, name it yourself, "
-        f"load_from_checkpoint(path, optim={path!r}) or --model.optim {path}, or import the module before."
+        f"load_from_checkpoint(path, optim={path!r}) or --model.optim {path}, or import the module before.",
+        code="LO110",
     )
 
 

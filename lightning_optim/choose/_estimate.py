@@ -86,12 +86,14 @@ class Estimator:
         one_of("gradient_clip_algorithm", gradient_clip_algorithm, ("norm", "value"))
         for name, number in (("devices", devices), ("accumulate_grad_batches", accumulate_grad_batches)):
             if not isinstance(number, int) or number < 1:
-                raise InvalidOption(f"{name}={number!r} is no whole number of at least 1")
+                raise InvalidOption(f"{name}={number!r} is no whole number of at least 1", code="LO204")
         if strategy == "layerwise" and devices > 1:
-            raise InvalidOption(f"strategy='layerwise' is for one device, and devices={devices}: use 'layerwise_ddp'")
+            raise InvalidOption(
+                f"strategy='layerwise' is for one device, not {devices}: use 'layerwise_ddp'", code="LO901"
+            )
         self._sharded = strategy in SHARDS
         if self._sharded and devices == 1:
-            raise InvalidOption(f"strategy={strategy!r} shards over devices, and devices=1: say over how many")
+            raise InvalidOption(f"strategy={strategy!r} shards over devices, and devices=1: say how many", code="LO901")
         self._shard = shard
         self._strategy, self._devices, self._accumulate = strategy, devices, accumulate_grad_batches
         self._clip, self._clip_algorithm = gradient_clip_val, gradient_clip_algorithm
@@ -100,7 +102,8 @@ class Estimator:
         module = as_module(model, activation_checkpointing)
         if shard is not None and (not self._sharded or isinstance(module, Transformer)):
             raise InvalidOption(
-                f"shard={shard!r} is for a LightningModule and strategy='fsdp2' or 'layerwise_fsdp2': leave it out"
+                f"shard={shard!r} is for a LightningModule and strategy='fsdp2' or 'layerwise_fsdp2': leave it out",
+                code="LO901",
             )
         found = find_precision(precision)
         self._given = module, as_batch(batch, module), loss, found, accelerator
@@ -131,7 +134,8 @@ class Estimator:
         if has_processes():
             raise IncompatibleTrainer(
                 f"strategy={self._strategy!r} is estimated in a process group of its own, and this process has one "
-                "already. Estimate before it is made, or after torch.distributed.destroy_process_group()"
+                "already. Estimate before it is made, or after torch.distributed.destroy_process_group()",
+                code="LO903",
             )
         with absent_processes(self._devices) as mesh:
             try:
@@ -224,11 +228,11 @@ class Estimator:
         spec = REGISTRY.find(chosen)
         if not spec.runs_on(accelerator):
             raise IncompatibleTrainer(
-                f"optim={config.optim!r} runs on {listing(sorted(spec.devices or ()))}, not on {listing(accelerator)}"
+                f"optim={config.optim!r} runs on {listing(sorted(spec.devices or ()))}, not on {listing(accelerator)}",
+                code="LO501",
             )
-        refusal = rules.sharded_parameters(config.optim, spec, part.parameters)
-        if refusal:
-            raise IncompatibleTrainer(refusal)
+        if refusal := rules.sharded_parameters(config.optim, spec, part.parameters):
+            raise IncompatibleTrainer(refusal, code="LO509")
         return dataclasses.replace(part, config=config.replace(optim=chosen))
 
     def _state_of(self, part: Part, temporaries: StepTemporaries) -> int:
@@ -249,7 +253,9 @@ class Estimator:
         if given == "auto" or (given == "layerwise" and fitting in ("auto", "layerwise")):
             return fitting
         if given in ("ddp", "layerwise_ddp", *SHARDS) and given != fitting and several:
-            raise IncompatibleTrainer(f"strategy={given!r} cannot step optim={name!r}: use strategy={fitting!r}")
+            raise IncompatibleTrainer(
+                f"strategy={given!r} cannot step optim={name!r}: use strategy={fitting!r}", code="LO905"
+            )
         return fitting if not several else given
 
     def _stepping(self, parts: Sequence[Part], strategy: str) -> Stepping:
@@ -391,4 +397,4 @@ def one_of(name: str, value: Any, allowed: Iterable[Any]) -> None:
     """Raises :class:`InvalidOption` unless an argument has one of the allowed values."""
     allowed = tuple(allowed)
     if value not in allowed:
-        raise InvalidOption(f"{name}={value!r} is not one of {listing(allowed)}")
+        raise InvalidOption(f"{name}={value!r} is not one of {listing(allowed)}", code="LO207")

@@ -145,7 +145,8 @@ class FakeTraining:
                 raise IncompatibleTrainer(
                     f"the training step of {type(self.module).__name__} does what depends on values ({error}), and "
                     "memory is estimated without any. Estimate with loss=lambda module, batch: ... that leaves it "
-                    "out, or with batch=None, which counts all but activations"
+                    "out, or with batch=None, which counts all but activations",
+                    code="LO904",
                 ) from error
             finally:
                 self.module.zero_grad(set_to_none=True)
@@ -222,12 +223,15 @@ def _loss_of(module: nn.Module) -> Loss:
     if not module.automatic_optimization:
         raise IncompatibleTrainer(
             f"{name} optimizes manually: which backward runs when is known to its training_step alone. Estimate with "
-            "loss=lambda module, batch: ... for one of its losses, or with batch=None, which counts all but activations"
+            "loss=lambda module, batch: ... for one of its losses, or with batch=None, which counts all but "
+            "activations",
+            code="LO904",
         )
     if "dataloader_iter" in inspect.signature(module.training_step).parameters:
         raise IncompatibleTrainer(
             f"training_step of {name} takes a dataloader_iter in place of a batch. Estimate with "
-            "loss=lambda module, batch: ..."
+            "loss=lambda module, batch: ...",
+            code="LO904",
         )
     return _training_step_loss
 
@@ -253,7 +257,8 @@ def _as_loss(module: Any, output: Any, method: str) -> Tensor:
     raise InvalidOption(
         f"{method} of {type(module).__name__} returned {type(output).__name__}, and a tensor that depends on "
         "parameters is needed, or a mapping or object with such a 'loss'. Say what the loss is: "
-        "loss=lambda module, batch: ..."
+        "loss=lambda module, batch: ...",
+        code="LO904",
     )
 
 

@@ -54,7 +54,7 @@ def find_precision(name: str | int) -> Precision:
     """
     found = PRECISIONS.get(str(name))
     if found is None:
-        raise InvalidOption(f"precision={name!r}: memory is estimated for {listing(PRECISIONS)}")
+        raise InvalidOption(f"precision={name!r}: memory is estimated for {listing(PRECISIONS)}", code="LO901")
     return found
 
 
@@ -71,7 +71,8 @@ def fake_module(module: nn.Module, precision: Precision) -> nn.Module:
         if is_lazy(tensor):
             raise InvalidOption(
                 f"{name!r} has no shape yet (a Lazy module): run a batch through the module before its memory is "
-                "estimated"
+                "estimated",
+                code="LO307",
             )
         memo.setdefault(id(tensor), _fake(tensor, precision))
     try:
@@ -79,7 +80,8 @@ def fake_module(module: nn.Module, precision: Precision) -> nn.Module:
     except (RuntimeError, TypeError) as error:
         raise InvalidOption(
             f"{type(module).__name__} cannot be copied ({error}), and its memory is estimated on a copy without any. "
-            "Estimate it before the first forward, and without what cannot be copied (locks, open files, loaders)"
+            "Estimate it before the first forward, and without what cannot be copied (locks, open files, loaders)",
+            code="LO904",
         ) from error
 
 

@@ -27,12 +27,14 @@ def as_module(model: Model, activation_checkpointing: bool) -> nn.Module:
     if not isinstance(model, nn.Module):
         raise InvalidOption(
             f"memory is estimated of a module, a Shape or the name of one such as 'llama-7b', not of "
-            f"{type(model).__name__}"
+            f"{type(model).__name__}",
+            code="LO901",
         )
     if activation_checkpointing and not isinstance(model, Transformer):
         raise InvalidOption(
             f"activation_checkpointing=True is for shapes. In {type(model).__name__} torch.utils.checkpoint.checkpoint "
-            "does it, around the forward of each block, and the estimate sees it"
+            "does it, around the forward of each block, and the estimate sees it",
+            code="LO901",
         )
     return model
 
@@ -49,11 +51,15 @@ def as_batch(batch: Any, module: nn.Module) -> Any:
     images = module.shape.kind == "vit"
     if not all(isinstance(number, int) and number > 0 for number in numbers) or len(numbers) != (1 if images else 2):
         wanted = "the number of images, batch=8" if images else "sequences and tokens, batch=(8, 2048)"
-        raise InvalidOption(f"batch={batch!r} for the shape {module.shape.kind!r}: give {wanted}, or None")
+        raise InvalidOption(
+            f"batch={batch!r} for the shape {module.shape.kind!r}: give {wanted}, or None", code="LO901"
+        )
     if images:
         return torch.empty(numbers[0], 3, 224, 224, device="meta")
     if module.shape.kind != "llama" and numbers[1] > module.shape.length:
-        raise InvalidOption(f"batch={batch!r} has more tokens than the {module.shape.length} positions of the shape")
+        raise InvalidOption(
+            f"batch={batch!r} has more tokens than the {module.shape.length} positions of the shape", code="LO901"
+        )
     return torch.empty(numbers, dtype=torch.int64, device="meta")
 
 

@@ -122,10 +122,12 @@ def rank(
     with estimator.opened():
         estimates, parameters = _estimates(estimator), estimator.count_parameters()
     if not estimates:
-        raise IncompatibleTrainer("no identifier that the evidence names can be trained so: see estimate_memory")
+        raise IncompatibleTrainer(
+            "no identifier that the evidence names can be trained so: see estimate_memory", code="LO906"
+        )
     fitting = {name: found for name, found in estimates.items() if memory is None or found.resident <= memory}
     if not fitting:
-        raise InvalidOption(_nothing_fits(memory, estimates, setting))
+        raise InvalidOption(_nothing_fits(memory, estimates, setting), code="LO906")
     room = None if memory is None else _room(memory, estimates)
     found = []
     for name, estimate in fitting.items():
@@ -142,7 +144,8 @@ def rank(
             found.append(_recommendation(name, met, inherited, estimate, setting))
     if not found:
         raise InvalidOption(
-            f"no claim speaks for what fits ({listing(sorted(fitting))}): `lightning-optim memory --fits` shows all"
+            f"no claim speaks for what fits ({listing(sorted(fitting))}): `lightning-optim memory --fits` shows all",
+            code="LO906",
         )
     return sorted(found, key=lambda one: _order(one, prefer))
 

@@ -50,14 +50,15 @@ class Shape:
         for name in ("hidden", "layers", "heads", "intermediate", "vocab", "length"):
             value = getattr(self, name)
             if not isinstance(value, int) or value < 1:
-                raise InvalidOption(f"{name}={value!r} of a shape is no whole number of at least 1")
+                raise InvalidOption(f"{name}={value!r} of a shape is no whole number of at least 1", code="LO901")
         if self.hidden % self.heads or (self.kind == "llama" and self.hidden // self.heads % 2):
             raise InvalidOption(
                 f"hidden={self.hidden} is not divided into heads={self.heads} of the same"
-                f"{' even' if self.kind == 'llama' else ''} width: change one of them"
+                f"{' even' if self.kind == 'llama' else ''} width: change one of them",
+                code="LO901",
             )
         if self.heads % (self.kv_heads or self.heads):
-            raise InvalidOption(f"heads={self.heads} is not a multiple of kv_heads={self.kv_heads}")
+            raise InvalidOption(f"heads={self.heads} is not a multiple of kv_heads={self.kv_heads}", code="LO901")
 
 
 _GALORE = "configs/ of https://github.com/jiaweizzhao/GaLore"
@@ -111,7 +112,9 @@ def find_shape(name: str) -> Shape:
     """
     if name not in SHAPES:
         near = difflib.get_close_matches(name, SHAPES, n=4) or list(SHAPES)
-        raise InvalidOption(f"there is no shape {name!r}; known are {listing(near)}. Or give sizes: Shape(...)")
+        raise InvalidOption(
+            f"there is no shape {name!r}; known are {listing(near)}. Or give sizes: Shape(...)", code="LO902"
+        )
     return SHAPES[name]
 
 

@@ -51,7 +51,8 @@ class ShardedTraining(FakeTraining):
         if not isinstance(self.module, LightningModule):
             raise IncompatibleTrainer(
                 f"{name} does not say how it is sharded. Estimate a LightningModule that has numbered blocks or calls "
-                "fully_shard(layer, mesh=self.device_mesh['data_parallel']) in configure_model, or one of the shapes"
+                "fully_shard(layer, mesh=self.device_mesh['data_parallel']) in configure_model, or one of the shapes",
+                code="LO904",
             )
         give_mesh(self.module, self._mesh)
         if shards_itself(self.module, self._shard):
@@ -61,7 +62,8 @@ class ShardedTraining(FakeTraining):
         if not any(map(is_sharded, self.module.parameters())):
             raise IncompatibleTrainer(
                 f"{name} is not sharded: no parameter is a DTensor after configure_model. Call "
-                "fully_shard(layer, mesh=self.device_mesh['data_parallel']) there for each layer, then for the whole"
+                "fully_shard(layer, mesh=self.device_mesh['data_parallel']) there for each layer, then for the whole",
+                code="LO904",
             )
 
 

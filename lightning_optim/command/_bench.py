@@ -102,7 +102,9 @@ def _comparison(arguments: argparse.Namespace) -> Comparison:
     if arguments.config or arguments.model:
         workload = configured(arguments.config, arguments.model, arguments.data)
     elif arguments.data:
-        raise InvalidOption(f"--data {arguments.data} without a module: add --model CLASS or --config FILE")
+        raise InvalidOption(
+            f"--data {arguments.data} without a module: add --model CLASS or --config FILE", code="LO907"
+        )
     else:
         workload = demo(arguments.quick)
     steps = arguments.steps
@@ -110,7 +112,7 @@ def _comparison(arguments: argparse.Namespace) -> Comparison:
         steps = _QUICK_STEPS if arguments.quick else workload.steps
     if steps is None:
         raise InvalidOption(
-            "the length of a training is not known: add --steps N, or max_steps to the config's trainer"
+            "the length of a training is not known: add --steps N, or max_steps to the config's trainer", code="LO210"
         )
     candidates, left_out = chosen(arguments.optimizers, workload, arguments.quick)
     return Comparison(

@@ -76,7 +76,7 @@ def collect(arguments: argparse.Namespace) -> Facts:
                 try:
                     found[request.label] = {result.promise: result for result in _held(request, bar)}
                 except _WRONG as error:
-                    left_out[request.label] = str(error)
+                    left_out[request.label] = error.text
     broken = any(result.status == "broken" for results in found.values() for result in results.values())
     return {
         "ok": not broken and not any(request.typed and request.label in left_out for request in requests),
@@ -111,7 +111,7 @@ def _requests(text: str) -> Iterator[_Request]:
 def _held(request: _Request, bar: Any) -> Iterator[Result]:
     problems = machine.problems(REGISTRY.find(request.name))
     if problems:
-        raise MissingDependency("; ".join(problems))
+        raise MissingDependency("; ".join(problems), code="LO107")
     with warnings.catch_warnings():
         # What a class says once about its arguments or the machine.
         warnings.simplefilter("ignore")

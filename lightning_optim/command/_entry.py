@@ -12,6 +12,7 @@ from lightning_optim.command import _check as check
 from lightning_optim.command import _consolidate as consolidate
 from lightning_optim.command import _convert as convert
 from lightning_optim.command import _doctor as doctor
+from lightning_optim.command import _explain as explain
 from lightning_optim.command import _info as info
 from lightning_optim.command import _listing as listing
 from lightning_optim.command import _memory as memory
@@ -100,7 +101,11 @@ def _parser() -> argparse.ArgumentParser:
     subparser.add_argument("folder", metavar="FOLDER", help="the checkpoint, written by Lightning; only read")
     subparser.add_argument("output", metavar="FILE", help="the file to write")
 
-    modules = (listing, info, doctor, convert, memory, recommend, bench, check, consolidate)
+    shown = "why something is refused, and what to do, by the code at the end of an error"
+    subparser = subparsers.add_parser("explain", help=shown, description=f"Shows {shown}. Without a code it lists all.")
+    subparser.add_argument("codes", nargs="*", metavar="CODE", help="such as LO101, or the name of one")
+
+    modules = (listing, info, doctor, convert, memory, recommend, bench, check, consolidate, explain)
     for module, subparser in zip(modules, subparsers.choices.values(), strict=True):
         subparser.set_defaults(subcommand_module=module)
         subparser.add_argument("--json", action="store_true", help="print JSON for scripts instead of text")

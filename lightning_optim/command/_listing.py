@@ -60,7 +60,7 @@ def _class(name: str) -> Facts:
     try:
         spec = REGISTRY.find(name)
     except UnknownOptimizer as error:
-        return {"name": name, "class": None, "takes": {}, "problem": str(error)}
+        return {"name": name, "class": None, "takes": {}, "problem": error.text}
     takes: Facts = {"lr": spec.default_lr} | ({"weight_decay": spec.default_weight_decay} if spec.decays else {})
     takes |= {info.name: "required" if info.default is MISSING else info.default for info in describe(spec.options)}
     return {"name": name, "class": spec.implementation, "takes": takes, "problem": None}

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from lightning_optim.build import ARGUMENTS
 from lightning_optim.choose import SHAPES, Shape, find_shape
 from lightning_optim.command import _machine as machine
+from lightning_optim.errors import said
 
 # What the estimate calls the strategies that a file may name by their class.
 _STRATEGIES = {
@@ -172,7 +173,7 @@ def _module(path: str, init_args: Mapping[str, Any]) -> nn.Module:
     except Exception as error:
         given = ", ".join(f"{key}={value!r}" for key, value in init_args.items())
         raise BadRequest(
-            f"{path}({given}) could not be made on the meta device: {type(error).__name__}: {error}. Give its "
+            f"{path}({given}) could not be made on the meta device: {type(error).__name__}: {said(error)}. Give its "
             "arguments by --init-args, or make it in Python and call lightning_optim.estimate_memory(module)"
         ) from error
     if not isinstance(made, nn.Module):

@@ -41,12 +41,12 @@ def check_file(path: Any) -> None:
     with path.open("rb") as file:
         begins = file.read(24)
     if not begins:
-        raise unreadable(path, "it is empty: its writing was interrupted")
+        raise unreadable(path, "it is empty: its writing was interrupted", code="LO802")
     if begins.startswith(b"PK"):
         _check_archive(path)
     elif not begins.startswith(b"\x80"):
         # What remains may be one of torch's files of old, or another pickle: torch runs neither.
-        raise unreadable(path, f"it is no checkpoint: it begins with {begins!r}")
+        raise unreadable(path, f"it is no checkpoint: it begins with {begins!r}", code="LO804")
 
 
 def _check_archive(path: Path) -> None:
@@ -57,10 +57,14 @@ def _check_archive(path: Path) -> None:
     except BROKEN as error:
         size = path.stat().st_size
         raise unreadable(
-            path, f"it is truncated, of its {size:,} bytes the last are missing or wrong: its writing was interrupted"
+            path,
+            f"it is truncated, of its {size:,} bytes the last are missing or wrong: its writing was interrupted",
+            code="LO802",
         ) from error
     if not any(name.endswith("data.pkl") for name in names):
-        raise unreadable(path, f"it is no checkpoint, but an archive of {', '.join(names[:3]) or 'nothing'}")
+        raise unreadable(
+            path, f"it is no checkpoint, but an archive of {', '.join(names[:3]) or 'nothing'}", code="LO804"
+        )
     if changed is not None:
         raise unreadable(path, f"its bytes have changed since it was written: the checksum of {changed!r} is wrong")
 
@@ -91,15 +95,16 @@ def refuse_folder(path: Any) -> None:
             path,
             "it is a distributed checkpoint, and one file is needed here",
             f"Make one: lightning-optim consolidate {path} FILE",
+            code="LO803",
         )
-    raise unreadable(path, "it is a folder, and no checkpoint")
+    raise unreadable(path, "it is a folder, and no checkpoint", code="LO803")
 
 
 def check_finished(folder: Path) -> None:
     """Raises :class:`UnreadableCheckpoint` for a folder whose writing was interrupted."""
     shards = any(folder.glob(_SHARDS)) or (folder / METADATA).exists()
     if folder.name.endswith(UNFINISHED) or (shards and not (folder / DISTRIBUTED).is_file()):
-        raise unreadable(folder, "it is not finished: its writing was interrupted")
+        raise unreadable(folder, "it is not finished: its writing was interrupted", code="LO802")
 
 
 def missing(path: Path) -> UnreadableCheckpoint | None:
@@ -109,7 +114,10 @@ def missing(path: Path) -> UnreadableCheckpoint | None:
     if path.exists() or not replaced.exists():
         return None
     return unreadable(
-        path, f"its replacement was interrupted; the checkpoint before it is {replaced}", f"Rename it to {path.name}"
+        path,
+        f"its replacement was interrupted; the checkpoint before it is {replaced}",
+        f"Rename it to {path.name}",
+        code="LO802",
     )
 
 
@@ -131,6 +139,7 @@ def _explained(path: Any, error: Exception) -> UnreadableCheckpoint:
         f"it holds Python's {name}, which is more than tensors and plain values. To load that is to run it; nothing "
         "was run",
         "If you have written it yourself, and need it: weights_only=False. Else take another checkpoint",
+        code="LO805",
     )
 
 
@@ -143,15 +152,17 @@ def no_checkpoint(path: Any, held: Any) -> UnreadableCheckpoint | None:
             Path(path),
             "it holds the state of an optimizer alone",
             "A Trainer resumes from its own checkpoints; migrate_state_dict takes such a state over",
+            code="LO804",
         )
     what = f"a mapping with {', '.join(map(repr, [*held][:3])) or 'nothing'}" if isinstance(held, Mapping) else ""
     return unreadable(
         Path(path),
         f"it is no checkpoint of a Trainer, but holds {what or type(held).__name__}",
         "Weights alone are read by module.load_state_dict(torch.load(path))",
+        code="LO804",
     )
 
 
-def unreadable(path: Path, why: str, remedy: str = _OTHER) -> UnreadableCheckpoint:
+def unreadable(path: Path, why: str, remedy: str = _OTHER, *, code: str = "LO801") -> UnreadableCheckpoint:
     """Returns the error for a path."""
-    return UnreadableCheckpoint(f"{path} cannot be read: {why}. {remedy}.")
+    return UnreadableCheckpoint(f"{path} cannot be read: {why}. {remedy}.", code=code)

@@ -52,7 +52,9 @@ def check_shards(folder: Path, number: int = 0, of: int = 1) -> None:
         file = folder / entry.file
         size = file.stat().st_size if file.is_file() else 0
         if size < entry.end:
-            raise unreadable(folder, f"its {entry.file} is truncated: {entry.end:,} bytes are needed, {size:,} there")
+            raise unreadable(
+                folder, f"its {entry.file} is truncated: {entry.end:,} bytes are needed, {size:,} there", code="LO802"
+            )
         with file.open("rb") as shards:
             part = io.BufferedReader(_Slice(shards, entry.begin, entry.end - entry.begin))
             if not entry.transformed:
@@ -124,7 +126,9 @@ def consolidated(folder: Path) -> dict[str, Any]:
     except Exception as error:
         raise_explained(folder / DISTRIBUTED, error)
     if "state_dict" not in tensors or not isinstance(rest, dict):
-        raise UnreadableCheckpoint(f"{folder} is no checkpoint of a Trainer: it holds {', '.join(tensors)}.")
+        raise UnreadableCheckpoint(
+            f"{folder} is no checkpoint of a Trainer: it holds {', '.join(tensors)}.", code="LO804"
+        )
     names = itertools.takewhile(tensors.__contains__, (f"optimizer_{number}" for number in itertools.count()))
     states = [tensors[name] for name in names]
     return {**rest, "state_dict": tensors["state_dict"], "optimizer_states": [_with_every_key(each) for each in states]}

@@ -69,7 +69,8 @@ def hidden_matrices(
         raise InvalidParamGroups(
             "the model has no hidden matrix: no weight of a linear layer or a convolution besides "
             f"{output.name if output else 'embeddings'!r}, which is {remark}. Name what to take by "
-            "optim_target_modules, or use an optimizer for all parameters, such as optim='adamw_torch'"
+            "optim_target_modules, or use an optimizer for all parameters, such as optim='adamw_torch'",
+            code="LO315",
         )
     return Hidden(found, remark)
 
@@ -94,7 +95,8 @@ def all_matrices(parameters: Sequence[NamedParameter], model: Sequence[NamedPara
     if not taken:
         raise InvalidParamGroups(
             "the model has no matrix: no weight of a linear layer, a convolution or an embedding. Use an optimizer for "
-            "all parameters, such as optim='adamw_torch'"
+            "all parameters, such as optim='adamw_torch'",
+            code="LO315",
         )
     return Hidden(taken, remark.replace(f"; {_SETTLES}", ""), roles)
 

@@ -81,7 +81,8 @@ def _matches(parameters: Sequence[NamedParameter], pattern: str) -> dict[int, tu
     if expression.groups != 1:
         raise InvalidParamGroups(
             f"layer_pattern={pattern!r} must have exactly one group, the layer's number, such as "
-            "r'encoder[.]layer[.](\\d+)[.]'"
+            "r'encoder[.]layer[.](\\d+)[.]'",
+            code="LO309",
         )
     places: dict[int, tuple[str, int]] = {}
     for parameter in parameters:
@@ -90,12 +91,14 @@ def _matches(parameters: Sequence[NamedParameter], pattern: str) -> dict[int, tu
             continue
         if not (found.group(1) or "").isdigit():
             raise InvalidParamGroups(
-                f"layer_pattern={pattern!r} finds {found.group(1)!r} in {parameter.name!r}: the group must match digits"
+                f"layer_pattern={pattern!r} finds {found.group(1)!r} in {parameter.name!r}: the group must match "
+                "digits",
+                code="LO309",
             )
         places[id(parameter.parameter)] = found.string[: found.start(1)], int(found.group(1))
     if not places:
         raise InvalidParamGroups(
-            f"layer_pattern={pattern!r} matches no trainable parameter, such as {parameters[0].name!r}"
+            f"layer_pattern={pattern!r} matches no trainable parameter, such as {parameters[0].name!r}", code="LO309"
         )
     return places
 
@@ -132,7 +135,8 @@ def _found_pattern(parameters: Iterable[NamedParameter]) -> str:
         raise InvalidParamGroups(
             "layer_decay needs numbered layers (an nn.ModuleList or nn.Sequential of blocks) and finds none; name them "
             "with layer_pattern, a regular expression with one group for the number, such as "
-            "r'encoder[.]layer[.](\\d+)[.]'"
+            "r'encoder[.]layer[.](\\d+)[.]'",
+            code="LO310",
         )
     largest = stacks[0]
     if len(stacks) > 1:
@@ -141,7 +145,8 @@ def _found_pattern(parameters: Iterable[NamedParameter]) -> str:
         raise InvalidParamGroups(
             f"layer_decay finds several stacks of numbered layers, {listing(stacks)}, and cannot know whether one "
             f"follows the other. Write layer_pattern=r'^(?:{either})(\\d+)' to count each from its own top, or "
-            f"r'^{one}(\\d+)' for that one alone"
+            f"r'^{one}(\\d+)' for that one alone",
+            code="LO311",
         )
     return rf"^{re.escape(largest)}(\d+)\."
 

@@ -139,7 +139,8 @@ def _check_projected(
             raise InvalidParamGroups(
                 f"param_groups[{pattern!r}] sets {wanted}={values[wanted]!r} for {stray.name!r}, which is not "
                 "projected. Name its module, or the parameter itself, in optim_target_modules (matrices, weights "
-                "of convolutions and stacks of matrices can be projected), or narrow the pattern"
+                "of convolutions and stacks of matrices can be projected), or narrow the pattern",
+                code="LO314",
             )
 
 
@@ -162,21 +163,25 @@ def override_keys(spec: OptimizerSpec) -> tuple[str, ...]:
 def _checked(pattern: str, values: Mapping[str, Any], spec: OptimizerSpec, options: Options) -> dict[str, Any]:
     """Returns an override with its values converted, and checked together with the other options."""
     if not isinstance(values, Mapping):
-        raise InvalidParamGroups(f"param_groups[{pattern!r}] must be a mapping such as {{'lr': 1e-4}}, got {values!r}")
+        raise InvalidParamGroups(
+            f"param_groups[{pattern!r}] must be a mapping such as {{'lr': 1e-4}}, got {values!r}", code="LO301"
+        )
     checked: dict[str, Any] = {}
     allowed = override_keys(spec)
     for key, value in values.items():
         if key not in allowed:
             raise InvalidParamGroups(
                 f"param_groups[{pattern!r}] sets {key!r}, which {spec.name!r} cannot vary between groups; "
-                f"allowed: {listing(allowed)}"
+                f"allowed: {listing(allowed)}",
+                code="LO304",
             )
         if key in ("lr", "weight_decay"):
             checked[key] = as_number(f"param_groups[{pattern!r}][{key!r}]", value, NON_NEGATIVE, optional=False)
         elif key == "optim_bits":
             if value not in (spec.bits, 32):
                 raise InvalidParamGroups(
-                    f"param_groups[{pattern!r}] sets optim_bits={value!r}; {spec.name!r} allows {spec.bits} or 32"
+                    f"param_groups[{pattern!r}] sets optim_bits={value!r}; {spec.name!r} allows {spec.bits} or 32",
+                    code="LO304",
                 )
             checked[key] = value
         else:
@@ -185,7 +190,7 @@ def _checked(pattern: str, values: Mapping[str, Any], spec: OptimizerSpec, optio
     try:
         dataclasses.replace(options, **{key: value for key, value in checked.items() if key in own}).check()
     except InvalidOption as error:
-        raise InvalidOption(f"param_groups[{pattern!r}] of {spec.name!r}: {error}") from None
+        raise InvalidOption(f"param_groups[{pattern!r}] of {spec.name!r}: {error.text}", code=error.codes) from None
     return checked
 
 
@@ -213,6 +218,6 @@ def first_matches(parameters: Sequence[NamedParameter], patterns: Iterable[str])
                 )
             else:
                 reason = "needs names to match; pass the module or model.named_parameters()"
-            raise InvalidParamGroups(f"param_groups pattern {pattern!r} {reason}")
+            raise InvalidParamGroups(f"param_groups pattern {pattern!r} {reason}", code="LO302")
         assigned.update({id(p.parameter): pattern for p in fresh})
     return assigned

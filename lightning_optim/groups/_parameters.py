@@ -89,7 +89,8 @@ def trainable(parameters: Iterable[NamedParameter]) -> list[NamedParameter]:
     if not found:
         raise InvalidParamGroups(
             "no parameter to optimize: all are frozen (requires_grad=False) or there are none. If configure_model() or "
-            "setup() creates the layers, build the optimizer after it."
+            "setup() creates the layers, build the optimizer after it.",
+            code="LO306",
         )
     return found
 
@@ -106,7 +107,8 @@ def every_parameter(target: Target) -> list[NamedParameter]:
         if is_lazy(parameter):
             raise InvalidParamGroups(
                 f"{name!r} is not initialized yet (a Lazy module); run one batch through the model before the "
-                "optimizer is built, for instance in setup()"
+                "optimizer is built, for instance in setup()",
+                code="LO307",
             )
         known = found.get(id(parameter), NamedParameter(parameter))
         found[id(parameter)] = NamedParameter(
@@ -125,13 +127,15 @@ def compiled(pattern: Any, where: str) -> re.Pattern[str]:
         InvalidParamGroups: If it is malformed.
     """
     if not isinstance(pattern, str):
-        raise InvalidParamGroups(f"{where}: {pattern!r} ({type(pattern).__name__}) is not a regular expression")
+        raise InvalidParamGroups(
+            f"{where}: {pattern!r} ({type(pattern).__name__}) is not a regular expression", code="LO303"
+        )
     try:
         return re.compile(pattern)
     except re.error as error:
         hint = f"; did you mean the glob's equivalent {pattern.replace('.', '[.]').replace('*', '.*')!r}?"
         raise InvalidParamGroups(
-            f"{where}: {pattern!r} is not a regular expression ({error}){hint if '*' in pattern else ''}"
+            f"{where}: {pattern!r} is not a regular expression ({error}){hint if '*' in pattern else ''}", code="LO303"
         ) from None
 
 
@@ -147,14 +151,16 @@ def _walk(target: Target) -> Iterator[tuple[str, Tensor, nn.Module | None]]:
     if isinstance(target, (Tensor, str, Mapping)) or not isinstance(target, Iterable):
         raise InvalidParamGroups(
             "expected a module, parameters or (name, parameter) pairs such as model.named_parameters(), "
-            f"got {type(target).__name__}"
+            f"got {type(target).__name__}",
+            code="LO308",
         )
     for item in target:
         name, parameter = item if isinstance(item, tuple) and len(item) == 2 else ("", item)
         if not isinstance(parameter, Tensor):
             hint = " (for groups of your own use param_groups={pattern: {...}})" if isinstance(item, dict) else ""
             raise InvalidParamGroups(
-                f"expected parameters or (name, parameter) pairs, got an item of type {type(item).__name__}{hint}"
+                f"expected parameters or (name, parameter) pairs, got an item of type {type(item).__name__}{hint}",
+                code="LO308",
             )
         yield name, parameter, None
 

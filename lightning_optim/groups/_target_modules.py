@@ -71,7 +71,8 @@ def check_target_modules(value: Any) -> None:
         return
     raise InvalidOption(
         f"optim_target_modules={value!r} ({type(value).__name__}) is neither {ALL_LINEAR!r} nor a regular expression "
-        "over names of modules and parameters nor a list of parts of them such as ['attn', 'mlp']"
+        "over names of modules and parameters nor a list of parts of them such as ['attn', 'mlp']",
+        code="LO313",
     )
 
 
@@ -90,7 +91,8 @@ def projected(parameters: Sequence[NamedParameter], setting: TargetModules) -> d
     if not (_is_all_linear(setting) or any(parameter.names for parameter in parameters)):
         raise InvalidParamGroups(
             f"optim_target_modules={setting!r} needs names to match; pass the module or model.named_parameters(), or "
-            f"use {ALL_LINEAR!r}, which means every matrix if the modules are unknown"
+            f"use {ALL_LINEAR!r}, which means every matrix if the modules are unknown",
+            code="LO313",
         )
     owned = _owned(parameters)
     found: dict[int, int] = {}
@@ -108,7 +110,8 @@ def projected(parameters: Sequence[NamedParameter], setting: TargetModules) -> d
             "nn.Linear and of convolutions, a matrix called 'weight' of another module, stacks of matrices such as "
             "experts, and any matrix named by its parameter's own name; not biases, norms, embeddings, or weights tied "
             f"to an embedding.{_examples(owned)} Name such weights, or use an optimizer that does not project, such as "
-            "optim='adamw_torch'"
+            "optim='adamw_torch'",
+            code="LO312",
         )
     return found
 
@@ -216,7 +219,8 @@ def _named(owned: _Owned, setting: TargetModules) -> Iterator[tuple[_Place, bool
         )
         raise InvalidParamGroups(
             f"optim_target_modules: {listing(unmatched)} matches no module that owns trainable parameters and none of "
-            f"these by name.{_examples(owned)} {advice}"
+            f"these by name.{_examples(owned)} {advice}",
+            code="LO312",
         )
     for place in places:
         by_module = any(matches(place.module) for matches in tests.values())
@@ -231,7 +235,8 @@ def _tests(setting: str | Sequence[str]) -> dict[str, Callable[[str], bool]]:
         if every:
             raise InvalidParamGroups(
                 f"optim_target_modules={list(setting)!r}: {every[0]!r} together with other entries. Write "
-                f"{ALL_LINEAR!r} alone, or leave it out of the list"
+                f"{ALL_LINEAR!r} alone, or leave it out of the list",
+                code="LO313",
             )
         return {entry: partial(_matches_entry, entry) for entry in setting}
     try:
@@ -239,7 +244,8 @@ def _tests(setting: str | Sequence[str]) -> dict[str, Callable[[str], bool]]:
     except re.error as error:
         raise InvalidParamGroups(
             f"optim_target_modules={setting!r} is not a regular expression ({error}). Write a list such as "
-            "['attn', 'mlp'] to match parts of names"
+            "['attn', 'mlp'] to match parts of names",
+            code="LO303",
         ) from None
     return {setting: lambda name: expression.fullmatch(name) is not None}
 

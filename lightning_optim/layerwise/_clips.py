@@ -41,7 +41,8 @@ class Clips:
         if own and shared is not None and shared.kind == "previous":
             raise InvalidOption(
                 "Clipping('previous', ...) where a part has a clipping of its own, whose norm is not kept. Use "
-                "Clipping('norm', ...), or leave clip out of param_groups."
+                "Clipping('norm', ...), or leave clip out of param_groups.",
+                code="LO606",
             )
         self._kinds: list[Clipping | None] = [shared, *(clipping for clipping, _ in own)]
         # By id: Tensor.__hash__ is a Python function. What is not here is shared.

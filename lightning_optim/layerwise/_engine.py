@@ -22,6 +22,7 @@ from lightning_optim.layerwise._coupled import refuse_coupled
 from lightning_optim.layerwise._hooks import GradientHooks
 from lightning_optim.layerwise._passes import Measurement, Observation, Observer, Pass, Step, without_gradients
 from lightning_optim.layerwise._probe import ask
+from lightning_optim.layerwise._refusals import fabric_scales, not_here, stepped_too_early
 from lightning_optim.layerwise._replicas import AgreedOrder, Replicas, refuse_separate_processes, refuse_unused
 from lightning_optim.layerwise._split_parts import Watches
 from lightning_optim.layerwise._split_step import ATTACHED
@@ -64,12 +65,16 @@ class Layerwise(AfterBackward):
         names: Mapping[Tensor, str] | None = None,
     ) -> None:
         if bucket_mb is not None and not 0 <= bucket_mb < float("inf"):
-            raise InvalidOption(f"bucket_mb={bucket_mb!r} is not a size: give MiB, 0 for single parameters, or None")
+            raise InvalidOption(
+                f"bucket_mb={bucket_mb!r} is not a size: give MiB, 0 for single parameters, or None", code="LO204"
+            )
         for part in parts_of(optimizer):
             refuse_coupled(part)
             ask(part)
         if Layerwise.of(optimizer) is not None:
-            raise IncompatibleTrainer(f"this {type(optimizer).__name__} is already layerwise: Layerwise.of(optimizer)")
+            raise IncompatibleTrainer(
+                f"this {type(optimizer).__name__} is already layerwise: Layerwise.of(optimizer)", code="LO611"
+            )
         self.optimizer = optimizer
         self.bucket_mb = bucket_mb
         self.replicas = replicas
@@ -159,11 +164,7 @@ class Layerwise(AfterBackward):
         fabric = getattr(backward, "__self__", None)
         precision = getattr(getattr(fabric, "strategy", None), "precision", None)
         if getattr(precision, "scaler", None) is not None:
-            raise IncompatibleTrainer(
-                "Fabric with precision='16-mixed' scales the loss inside fabric.backward, where gradients would be "
-                "stepped before they are unscaled. Use precision='bf16-mixed', or step after backward: "
-                "fabric.backward(loss); optimizer.step(); optimizer.zero_grad()."
-            )
+            raise fabric_scales()
         if scaler is not None:
             loss = scaler.scale(loss)
         if self.must_wait(clipping, scaler):
@@ -191,15 +192,14 @@ class Layerwise(AfterBackward):
                 have not yet agreed on an order.
         """
         if self.replicas is not None and not self._order.covers(self._trainable()):
-            raise IncompatibleTrainer(
-                "the processes do not yet know in which order gradients arrive: run the first step through "
-                "Layerwise.backward(loss) instead of a backward inside Layerwise.stepping()."
+            raise not_here(
+                "the processes do not yet know in which order gradients arrive: run the first step through", "loss"
             )
         scaler = scaler or self.scaler
         if scaler is not None and self.skips_whole_steps:
-            raise IncompatibleTrainer(
-                "skips_whole_steps needs to know of an overflow before the gradients are stepped: call "
-                "Layerwise.backward(loss, scaler=...) instead of a backward inside Layerwise.stepping()."
+            raise not_here(
+                "skips_whole_steps needs to know of an overflow before the gradients are stepped: call",
+                "loss, scaler=...",
             )
         self.begin(clipping, scaler)
         with self._aborting():
@@ -258,10 +258,7 @@ class Layerwise(AfterBackward):
         clips = Clips(self.optimizer, clipping)
         if not clips.kinds.isdisjoint(("norm", "previous")) and self._measured is None:
             what = "a part's own clipping by norm" if clipping is None else f"Clipping({clipping.kind!r}, ...)"
-            raise IncompatibleTrainer(
-                f"{what} needs the norm before the gradients are stepped: call Layerwise.backward(loss, clipping=...) "
-                "instead of a backward inside Layerwise.stepping()."
-            )
+            raise not_here(f"{what} needs the norm before the gradients are stepped: call", "loss, clipping=...")
         self._pass = Step(
             self._buckets(),
             self._name,
@@ -323,11 +320,7 @@ class Layerwise(AfterBackward):
             stepping = self.is_stepping
             self.abort()
             if stepping and "modified by an inplace operation" in str(error):
-                raise IncompatibleTrainer(
-                    "backward needs the value of a parameter that has already been stepped: it is also used without a "
-                    "gradient (weight.detach()), or backward runs twice in one step. Step after backward: use the "
-                    "optimizer without _layerwise."
-                ) from error
+                raise stepped_too_early() from error
             raise
 
     def _outer_step(self, closure: Callable[[], Any] | None) -> Any:

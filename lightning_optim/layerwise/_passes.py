@@ -58,7 +58,8 @@ class Pass:
                 f"{self._name(parameter)} got a gradient twice in one backward, so stepping it at the first one was "
                 "too early. Reentrant activation checkpointing does that to tied parameters (use "
                 "checkpoint(..., use_reentrant=False)), and so do two backward calls in one step (add the losses). Or "
-                "use the optimizer without _layerwise."
+                "use the optimizer without _layerwise.",
+                code="LO615",
             )
         self._seen.add(id(parameter))
         if full := self.buckets.add(parameter):

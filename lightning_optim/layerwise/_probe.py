@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_optim._compat.torch import bare_optimizer
-from lightning_optim.errors import IncompatibleTrainer
+from lightning_optim.errors import IncompatibleTrainer, said
 from lightning_optim.layerwise._coupled import Disagreement, differ
 from lightning_optim.layerwise._split_step import PRIVATE, SplitStep
 from lightning_optim.stepping import MEMBERS, seed, undisturbed
@@ -71,7 +71,7 @@ def probe(optimizer: Optimizer) -> Probe:
                 with undisturbed():
                     return _Probing(optimizer, make, device).verdict()
             except Exception as error:  # whatever a class does with parameters that are not its own
-                reason = reason or f"{type(error).__name__}: {error}"
+                reason = reason or f"{type(error).__name__}: {said(error)}"
     return Probe("unknown", reason)
 
 
@@ -109,7 +109,8 @@ def ask(optimizer: Optimizer) -> None:
     if found.verdict == "coupled":
         raise IncompatibleTrainer(
             f"{name} cannot be stepped layer by layer, as a few steps of small parameters show: {found.reason}. Use it "
-            "plainly."
+            "plainly.",
+            code="LO610",
         )
     if found.private:
         setattr(optimizer, PRIVATE, found.private)

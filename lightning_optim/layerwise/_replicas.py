@@ -89,7 +89,8 @@ def refuse_unused(unused: Sequence[Tensor], where: str, name: Namer) -> None:
     raise IncompatibleTrainer(
         f"{names} got no gradient {where}, and stepping during backward averages the gradients of every parameter over "
         "the processes. Freeze what is not used (requires_grad_(False)), or use "
-        "Trainer(strategy='ddp_find_unused_parameters_true') and the optimizer without _layerwise."
+        "Trainer(strategy='ddp_find_unused_parameters_true') and the optimizer without _layerwise.",
+        code="LO616",
     )
 
 
@@ -102,5 +103,6 @@ def refuse_separate_processes(parameters: Iterable[Tensor]) -> None:
         raise IncompatibleTrainer(
             f"{dist.get_world_size()} processes, and nothing averages gradients before they are stepped: "
             "DistributedDataParallel does so too late. Use the model without it and "
-            "Layerwise(optimizer, replicas=Replicas()); Replicas(group) of one process if each trains by itself."
+            "Layerwise(optimizer, replicas=Replicas()); Replicas(group) of one process if each trains by itself.",
+            code="LO617",
         )

@@ -67,7 +67,8 @@ def __getattr__(name: str) -> Any:
             if error.name != "bitsandbytes":
                 raise
             raise MissingDependency(
-                f"{name} needs bitsandbytes, which is not installed. pip install 'lightning-optim[bitsandbytes]'"
+                f"{name} needs bitsandbytes, which is not installed. pip install 'lightning-optim[bitsandbytes]'",
+                code="LO107",
             ) from error
         return GaLoreAdamW8bit
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -73,7 +73,9 @@ class Adafactor(OwnOptimizer):
     def _check_group(self, group: dict[str, Any]) -> None:
         super()._check_group(group)
         if group["warmup_init"] and not group["relative_step"]:
-            raise InvalidOption("warmup_init=True warms up the rate of relative_step: add relative_step=True")
+            raise InvalidOption(
+                "warmup_init=True warms up the rate of relative_step: add relative_step=True", code="LO208"
+            )
 
     def _initial_state(self, parameter: Tensor, group: dict[str, Any]) -> dict[str, Any]:
         return self._initial_moments(parameter, tuple(parameter.shape), group)

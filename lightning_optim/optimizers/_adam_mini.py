@@ -67,12 +67,13 @@ class AdamMini(OwnOptimizer):
         if blocks is None:
             return
         if not (isinstance(blocks, Integral) and int(blocks) >= 1):
-            raise InvalidOption(f"blocks={blocks!r} of AdamMini is not a whole number >= 1, or None")
+            raise InvalidOption(f"blocks={blocks!r} of AdamMini is not a whole number >= 1, or None", code="LO204")
         for parameter, name in named(group):
             if parameter.numel() % int(blocks):
                 raise InvalidParamGroups(
                     f"blocks={blocks} does not divide the {parameter.numel()} elements of {name}. Set a number that "
-                    "does, such as that of heads, or blocks=None in a group of its own."
+                    "does, such as that of heads, or blocks=None in a group of its own.",
+                    code="LO321",
                 )
 
     def _initial_state(self, parameter: Tensor, group: dict[str, Any]) -> dict[str, Any]:

@@ -79,5 +79,6 @@ def check_moment(gradient: Tensor, moment: Tensor) -> None:
         raise InvalidOption(
             f"the optimizer keeps moments of shape {tuple(moment.shape)} for gradients of shape "
             f"{tuple(gradient.shape)}: rank or proj_type was changed after the first step, or the state is another "
-            "model's. Start with a new optimizer."
+            "model's. Start with a new optimizer.",
+            code="LO808",
         )

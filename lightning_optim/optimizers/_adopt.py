@@ -59,7 +59,9 @@ class Adopt(OwnOptimizer):
     def _check_group(self, group: dict[str, Any]) -> None:
         super()._check_group(group)
         if group["clip_exp"] is not None and not group["clip_exp"] >= 0:
-            raise InvalidOption(f"clip_exp={group['clip_exp']!r} of Adopt is out of range: 0 <= value, or None")
+            raise InvalidOption(
+                f"clip_exp={group['clip_exp']!r} of Adopt is out of range: 0 <= value, or None", code="LO204"
+            )
 
     def _initial_state(self, parameter: Tensor, group: dict[str, Any]) -> dict[str, Any]:
         return {name: zeros_for(parameter) for name in ("exp_avg", "exp_avg_sq")}

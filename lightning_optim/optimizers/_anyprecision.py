@@ -144,7 +144,8 @@ def check_epsilon(eps: float, variance_dtype: str) -> None:
     if variance_dtype == "float16" and eps < smallest:
         raise InvalidOption(
             f"eps={eps:g} rounds to 0 with variance_dtype='float16', and parameters would become NaN; set "
-            f"eps={smallest:.0e} or larger, or variance_dtype='bfloat16'"
+            f"eps={smallest:.0e} or larger, or variance_dtype='bfloat16'",
+            code="LO215",
         )
 
 
@@ -161,5 +162,7 @@ def _with_dtype_names(group: dict[str, Any]) -> dict[str, Any]:
 def _dtype_name(option: str, value: Any) -> str:
     name = str(value).removeprefix("torch.")
     if name not in get_args(StateDtype):
-        raise InvalidOption(f"{option}={value!r} is not a state dtype; allowed: {listing(get_args(StateDtype))}")
+        raise InvalidOption(
+            f"{option}={value!r} is not a state dtype; allowed: {listing(get_args(StateDtype))}", code="LO207"
+        )
     return name

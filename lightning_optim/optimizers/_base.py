@@ -112,7 +112,9 @@ class OwnOptimizer(SpreadsStates, StepsUncompiled):
             numbers = value if isinstance(value, (tuple, list)) else (value,)
             if not all(number >= 0 and (name != "betas" or number < 1) for number in numbers):
                 allowed = "0 <= value < 1" if name == "betas" else "0 <= value"
-                raise InvalidOption(f"{name}={value!r} of {type(self).__name__} is out of range: {allowed}")
+                raise InvalidOption(
+                    f"{name}={value!r} of {type(self).__name__} is out of range: {allowed}", code="LO204"
+                )
         for parameter in group["params"]:
             self._check(parameter)
 
@@ -257,7 +259,8 @@ class OwnOptimizer(SpreadsStates, StepsUncompiled):
         if spread is None or spread.shape != value.shape:
             raise InvalidOption(
                 f"the state in the checkpoint is another model's: it has {name!r} of shape {tuple(value.shape)} for a "
-                f"parameter of shape {layout.shape}. Resume with the model and the options that wrote it."
+                f"parameter of shape {layout.shape}. Resume with the model and the options that wrote it.",
+                code="LO808",
             )
         return spread
 
@@ -289,19 +292,22 @@ class OwnOptimizer(SpreadsStates, StepsUncompiled):
                 raise InvalidParamGroups(
                     f"{type(self).__name__} cannot step the sparse gradient of a parameter of shape "
                     f"{tuple(parameter.shape)}. Create its embedding with sparse=False, or use optim='adagrad' or "
-                    "'sgd'."
+                    "'sgd'.",
+                    code="LO322",
                 )
 
     def _check(self, parameter: Tensor) -> None:
         if torch.is_complex(parameter):
             raise InvalidParamGroups(
                 f"{type(self).__name__} cannot step a {parameter.dtype} parameter. Use optim='adamw_torch', or store "
-                "real and imaginary parts (torch.view_as_real)."
+                "real and imaginary parts (torch.view_as_real).",
+                code="LO322",
             )
         if is_sharded(parameter) and not self.sharded:
             raise InvalidParamGroups(
                 f"{type(self).__name__} cannot step a sharded parameter (DTensor): {self.unsharded}. Use "
-                "optim='adamw_torch', or a strategy that does not shard."
+                "optim='adamw_torch', or a strategy that does not shard.",
+                code="LO322",
             )
 
     @classmethod

@@ -64,11 +64,13 @@ class Lars(OwnOptimizer):
         super()._check_group(group)
         check_adapt(type(self).__name__, group)
         if not 0 <= group["momentum"] < 1:
-            raise InvalidOption(f"momentum={group['momentum']!r} of Lars is out of range: 0 <= value < 1")
+            raise InvalidOption(f"momentum={group['momentum']!r} of Lars is out of range: 0 <= value < 1", code="LO204")
         if not group["trust_coeff"] > 0:
-            raise InvalidOption(f"trust_coeff={group['trust_coeff']!r} of Lars is out of range: 0 < value")
+            raise InvalidOption(
+                f"trust_coeff={group['trust_coeff']!r} of Lars is out of range: 0 < value", code="LO204"
+            )
         if group["nesterov"] and not group["momentum"]:
-            raise InvalidOption("nesterov=True needs momentum: set momentum=0.9, or leave nesterov out")
+            raise InvalidOption("nesterov=True needs momentum: set momentum=0.9, or leave nesterov out", code="LO208")
 
     def _initial_state(self, parameter: Tensor, group: dict[str, Any]) -> dict[str, Any]:
         return {"momentum_buffer": zeros_for(parameter)} if group["momentum"] else {}

@@ -109,12 +109,15 @@ class LowRankOptimizer(OwnOptimizer):
         for name, allowed in self.choices.items():
             if group[name] not in allowed:
                 raise InvalidOption(
-                    f"{name}={group[name]!r} of {type(self).__name__} is unknown; use one of {listing(allowed)}"
+                    f"{name}={group[name]!r} of {type(self).__name__} is unknown; use one of {listing(allowed)}",
+                    code="LO207",
                 )
         for name, least in (("rank", 1), ("update_proj_gap", 1), ("stack_dims", 0)):
             value = group[name]
             if not (isinstance(value, Integral) and int(value) >= least) and not (name == "rank" and value is None):
-                raise InvalidOption(f"{name}={value!r} of {type(self).__name__} is not a whole number >= {least}")
+                raise InvalidOption(
+                    f"{name}={value!r} of {type(self).__name__} is not a whole number >= {least}", code="LO204"
+                )
         if group["rank"] is not None:
             self._check_shards(group)
 
@@ -127,18 +130,21 @@ class LowRankOptimizer(OwnOptimizer):
                 remedy = "randomized" if name == "projection" else "random"
                 raise InvalidOption(
                     f"{name}='svd' of {who} takes a whole gradient, and parameters are sharded (DTensor): use "
-                    f"{name}='{remedy}'"
+                    f"{name}='{remedy}'",
+                    code="LO216",
                 )
         if group["proj_type"] == "full":
             # Beside the diagonal it is rounding, whose signs AdamW steps by.
             raise InvalidOption(
                 f"proj_type='full' of {who} rounds differently on each number of processes, and parameters are sharded "
-                "(DTensor): use proj_type='std'"
+                "(DTensor): use proj_type='std'",
+                code="LO216",
             )
         if group["stack_dims"]:
             raise InvalidParamGroups(
                 f"{who} cannot step stacks of matrices (stack_dims={group['stack_dims']}) that are sharded (DTensor). "
-                "Use optim='adamw_torch' for them, or a strategy that does not shard."
+                "Use optim='adamw_torch' for them, or a strategy that does not shard.",
+                code="LO322",
             )
         for parameter in sharded:
             refuse_split_inside(who, parameter)
@@ -312,7 +318,8 @@ class LowRankAdamW(LowRankOptimizer):
         if group["state_dtype"] == "parameter" and any(p.dtype is torch.float16 for p in group["params"]):
             raise InvalidOption(
                 f"state_dtype='parameter' of {type(self).__name__} with float16 parameters: squares of small gradients "
-                "round to 0 in float16. Use state_dtype='float32', or bfloat16 parameters (precision='bf16-true')"
+                "round to 0 in float16. Use state_dtype='float32', or bfloat16 parameters (precision='bf16-true')",
+                code="LO215",
             )
 
     def _initial_moments(self, parameter: Tensor, shape: tuple[int, ...], group: dict[str, Any]) -> dict[str, Any]:

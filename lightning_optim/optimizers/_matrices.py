@@ -31,7 +31,8 @@ def refuse_vectors(who: str, group: Mapping[str, Any]) -> None:
             stacks = f" with stack_dims={stack_dims}" if stack_dims else ""
             raise InvalidParamGroups(
                 f"{who} steps matrices and cannot step {name}{stacks}: it takes {2 + stack_dims} dimensions or more. "
-                "Give it to another optimizer, such as torch.optim.AdamW."
+                "Give it to another optimizer, such as torch.optim.AdamW.",
+                code="LO322",
             )
         refuse_split_inside(who, parameter, stack_dims)
 
@@ -43,7 +44,8 @@ def refuse_split_inside(who: str, parameter: Tensor, stack_dims: int = 0) -> Non
         raise InvalidParamGroups(
             f"{who} flattens the last {len(flattened)} dimensions of a parameter of shape {tuple(parameter.shape)}, "
             "and they are sharded. Shard its first dimension (fully_shard does unless told otherwise), or use "
-            "optim='adamw_torch'."
+            "optim='adamw_torch'.",
+            code="LO322",
         )
 
 

@@ -119,29 +119,32 @@ class Muon(OwnOptimizer):
         who = type(self).__name__
         for name in ("momentum", "beta2"):
             if not 0 <= group[name] < 1:
-                raise InvalidOption(f"{name}={group[name]!r} of {who} is out of range: 0 <= value < 1")
+                raise InvalidOption(f"{name}={group[name]!r} of {who} is out of range: 0 <= value < 1", code="LO204")
         for name, allowed in _CHOICES.items():
             if group[name] not in allowed and not (name == "ns_dtype" and group[name] is None):
-                raise InvalidOption(f"{name}={group[name]!r} of {who} is unknown; use one of {listing(allowed)}")
+                raise InvalidOption(
+                    f"{name}={group[name]!r} of {who} is unknown; use one of {listing(allowed)}", code="LO207"
+                )
         for name, least, most in (("ns_steps", 1, 99), ("split", 1, math.inf), ("stack_dims", 0, math.inf)):
             value = group[name]
             if not (isinstance(value, Integral) and least <= int(value) <= most):
                 allowed_range = f">= {least}" if most == math.inf else f"from {least} to {most}"
-                raise InvalidOption(f"{name}={value!r} of {who} is not a whole number {allowed_range}")
+                raise InvalidOption(f"{name}={value!r} of {who} is not a whole number {allowed_range}", code="LO204")
         coefficients = group["ns_coefficients"]
         if not (
             isinstance(coefficients, (tuple, list))
             and len(coefficients) == 3
             and all(isinstance(value, Real) and math.isfinite(value) for value in coefficients)
         ):
-            raise InvalidOption(f"ns_coefficients={coefficients!r} of {who} are not three numbers")
+            raise InvalidOption(f"ns_coefficients={coefficients!r} of {who} are not three numbers", code="LO203")
         refuse_vectors(who, group)
         for parameter, name in named(group):
             rows, split = parameter.shape[group["stack_dims"]], group["split"]
             if rows % split:
                 raise InvalidParamGroups(
                     f"split={split} does not divide the {rows} rows of {name}. Set a split that does, or split=1 in a "
-                    "group of its own."
+                    "group of its own.",
+                    code="LO321",
                 )
 
     def _initial_state(self, parameter: Tensor, group: dict[str, Any]) -> dict[str, Any]:

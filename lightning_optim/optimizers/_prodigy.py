@@ -91,13 +91,15 @@ class Prodigy(OwnOptimizer):
         super()._check_group(group)
         for name in ("d0", "d_coef"):
             if not group[name] > 0:
-                raise InvalidOption(f"{name}={group[name]!r} of Prodigy is out of range: 0 < value")
+                raise InvalidOption(f"{name}={group[name]!r} of Prodigy is out of range: 0 < value", code="LO204")
         if group["beta3"] is not None and not 0 <= group["beta3"] < 1:
-            raise InvalidOption(f"beta3={group['beta3']!r} of Prodigy is out of range: 0 <= value < 1")
+            raise InvalidOption(f"beta3={group['beta3']!r} of Prodigy is out of range: 0 <= value < 1", code="LO204")
         if group["growth_rate"] is not None and not group["growth_rate"] >= 1:
-            raise InvalidOption(f"growth_rate={group['growth_rate']!r} of Prodigy is out of range: 1 <= value, or None")
+            raise InvalidOption(
+                f"growth_rate={group['growth_rate']!r} of Prodigy is out of range: 1 <= value, or None", code="LO204"
+            )
         if not (isinstance(group["slice_p"], Integral) and int(group["slice_p"]) >= 1):
-            raise InvalidOption(f"slice_p={group['slice_p']!r} of Prodigy is not a whole number >= 1")
+            raise InvalidOption(f"slice_p={group['slice_p']!r} of Prodigy is not a whole number >= 1", code="LO204")
 
     def _initial_state(self, parameter: Tensor, group: dict[str, Any]) -> dict[str, Any]:
         (start,) = _slices(to_compute_dtype([parameter]), group["slice_p"])

@@ -71,12 +71,14 @@ class Scale(OwnOptimizer):
     def _check_group(self, group: dict[str, Any]) -> None:
         super()._check_group(group)
         if not 0 <= group["momentum"] < 1:
-            raise InvalidOption(f"momentum={group['momentum']!r} of Scale is out of range: 0 <= value < 1")
+            raise InvalidOption(
+                f"momentum={group['momentum']!r} of Scale is out of range: 0 <= value < 1", code="LO204"
+            )
         if group["outputs"] not in get_args(Outputs):
             allowed = listing(get_args(Outputs))
-            raise InvalidOption(f"outputs={group['outputs']!r} of Scale is unknown; use one of {allowed}")
+            raise InvalidOption(f"outputs={group['outputs']!r} of Scale is unknown; use one of {allowed}", code="LO207")
         if not (isinstance(group["stack_dims"], Integral) and int(group["stack_dims"]) >= 0):
-            raise InvalidOption(f"stack_dims={group['stack_dims']!r} of Scale is not a whole number >= 0")
+            raise InvalidOption(f"stack_dims={group['stack_dims']!r} of Scale is not a whole number >= 0", code="LO204")
         refuse_vectors(type(self).__name__, group)
 
     def _initial_state(self, parameter: Tensor, group: dict[str, Any]) -> dict[str, Any]:

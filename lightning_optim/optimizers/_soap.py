@@ -79,9 +79,11 @@ class SOAP(OwnOptimizer):
         super()._check_group(group)
         for name, least in (("precondition_frequency", 1), ("max_precondition_dim", 1), ("stack_dims", 0)):
             if not (isinstance(group[name], Integral) and int(group[name]) >= least):
-                raise InvalidOption(f"{name}={group[name]!r} of SOAP is not a whole number >= {least}")
+                raise InvalidOption(f"{name}={group[name]!r} of SOAP is not a whole number >= {least}", code="LO204")
         if group["shampoo_beta"] is not None and not 0 <= group["shampoo_beta"] < 1:
-            raise InvalidOption(f"shampoo_beta={group['shampoo_beta']!r} of SOAP is out of range: 0 <= value < 1")
+            raise InvalidOption(
+                f"shampoo_beta={group['shampoo_beta']!r} of SOAP is out of range: 0 <= value < 1", code="LO204"
+            )
 
     def _initial_state(self, parameter: Tensor, group: dict[str, Any]) -> dict[str, Any]:
         shapes = state_shapes(tuple(parameter.shape), group["max_precondition_dim"], group["stack_dims"])

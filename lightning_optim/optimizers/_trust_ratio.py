@@ -19,7 +19,9 @@ Adapt = Literal["matrices", "all", "none"]
 def check_adapt(who: str, group: dict[str, Any]) -> None:
     """Raises :class:`InvalidOption` for a group whose ``adapt`` is not one of :data:`Adapt`."""
     if group["adapt"] not in get_args(Adapt):
-        raise InvalidOption(f"adapt={group['adapt']!r} of {who} is unknown; use one of {listing(get_args(Adapt))}")
+        raise InvalidOption(
+            f"adapt={group['adapt']!r} of {who} is unknown; use one of {listing(get_args(Adapt))}", code="LO207"
+        )
 
 
 def adapted(parameters: Sequence[Tensor], adapt: Adapt) -> list[int]:

@@ -36,9 +36,9 @@ class Clipping:
 
     def __post_init__(self) -> None:
         if self.kind not in get_args(Kind):
-            raise InvalidOption(f"Clipping({self.kind!r}, ...): the kinds are {listing(get_args(Kind))}")
+            raise InvalidOption(f"Clipping({self.kind!r}, ...): the kinds are {listing(get_args(Kind))}", code="LO207")
         if not self.limit > 0:
-            raise InvalidOption(f"Clipping({self.kind!r}, {self.limit!r}): the limit is a number above 0")
+            raise InvalidOption(f"Clipping({self.kind!r}, {self.limit!r}): the limit is a number above 0", code="LO204")
 
     def clip(self, parameters: Iterable[Tensor]) -> None:
         """Clips all gradients of parameters in place; whatever the kind, by the norm of this step."""

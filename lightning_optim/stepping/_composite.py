@@ -45,7 +45,7 @@ class Composite(StepsUncompiled):
             super().__init__([group for part in parts.values() for group in part.param_groups], {})
         except ValueError as error:
             raise InvalidParamGroups(
-                f"the optimizers {', '.join(map(repr, parts))} are not separate: {error}"
+                f"the optimizers {', '.join(map(repr, parts))} are not separate: {error}", code="LO323"
             ) from None
         #: The optimizers by name.
         self.parts = dict(parts)

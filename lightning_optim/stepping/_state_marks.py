@@ -51,7 +51,8 @@ def refuse_foreign(own: Sequence[Group], saved: Sequence[Group], reader: str, ma
             written = f"the format {group[FORMAT]!r}" if FORMAT in group else "an unknown format"
             raise InvalidOption(
                 f"{writer} wrote the state in the checkpoint, in {written}; {reader} reads {expected!r}. Resume with "
-                f"the optimizer (and the version of lightning_optim) that wrote it, {_ANEW}."
+                f"the optimizer (and the version of lightning_optim) that wrote it, {_ANEW}.",
+                code="LO806",
             )
     _refuse_other_parameters(own, saved)
 
@@ -64,13 +65,16 @@ def refuse_other_groups(own: Sequence[Group], saved: Sequence[Group]) -> None:
             " and ".join(dict.fromkeys(f"optim={group[IDENTIFIER]!r}" for group in groups)) for groups in (saved, own)
         )
         raise InvalidOption(
-            f"{writers} wrote the state in the checkpoint; {readers} would read it. Resume with what wrote it, {_ANEW}."
+            f"{writers} wrote the state in the checkpoint; {readers} would read it. Resume with what wrote it, "
+            f"{_ANEW}.",
+            code="LO806",
         )
     _refuse_other_parameters(own, saved)
     if len(own) != len(saved):
         raise InvalidOption(
             f"the optimizer's state belongs to other groups: here they are {len(own)}, in the checkpoint {len(saved)}. "
-            f"{_SAME}"
+            f"{_SAME}",
+            code="LO807",
         )
 
 
@@ -83,7 +87,8 @@ def _refuse_other_parameters(own: Sequence[Group], saved: Sequence[Group]) -> No
     if len(own) != len(saved) and all(MEMBERS in group for group in (*own, *saved)):
         here, there = (", ".join(f"{group.get('name')!r}" for group in groups) for groups in (own, saved))
         raise InvalidOption(
-            f"the optimizer's state belongs to other groups: here they are {here}, in the checkpoint {there}. {_SAME}"
+            f"the optimizer's state belongs to other groups: here they are {here}, in the checkpoint {there}. {_SAME}",
+            code="LO807",
         )
     if not all(MEMBERS in group for group in (*own, *saved)):
         _refuse_other_sizes(own, saved)
@@ -98,7 +103,8 @@ def _refuse_other_parameters(own: Sequence[Group], saved: Sequence[Group]) -> No
         return
     raise InvalidOption(
         f"the optimizer's state belongs to other groups: {other[0]!r} stands where the checkpoint has {other[1]!r}. "
-        f"{_SAME}"
+        f"{_SAME}",
+        code="LO807",
     )
 
 
@@ -110,7 +116,8 @@ def _refuse_other_sizes(own: Sequence[Group], saved: Sequence[Group]) -> None:
     raise InvalidOption(
         f"the state in the checkpoint has {len(there)} group(s), of {', '.join(map(str, there))} parameters, and does "
         f"not name them; here they are {len(here)} ({held}). lightning_optim.migrate_state_dict(state_dict, optimizer, "
-        f"parameters) gives each parameter its own, {_ANEW}."
+        f"parameters) gives each parameter its own, {_ANEW}.",
+        code="LO807",
     )
 
 
@@ -157,7 +164,8 @@ def check_state(optimizer: Optimizer, state_dict: Mapping[str, Any], kept: Mappi
                 f"the state in the checkpoint is another optimizer's: it has {_described(state)}, and "
                 f"{type(optimizer).__name__} keeps {', '.join(kept)}. Resume with the optimizer that saved it (with "
                 "optim_fallback=True that may be another than the one asked for), or start anew: "
-                "LitModel.load_from_checkpoint(path) reads the weights."
+                "LitModel.load_from_checkpoint(path) reads the weights.",
+                code="LO806",
             )
 
 

@@ -126,4 +126,4 @@ def ensure(name: str, requirements: tuple[Requirement, ...], nearest: Sequence[s
 def missing(name: str, reasons: Sequence[str], nearest: Sequence[str] = ()) -> MissingDependency:
     """Returns the error that says why ``name`` cannot run here and what to use in its place."""
     instead = f". Or use optim={nearest[0]!r} (optim_fallback=True does so by itself)" if nearest else ""
-    return MissingDependency(f"optim={name!r} cannot run here: {'; '.join(reasons)}{instead}")
+    return MissingDependency(f"optim={name!r} cannot run here: {'; '.join(reasons)}{instead}", code="LO107")

@@ -13,7 +13,7 @@ from typing import Any
 
 from torch.optim import Optimizer
 
-from lightning_optim.errors import UnknownOptimizer, close_names, listing
+from lightning_optim.errors import UnknownOptimizer, close_names, listing, said
 from lightning_optim.table import _availability as availability
 
 # A name, its class, and what the name changes in the constructor's defaults.
@@ -72,7 +72,7 @@ class Collection:
         except Exception as error:  # another version of torch or of what it needs fails in many ways
             lacks = error.name.partition(".")[0] if isinstance(error, ModuleNotFoundError) and error.name else self.name
             helps = install if lacks == self.name else f"pip install {lacks}"
-            reason = f"{self.distribution!r} is installed, but {self.module} fails ({error}): {helps}"
+            reason = f"{self.distribution!r} is installed, but {self.module} fails ({said(error)}): {helps}"
             raise availability.missing(asked, (reason,)) from error
 
     def member(self, asked: str) -> Member:
@@ -90,7 +90,8 @@ class Collection:
         hint = f" Close names: {listing(near)}." if near else ""
         raise UnknownOptimizer(
             f"optim={asked!r}: {self.name} has no optimizer {typed!r}.{hint} "
-            f"`lightning-optim list '{self.name}:*'` shows all."
+            f"`lightning-optim list '{self.name}:*'` shows all.",
+            code="LO101",
         )
 
 

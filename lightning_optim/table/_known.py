@@ -91,20 +91,24 @@ def refuse_unfit(name: str, kind: type[Optimizer], rows: Iterable[OptimizerSpec]
         own = kind.__name__.lower()
         same = [row.name for row in rows if row.implementation.rpartition(".")[2].lower() == own]
         instead = f"Use optim={same[0]!r}" if same else f"Build it yourself: {kind.__name__}(module, ...)"
-        raise UnknownOptimizer(f"optim={name!r} takes the model where optimizers take parameters. {instead}.")
+        raise UnknownOptimizer(
+            f"optim={name!r} takes the model where optimizers take parameters. {instead}.", code="LO105"
+        )
     wrapped = next((key for key in _WRAPPED if key in parameters and _key(kind) not in _MENDED), None)
     if wrapped is not None:
         raise UnknownOptimizer(
             f"optim={name!r} wraps another optimizer ({wrapped!r}), which a name and options do not build. Build it "
             "yourself, in a configure_optimizers of your own; under manual optimization if its step needs gradients "
-            "from before the closure, as SAM's."
+            "from before the closure, as SAM's.",
+            code="LO105",
         )
     switched = callable(getattr(kind, "train", None)) and callable(getattr(kind, "eval", None))
     if switched and _key(kind) not in _SWITCHED:
         raise UnknownOptimizer(
             f"optim={name!r} has to be switched between training and evaluation, which is known how to do without loss "
             "for some classes only. Use optim='schedule_free_adamw', 'schedule_free_radam' or 'schedule_free_sgd', or "
-            "'pytorch_optimizer:splus'."
+            "'pytorch_optimizer:splus'.",
+            code="LO106",
         )
 
 

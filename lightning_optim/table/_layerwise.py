@@ -60,7 +60,7 @@ def layerwise_row(row: OptimizerSpec) -> OptimizerSpec:
         IncompatibleTrainer: If the optimizer cannot step one parameter without the others.
     """
     if row.coupled:
-        raise IncompatibleTrainer(f"optim={row.name + SUFFIX!r}: {row.coupled}. Use optim={row.name!r}.")
+        raise IncompatibleTrainer(f"optim={row.name + SUFFIX!r}: {row.coupled}. Use optim={row.name!r}.", code="LO610")
     stepped = row if row.layerwise else stepped_in_backward(row)
     names = {
         field: tuple(name + SUFFIX for name in getattr(row, field)) for field in ("aliases", "choices", "fallbacks")

@@ -76,7 +76,7 @@ def refuse_arguments(where: str, given: Mapping[str, Any], allowed: Iterable[str
     allowed = tuple(name for name in allowed if name != "target")
     options = tuple(options)
     lines = [f"{_shown(name, value)}: {_argument(name, value, allowed, options)}" for name, value in given.items()]
-    raise InvalidOption(f"{where} has no such argument: {'; '.join(lines)}")
+    raise InvalidOption(f"{where} has no such argument: {'; '.join(lines)}", code="LO201")
 
 
 def refuse_option(owner: str, name: str, value: Any, options: Iterable[str], allowed: str) -> NoReturn:
@@ -101,7 +101,7 @@ def refuse_option(owner: str, name: str, value: Any, options: Iterable[str], all
         hint = f" Instead: {_ELSEWHERE[name]}."
     elif near := close_names(str(name), options, limit=3):
         hint = f" Did you mean {listing(near)}?"
-    raise InvalidOption(f"{owner!r} has no option {name!r}.{hint} {allowed}")
+    raise InvalidOption(f"{owner!r} has no option {name!r}.{hint} {allowed}", code="LO201")
 
 
 def _argument(name: str, value: Any, allowed: tuple[str, ...], options: tuple[str, ...]) -> str:

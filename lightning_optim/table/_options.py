@@ -167,12 +167,12 @@ def parse(options: type[OptionsT], raw: Mapping[str, Any] | str | None, owner: s
         if field.default is dataclasses.MISSING and field.name not in values
     ]
     if missing:
-        raise InvalidOption(f"{owner!r} needs {listing(missing)} in {options.kind}; {_allowed(options)}")
+        raise InvalidOption(f"{owner!r} needs {listing(missing)} in {options.kind}; {_allowed(options)}", code="LO202")
     parsed = options(**values)
     try:
         parsed.check()
     except InvalidOption as error:
-        raise InvalidOption(f"{options.kind} of {owner!r}: {error}") from None
+        raise InvalidOption(f"{options.kind} of {owner!r}: {error.text}", code=error.codes) from None
     return parsed
 
 
@@ -183,7 +183,8 @@ def as_mapping(raw: Mapping[str, Any] | str | None, owner: str, kind: str = Opti
     if raw is not None and not isinstance(raw, Mapping):
         raise InvalidOption(
             f"{kind}={raw!r} ({type(raw).__name__}), given to {owner!r}, is neither a mapping nor a string "
-            "'name=value,...'"
+            "'name=value,...'",
+            code="LO203",
         )
     return dict(raw or {})
 
@@ -205,22 +206,26 @@ def split(text: str, owner: str) -> dict[str, str]:
             pieces.append(text[start:index])
             start = index + 1
     if depth != 0 or quote:
-        raise InvalidOption(f"unbalanced {'quotes' if quote else 'brackets'} in {text!r}, given to {owner!r}")
+        raise InvalidOption(
+            f"unbalanced {'quotes' if quote else 'brackets'} in {text!r}, given to {owner!r}", code="LO205"
+        )
     for piece in pieces:
         if not piece.strip():
             continue
         key, equals, value = piece.partition("=")
         if not equals or not key.strip():
             raise InvalidOption(
-                f"cannot read {piece.strip()!r} in {text!r}, given to {owner!r}; {_instead_of(piece.strip(), pairs)}"
+                f"cannot read {piece.strip()!r} in {text!r}, given to {owner!r}; {_instead_of(piece.strip(), pairs)}",
+                code="LO205",
             )
         if (other := _SEPARATOR.search(value)) and value.strip()[:1] not in _OPENING + _QUOTES:
             raise InvalidOption(
                 f"{other.group(1)!r} between the options in {text!r}, given to {owner!r}; separate them by commas: "
-                f"'name=value,name=value'"
+                f"'name=value,name=value'",
+                code="LO205",
             )
         if key.strip() in pairs:
-            raise InvalidOption(f"{key.strip()!r} is given twice in {text!r}, given to {owner!r}")
+            raise InvalidOption(f"{key.strip()!r} is given twice in {text!r}, given to {owner!r}", code="LO206")
         pairs[key.strip()] = _unquoted(value.strip())
     return pairs
 
@@ -241,14 +246,16 @@ def coerce(options: type[Options], name: str, value: Any, owner: str) -> Any:
     except (ValueError, TypeError, SyntaxError):
         raise InvalidOption(
             f"{name}={value!r} ({type(value).__name__}) does not fit the option of {owner!r}: "
-            f"{next(info for info in describe(options) if info.name == name)}"
+            f"{next(info for info in describe(options) if info.name == name)}",
+            code="LO203",
         ) from None
     numbers = converted if isinstance(converted, tuple) else (converted,)
     for number in numbers:
         if bounds is not None and number is not None and number not in bounds:
             raise InvalidOption(
                 f"{name}={value!r} of {owner!r} is out of range: allowed is {bounds}{_finite(number)} "
-                f"({fields[name].metadata['help']})"
+                f"({fields[name].metadata['help']})",
+                code="LO204",
             )
     return converted
 
@@ -260,9 +267,11 @@ def as_number(name: str, value: Any, range: Range, optional: bool = True) -> flo
     try:
         number: float = convert(value, float)
     except (ValueError, TypeError):
-        raise InvalidOption(f"{name}={value!r} ({type(value).__name__}) is not a number: {range} is allowed") from None
+        raise InvalidOption(
+            f"{name}={value!r} ({type(value).__name__}) is not a number: {range} is allowed", code="LO203"
+        ) from None
     if number not in range:
-        raise InvalidOption(f"{name}={value!r} is out of range: {range}{_finite(number)} is allowed")
+        raise InvalidOption(f"{name}={value!r} is out of range: {range}{_finite(number)} is allowed", code="LO204")
     return number
 
 
@@ -306,7 +315,7 @@ def _merge_single_betas(options: type[Options], given: dict[str, Any], owner: st
     if not names:
         return given
     if "betas" in given:
-        raise InvalidOption(f"{owner!r} got both 'betas' and {listing(names)}; give one of them")
+        raise InvalidOption(f"{owner!r} got both 'betas' and {listing(names)}; give one of them", code="LO206")
     merged = {key: value for key, value in given.items() if key not in names}
     for name in names:
         betas[int(name[-1]) - 1] = as_number(name, given[name], UNIT, optional=False)

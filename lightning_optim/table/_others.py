@@ -43,6 +43,8 @@ class LeavesOthers(Options):
         super().check()
         rate = self.others_lr
         if isinstance(rate, str) and not _FACTOR.fullmatch(rate.strip()):
-            raise InvalidOption(f"others_lr={rate!r} is neither a number, such as 3e-4, nor a factor, such as '0.1x'")
+            raise InvalidOption(
+                f"others_lr={rate!r} is neither a number, such as 3e-4, nor a factor, such as '0.1x'", code="LO203"
+            )
         if isinstance(rate, float) and not 0 <= rate < float("inf"):
-            raise InvalidOption(f"others_lr={rate!r} is out of range: 0 <= value (finite) is allowed")
+            raise InvalidOption(f"others_lr={rate!r} is out of range: 0 <= value (finite) is allowed", code="LO204")

@@ -17,7 +17,7 @@ from typing import Any
 
 from torch.optim import Optimizer
 
-from lightning_optim.errors import DuplicateOptimizer, MissingDependency, UnknownOptimizer, close_names, listing
+from lightning_optim.errors import DuplicateOptimizer, MissingDependency, UnknownOptimizer, close_names, listing, said
 from lightning_optim.table._collections import COLLECTIONS, collection_of
 from lightning_optim.table._known import constructed, known_fields, refuse_unfit
 from lightning_optim.table._layerwise import SUFFIX, layerwise_row
@@ -67,11 +67,13 @@ class Registry(Mapping[str, OptimizerSpec]):
             if name.endswith(SUFFIX):
                 raise DuplicateOptimizer(
                     f"{name!r} is the name of a derived row. Register {name.removesuffix(SUFFIX)!r}, and {name!r} "
-                    "steps it during backward; for another algorithm choose a name without this ending"
+                    "steps it during backward; for another algorithm choose a name without this ending",
+                    code="LO109",
                 )
             if name in self._specs:
                 raise DuplicateOptimizer(
-                    f"{name!r} is already registered ({self._specs[name].implementation}); choose another name"
+                    f"{name!r} is already registered ({self._specs[name].implementation}); choose another name",
+                    code="LO109",
                 )
         self._specs.update(dict.fromkeys(names, spec))
 
@@ -100,18 +102,21 @@ class Registry(Mapping[str, OptimizerSpec]):
         """
         if not isinstance(name, str):
             raise UnknownOptimizer(
-                f"an optimizer is named by a string such as 'adamw_torch', got {name!r} ({type(name).__name__})"
+                f"an optimizer is named by a string such as 'adamw_torch', got {name!r} ({type(name).__name__})",
+                code="LO102",
             )
         # Plugins after the built-in rows: a broken one must not affect those who do not use it.
         base = _base(name)
         if base not in self._specs:
             self._load_plugins()
         if base not in self._specs:
-            raise UnknownOptimizer(self._unknown(name))
+            raise UnknownOptimizer(self._unknown(name), code="LO101")
         if base == name:
             return self._specs[base]
         if self._specs[base].coupled:
-            raise UnknownOptimizer(f"there is no optimizer {name!r}: {self._specs[base].coupled}. Use {base!r}.")
+            raise UnknownOptimizer(
+                f"there is no optimizer {name!r}: {self._specs[base].coupled}. Use {base!r}.", code="LO610"
+            )
         return layerwise_row(self._specs[base])
 
     def find(self, name: str) -> OptimizerSpec:
@@ -200,7 +205,7 @@ class Registry(Mapping[str, OptimizerSpec]):
                 self._plugins_loaded = False
                 raise RuntimeError(
                     f"the plugin {entry_point.value!r} (entry point {entry_point.name!r} of {ENTRY_POINT_GROUP!r}) "
-                    f"cannot be loaded: {error}. Fix it or uninstall its package."
+                    f"cannot be loaded: {said(error)}. Fix it or uninstall its package."
                 ) from error
 
 
@@ -224,15 +229,16 @@ def spec_from_path(path: str) -> OptimizerSpec:
     if not package or (sys.modules.get(package) is None and importlib.util.find_spec(package) is None):
         raise MissingDependency(
             f"optim={path!r}: no package {package!r} is installed. Install the package that provides it, or use a name "
-            "that `lightning-optim list` shows."
+            "that `lightning-optim list` shows.",
+            code="LO107",
         )
     try:
         module = importlib.import_module(module_name)
         loaded = getattr(module, class_name)
     except (ImportError, AttributeError) as error:
-        raise UnknownOptimizer(f"optim={path!r} cannot be imported: {error}") from error
+        raise UnknownOptimizer(f"optim={path!r} cannot be imported: {said(error)}", code="LO103") from error
     if not (isinstance(loaded, type) and issubclass(loaded, Optimizer)):
-        raise UnknownOptimizer(f"optim={path!r} is no subclass of torch.optim.Optimizer but {loaded!r}")
+        raise UnknownOptimizer(f"optim={path!r} is no subclass of torch.optim.Optimizer but {loaded!r}", code="LO103")
     return _spec_from_class(path, loaded, path, f"{class_name} of {package}, by dotted path")
 
 
@@ -293,10 +299,14 @@ def _check_signature(name: str, parameters: Mapping[str, inspect.Parameter]) -> 
     by_position = [key for key, parameter in parameters.items() if parameter.kind is parameter.POSITIONAL_ONLY][1:]
     if by_position:
         raise UnknownOptimizer(
-            f"optim={name!r} takes {listing(by_position)} by position only; an optimizer's arguments are passed by name"
+            f"optim={name!r} takes {listing(by_position)} by position only; an optimizer's arguments are passed by "
+            "name",
+            code="LO104",
         )
     if "lr" not in parameters and not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
-        raise UnknownOptimizer(f"optim={name!r} has a constructor without the argument 'lr': {list(parameters)}")
+        raise UnknownOptimizer(
+            f"optim={name!r} has a constructor without the argument 'lr': {list(parameters)}", code="LO104"
+        )
 
 
 def _default(parameters: Mapping[str, inspect.Parameter], name: str) -> Any:
@@ -315,7 +325,8 @@ def _options_from_signature(
         if isinstance(parameter.default, dict) or hasattr(Options, name):
             raise UnknownOptimizer(
                 f"the argument {name!r} of {class_name} cannot be an option of a dotted path; describe the optimizer "
-                "with a row and lightning_optim.register()"
+                "with a row and lightning_optim.register()",
+                code="LO104",
             )
         help = f"argument of {class_name}"
         if parameter.default is parameter.empty:

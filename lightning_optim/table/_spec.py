@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 from torch.optim import Optimizer
 
+from lightning_optim.errors import said
 from lightning_optim.table import _availability as availability
 from lightning_optim.table._availability import Availability, Requirement
 from lightning_optim.table._options import Options
@@ -279,6 +280,6 @@ class OptimizerSpec:
                 raise
             # So far only its name was found: it may have been built without its kernels, or for another torch.
             commands = "; ".join(requirement.install_command for requirement in self.requirements)
-            reason = f"its package is installed, but importing it fails ({error}): {commands}"
+            reason = f"its package is installed, but importing it fails ({said(error)}): {commands}"
             raise availability.missing(self.name, (reason,), nearest) from error
         return loaded

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 
+from lightning_optim.errors import said
+
 
 class BrokenPromise(AssertionError):
     """An optimizer does not do what its users rely on.
@@ -53,9 +55,9 @@ def expecting(what: str) -> Iterator[None]:
     except CheckpointException as error:
         # No Exception, and its text has all stacks: of the processes there is one.
         cause = next((failure for failure, _ in error.failures.values()), error)
-        raise BrokenPromise(what, f"{type(cause).__name__}: {cause}") from error
+        raise BrokenPromise(what, f"{type(cause).__name__}: {said(cause)}") from error
     except Exception as error:
-        raise BrokenPromise(what, f"{type(error).__name__}: {error}") from error
+        raise BrokenPromise(what, f"{type(error).__name__}: {said(error)}") from error
 
 
 def difference(left: Any, right: Any, where: str = "") -> str:

@@ -10,7 +10,7 @@ from torch.optim import Optimizer
 from typing_extensions import Unpack
 
 from lightning_optim.build import OptimizerArguments, takes_arguments
-from lightning_optim.errors import IncompatibleTrainer, InvalidOption, InvalidParamGroups, UnknownOptimizer
+from lightning_optim.errors import IncompatibleTrainer, InvalidOption, InvalidParamGroups, UnknownOptimizer, said
 from lightning_optim.stepping import undisturbed
 from lightning_optim.table import OptimizerSpec
 from lightning_optim.testing import _conventions, _layerwise, _parameters, _states, _training
@@ -125,9 +125,9 @@ def _hold(name: str, subject: Subject) -> tuple[Result, BrokenPromise | None]:
     except NotSaid as error:
         return Result(name, "unsaid", str(error)), None
     except _REFUSALS as error:
-        return Result(name, "refused", str(error)), None
+        return Result(name, "refused", said(error)), None
     except Exception as error:  # whatever a class does
-        found = BrokenPromise("no error", f"{type(error).__name__}: {error}", subject.name, name)
+        found = BrokenPromise("no error", f"{type(error).__name__}: {said(error)}", subject.name, name)
         found.__cause__ = error
     return Result(name, "broken", f"expected {found.expected}; {found.happened}"), found
 

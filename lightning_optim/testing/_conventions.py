@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from lightning_optim.errors import said
 from lightning_optim.stepping import seed
 from lightning_optim.testing._broken import BrokenPromise, expect, expect_same, expecting
 from lightning_optim.testing._subject import Subject
@@ -76,7 +77,7 @@ def _refuses_nothing(build: Callable[[], Any]) -> None:
     except ValueError:
         return
     except Exception as error:
-        raise BrokenPromise("a ValueError for no parameters", f"{type(error).__name__}: {error}") from error
+        raise BrokenPromise("a ValueError for no parameters", f"{type(error).__name__}: {said(error)}") from error
     raise BrokenPromise("a ValueError for no parameters", "they were taken")
 
 

@@ -116,10 +116,13 @@ def subject_of(optim: str | type[Optimizer] | OptimizerSpec, arguments: Mapping[
         if getattr(sys.modules.get(optim.__module__), optim.__qualname__, None) is not optim:
             raise InvalidOption(
                 f"{path} cannot be found by this path, which pickles and checkpoints need too. Define the class at the "
-                "top level of a module."
+                "top level of a module.",
+                code="LO103",
             )
         optim = path
     if not isinstance(optim, str):
-        raise InvalidOption(f"an identifier, a dotted path, a class or a row can be checked, got {optim!r}")
+        raise InvalidOption(
+            f"an identifier, a dotted path, a class or a row can be checked, got {optim!r}", code="LO910"
+        )
     REGISTRY.find(optim)
     yield Subject(optim, arguments)

@@ -26,7 +26,7 @@ def __getattr__(name: str) -> Any:
             from lightning_optim.trainer._cli import OptimCLI as optim_cli  # noqa: N813
         except ModuleNotFoundError as error:
             raise MissingDependency(
-                f"OptimCLI needs the package {error.name!r}: pip install 'jsonargparse[signatures]>=4.48'"
+                f"OptimCLI needs the package {error.name!r}: pip install 'jsonargparse[signatures]>=4.48'", code="LO107"
             ) from error
         return optim_cli
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -57,7 +57,7 @@ class OptionText:
 
 def _mapping(text: Any) -> dict[str, Any]:
     if not isinstance(text, str):
-        raise InvalidOption(f"{text!r} is not a string of options")
+        raise InvalidOption(f"{text!r} is not a string of options", code="LO203")
     return as_mapping(text, "the command line")
 
 
@@ -174,7 +174,8 @@ class OptimCLI(LightningCLI):
             raise IncompatibleTrainer(
                 f"OptimCLI builds the Trainer of lightning.pytorch, and {self.model_class.__name__} is a module of "
                 f"{packages.OTHER}. Use that package's LightningCLI: with OptimMixin before its LightningModule the "
-                "model takes --model.optim NAME, --model.lr and so on. Or write `import lightning as L`."
+                "model takes --model.optim NAME, --model.lr and so on. Or write `import lightning as L`.",
+                code="LO423",
             )
         # Not in add_arguments_to_parser: users override that without calling super().
         super().add_core_arguments_to_parser(parser)
@@ -263,24 +264,26 @@ class OptimCLI(LightningCLI):
                 first = next(iter(given))
                 takes_optim = "optim" in self._model_arguments(config)
                 hint = f" (the model's own argument is --model.{first})" if takes_optim else ""
-                raise InvalidOption(f"--{first} needs --optim, for instance --optim adamw_torch{hint}")
+                raise InvalidOption(f"--{first} needs --optim, for instance --optim adamw_torch{hint}", code="LO422")
             lacking = [key for key in getattr(parser, "needed_without_optim", ()) if config.get(key) is None]
             if lacking:
-                raise InvalidOption(f"--optim NAME is required, or --{' and --'.join(sorted(lacking))}")
+                raise InvalidOption(f"--optim NAME is required, or --{' and --'.join(sorted(lacking))}", code="LO422")
             return None
         unchanged = parser.get_defaults()
         for rival in ("optimizer", _TORCH_SCHEDULER):
             if config.get(rival) not in (None, unchanged.get(rival)):
                 raise IncompatibleTrainer(
                     f"--optim {given['optim']} together with --{rival} {config[rival].get('class_path', '')}: "
-                    "one of them would be ignored. Keep --optim NAME (with --lr_scheduler NAME), or --optimizer CLASS."
+                    "one of them would be ignored. Keep --optim NAME (with --lr_scheduler NAME), or --optimizer CLASS.",
+                    code="LO421",
                 )
         own, defaults = self._model_arguments(config), self._mixin_defaults(config)
         for name in defaults:
             if own.get(name) not in (defaults[name], given.get(name)):
                 raise IncompatibleTrainer(
                     f"--optim {given['optim']} together with --model.{name} {own[name]}: the latter would be ignored. "
-                    f"Write --{name}, or leave --optim out and use --model.optim."
+                    f"Write --{name}, or leave --optim out and use --model.optim.",
+                    code="LO421",
                 )
         return OptimConfig(**given)
 

@@ -18,7 +18,7 @@ from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from lightning_optim._compat.lightning import take_apart
 from lightning_optim.build import MODULE_SCHEDULE, FollowingSchedule, OptimConfig, built_by, peak_rate, resolve
-from lightning_optim.errors import IncompatibleTrainer
+from lightning_optim.errors import IncompatibleTrainer, joined, said
 from lightning_optim.groups import Target
 
 if TYPE_CHECKING:
@@ -95,9 +95,10 @@ class Expected:
 
     def check(self, config: OptimConfig) -> None:
         """Raises :class:`IncompatibleTrainer` if the module's loop expects what ``config`` does not give."""
-        problems = [problem for problem in (self._several(config), self._schedules(config)) if problem]
-        if problems:
-            raise IncompatibleTrainer("\n".join(problems))
+        problems = {"LO424": self._several(config), "LO425": self._schedules(config)}
+        errors = [IncompatibleTrainer(problem, code=code) for code, problem in problems.items() if problem]
+        if errors:
+            raise joined(errors)
 
     def _several(self, config: OptimConfig) -> str | None:
         if len(self.optimizers) < 2:
@@ -115,7 +116,7 @@ class Expected:
         asked = f"lr_scheduler={config.lr_scheduler!r} for {self.module}"
         if config.lr_scheduler == MODULE_SCHEDULE.name:
             if self.error is not None:
-                return f"{asked}, whose own configure_optimizers raises {type(self.error).__name__}: {self.error}"
+                return f"{asked}, whose own configure_optimizers raises {type(self.error).__name__}: {said(self.error)}"
             if not self.schedule:
                 return f"{asked}, whose own configure_optimizers makes no schedule. Leave it out or name one: 'linear'."
             if self.optimizer is not None and not peak_rate(self.optimizer) > 0:

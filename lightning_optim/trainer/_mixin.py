@@ -119,7 +119,8 @@ class OptimMixin(_Base):
         if any(base in mro and mro.index(base) < mro.index(OptimMixin) for base in packages.kin(LightningModule)):
             raise IncompatibleTrainer(
                 f"OptimMixin stands after LightningModule among the bases of {cls.__name__} and would never be asked. "
-                f"Write `class {cls.__name__}(OptimMixin, L.LightningModule)`."
+                f"Write `class {cls.__name__}(OptimMixin, L.LightningModule)`.",
+                code="LO417",
             )
         # TorchScript compiles all properties except these.
         unused = {name for base in mro for name in vars(base).get(_NOT_SCRIPTED, ())}

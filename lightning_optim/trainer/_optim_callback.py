@@ -49,7 +49,8 @@ class OptimCallback(Callback):
         if optim is None and given:
             raise InvalidOption(
                 f"OptimCallback({', '.join(given)}) without optim, which keeps the optimizers that the module builds: "
-                "it would be ignored. Name one, for instance optim='adamw_torch', or write OptimCallback()."
+                "it would be ignored. Name one, for instance optim='adamw_torch', or write OptimCallback().",
+                code="LO419",
             )
         #: The request; ``None`` if the module's own optimizers are kept.
         self.config = None if optim is None else OptimConfig(optim=optim, **arguments)
@@ -64,7 +65,9 @@ class OptimCallback(Callback):
             InvalidOption: If no optimizer is named.
         """
         if self.config is None:
-            raise InvalidOption("OptimCallback() names no optimizer to install; give optim='adamw_torch' or another")
+            raise InvalidOption(
+                "OptimCallback() names no optimizer to install; give optim='adamw_torch' or another", code="LO419"
+            )
         hook: Any = module.configure_optimizers
         installed = isinstance(hook, partial) and hook.func is integration.configure
         own = hook.keywords["own"] if installed else own_hook(hook)
@@ -77,7 +80,7 @@ class OptimCallback(Callback):
             return
         callbacks = trainer.callbacks  # type: ignore[attr-defined]
         if sum(isinstance(callback, OptimCallback) for callback in callbacks) > 1:
-            raise IncompatibleTrainer("two OptimCallbacks in one Trainer; keep one.")
+            raise IncompatibleTrainer("two OptimCallbacks in one Trainer; keep one.", code="LO418")
         installed_before = pl_module.__dict__.get("configure_optimizers")
         if self.config is None:
             attending = partial(integration.attend, pl_module, pl_module.configure_optimizers)
@@ -95,13 +98,15 @@ class OptimCallback(Callback):
             raise IncompatibleTrainer(
                 f"OptimCallback(optim={config.optim!r}) together with {type(module).__name__}, which has OptimMixin "
                 f"and names optim={module.optim_config.optim!r} itself. Use one of them: drop the callback, or pass "
-                "optim to the module."
+                "optim to the module.",
+                code="LO418",
             )
         finders = (callback for callback in callbacks if isinstance(callback, packages.kin(LearningRateFinder)))
         if any(map(finder_sets_rate, finders)):
             raise IncompatibleTrainer(
                 "the learning-rate finder sets an attribute of the module, which OptimCallback does not read. Use "
-                "Tuner.lr_find(..., update_attr=False) and pass its suggestion as OptimCallback(lr=...)."
+                "Tuner.lr_find(..., update_attr=False) and pass its suggestion as OptimCallback(lr=...).",
+                code="LO420",
             )
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:

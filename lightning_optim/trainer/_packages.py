@@ -144,7 +144,8 @@ def refused(argument: str, flag: str, ours: type) -> type:
     def refuse(cls: type, *args: Any, **kwargs: Any) -> Any:
         raise IncompatibleTrainer(
             f"Trainer({argument}={flag!r}) is for lightning.pytorch, and this Trainer is pytorch_lightning's. Write "
-            "`import lightning as L` and use L.Trainer and L.LightningModule."
+            "`import lightning as L` and use L.Trainer and L.LightningModule.",
+            code="LO423",
         )
 
     # Lightning lists the accelerators that are available.

@@ -36,6 +36,8 @@ from lightning_optim.build import rules
 from lightning_optim.groups._parameters import NamedParameter
 from tests.models import LitTokens, TokenModel, fp16_mixed, loader, trainer
 
+RULES = {**rules.CONFIG_RULES, **rules.RUN_RULES, **rules.DEMAND_RULES}
+
 
 class NoDefaultRate(SGD):
     def __init__(self, params: Any, lr: float, momentum: float = 0.0) -> None:
@@ -219,7 +221,7 @@ def fired(monkeypatch: pytest.MonkeyPatch) -> list[Callable[..., str | None]]:
         return call
 
     for table in ("CONFIG_RULES", "RUN_RULES", "DEMAND_RULES"):
-        monkeypatch.setattr(rules, table, tuple(recorded(rule) for rule in getattr(rules, table)))
+        monkeypatch.setattr(rules, table, {code: recorded(rule) for code, rule in getattr(rules, table).items()})
     return refusing
 
 
@@ -233,6 +235,7 @@ def test_requests_are_refused_when_they_are_written_down(
         entry(**{"optim": "adamw_torch", **case.optim})
     assert all(part in str(caught.value) for part in case.parts), caught.value
     assert fired == [case.rule]
+    assert [RULES[code] for code in caught.value.codes] == fired
 
 
 # --- runs ------------------------------------------------------------------------------------------------------------
@@ -442,6 +445,7 @@ def test_fits_are_refused_before_the_first_batch(
         fit.fit(model, loader())
     assert all(part in str(caught.value) for part in case.parts), caught.value
     assert fired == [case.rule]
+    assert [RULES[code] for code in caught.value.codes] == fired
     assert model.losses == []
     assert fit.global_step == 0
 
@@ -535,6 +539,7 @@ def test_models_are_refused_when_the_optimizer_is_built(case: Built, fired: list
             build_optimizer(model, **case.optim)
     assert all(part in str(caught.value) for part in case.parts), caught.value
     assert fired == [case.rule]
+    assert [RULES[code] for code in caught.value.codes] == fired
 
 
 def run_on(device: str, config: OptimConfig, spec: OptimizerSpec) -> rules.Run:
@@ -586,7 +591,7 @@ def test_every_rule_has_a_case() -> None:
     # For devices that are not here; for a resumed run (tests/trainer/test_finders.py).
     apart = {rules._run._xla, rules._run._paging, rules._run._finder_with_resume}
     several = {rules._demands._graph_is_of_one_process, rules._demands._closure_is_of_one_process}
-    assert covered | apart | several == {*rules.CONFIG_RULES, *rules.RUN_RULES, *rules.DEMAND_RULES}
+    assert covered | apart | several == set(RULES.values())
 
 
 # --- neighbours that work --------------------------------------------------------------------------------------------
@@ -659,7 +664,7 @@ def test_torch_fp8_needs_a_gpu_that_has_8_bit_floats(
         optimizer_class([weight])
     version = ".".join(map(str, capability))
     assert f"compute capability 8.9 or newer (Ada, Hopper), and A GPU has {version}" in str(caught.value)
-    assert str(caught.value).endswith("Use optim='adamw_torch_8bit'.")
+    assert caught.value.text.endswith("Use optim='adamw_torch_8bit'.")
 
 
 @pytest.mark.parametrize("name", ["adamw_torch", "adamw_torch_fused", "stable_adamw", "rmsprop"])
@@ -689,15 +694,16 @@ def test_sharded_parameters_step_where_the_row_says_so(name: str) -> None:
 def test_all_broken_rules_are_named_at_once() -> None:
     with pytest.raises(IncompatibleTrainer) as caught:
         OptimConfig(lr_scheduler_args="power=2", layer_pattern=r"(\d+)", warmup_steps=5)
-    lines = str(caught.value).splitlines()
-    assert len(lines) == 3
+    *lines, see = str(caught.value).splitlines()
     assert [line.split()[0] for line in lines] == ["warmup_steps=5", "lr_scheduler_args", "layer_pattern"]
+    assert [line.split()[-1] for line in lines] == ["[LO402]", "[LO404]", "[LO405]"]
+    assert see == "See: lightning-optim explain LO402 LO404 LO405"
 
     model = LitTokens(optim="stable_adamw")
     make_sparse(model)
     with pytest.raises(IncompatibleTrainer) as caught:
         trainer(max_steps=1, precision="16-true").fit(model, loader())
-    sparse, half = str(caught.value).splitlines()
+    sparse, half = caught.value.text.splitlines()
     assert "sparse gradients" in sparse
     assert "float16" in half
 

@@ -59,7 +59,7 @@ def refusal(raw: Any, options: type[Options] = Probe) -> str:
     """Returns the text with which ``raw`` is refused."""
     with pytest.raises(InvalidOption) as caught:
         parse(options, raw, "probe")
-    return str(caught.value)
+    return caught.value.text
 
 
 # --- the string ------------------------------------------------------------------------------------------------------

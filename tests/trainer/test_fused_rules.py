@@ -17,6 +17,7 @@ from lightning_optim.build import rules
 from lightning_optim.build.rules import _fused as fused
 from tests.models import ForeignTokens, LitTokens, fp16_mixed, loader, trainer
 
+RULES = rules.FUSED_RULES
 Rule = Callable[[rules.Fusing], str | None]
 
 
@@ -151,7 +152,7 @@ def fired(monkeypatch: pytest.MonkeyPatch) -> list[Rule]:
 
         return call
 
-    monkeypatch.setattr(rules, "FUSED_RULES", tuple(map(recorded, rules.FUSED_RULES)))
+    monkeypatch.setattr(rules, "FUSED_RULES", {code: recorded(rule) for code, rule in RULES.items()})
     return refusing
 
 
@@ -168,11 +169,12 @@ def test_is_refused_before_the_first_batch(case: Case, fired: list[Rule]) -> Non
         run.fit(model, loader())
     assert all(part in str(caught.value) for part in case.parts), caught.value
     assert fired == [case.rule]
+    assert [RULES[code] for code in caught.value.codes] == fired
     assert run.global_step == 0
 
 
 def test_every_rule_has_a_case() -> None:
-    assert {case.rule for case in CASES} == set(rules.FUSED_RULES)
+    assert {case.rule for case in CASES} == set(RULES.values())
 
 
 @pytest.mark.parametrize(

@@ -39,6 +39,7 @@ from lightning_optim.layerwise._split_step import SplitStep
 from tests.models import ForeignTokens, LitTokens, fp16_mixed, loader, trainer
 from tests.trainer.test_resume import assert_equal
 
+RULES = rules.LAYERWISE_RULES
 Rule = Callable[[rules.Stepping], str | None]
 
 
@@ -183,19 +184,20 @@ def test_fits_are_refused_before_the_first_batch(case: Case, monkeypatch: pytest
 
         return call
 
-    monkeypatch.setattr(rules, "LAYERWISE_RULES", tuple(map(recorded, rules.LAYERWISE_RULES)))
+    monkeypatch.setattr(rules, "LAYERWISE_RULES", {code: recorded(rule) for code, rule in RULES.items()})
     model = case.model(**case.optim)
     fit = trainer(max_steps=1, **case.trainer())
     with pytest.raises(IncompatibleTrainer) as caught:
         fit.fit(model, loader())
     assert all(part in str(caught.value) for part in case.parts), caught.value
     assert fired == [case.rule]
+    assert [RULES[code] for code in caught.value.codes] == fired
     assert model.losses == []
     assert not any(parameter._post_accumulate_grad_hooks for parameter in model.parameters())
 
 
 def test_every_rule_has_a_case() -> None:
-    assert {case.rule for case in CASES} == set(rules.LAYERWISE_RULES)
+    assert {case.rule for case in CASES} == set(RULES.values())
 
 
 @pytest.mark.parametrize(

@@ -22,7 +22,7 @@ def test_several_devices_and_several_nodes_are_refused(strategy: str) -> None:
         with pytest.raises(IncompatibleTrainer) as error:
             trainer(strategy=strategy, **flags)
         assert f"strategy='{strategy}' steps on one device, and the Trainer has {what}. " in str(error.value)
-        assert str(error.value).endswith(f"Use Trainer(strategy='{strategy}_ddp'), or {flag}=1.")
+        assert error.value.text.endswith(f"Use Trainer(strategy='{strategy}_ddp'), or {flag}=1.")
 
 
 @pytest.mark.parametrize("strategy", ONE_DEVICE)

@@ -157,7 +157,7 @@ def test_where_nothing_comes_near_the_reasons_are_given() -> None:
         taken("stable_adamw", optim_fallback=True)
     with pytest.raises(MissingDependency) as caught:
         taken("paged_lion_8bit", optim_fallback=True)
-    first, *others = str(caught.value).splitlines()
+    first, *others = caught.value.text.splitlines()
     assert first == "no optimizer for optim='paged_lion_8bit' can run here:"
     assert [line.split("'")[1] for line in others] == ["paged_lion_8bit", "lion_8bit", "lion_32bit"]
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch.distributed as dist
 
@@ -105,15 +105,16 @@ def _not_in_backward(run: Run) -> str | None:
     )
 
 
-DEMAND_RULES: tuple[Callable[[Run], str | None], ...] = (
-    _graph_is_not_scaled,
-    _graph_is_of_one_process,
-    _backward_makes_a_graph,
-    _closure_is_not_scaled,
-    _closure_is_one_batch,
-    _closure_is_of_one_process,
-    _needs_a_process_group,
-    _takes_one_group,
-    _takes_only_matrices,
-    _not_in_backward,
-)
+#: By code: see lightning_optim/refusals.
+DEMAND_RULES: Mapping[str, Callable[[Run], str | None]] = {
+    "LO516": _graph_is_not_scaled,
+    "LO517": _graph_is_of_one_process,
+    "LO518": _backward_makes_a_graph,
+    "LO519": _closure_is_not_scaled,
+    "LO520": _closure_is_one_batch,
+    "LO521": _closure_is_of_one_process,
+    "LO522": _needs_a_process_group,
+    "LO523": _takes_one_group,
+    "LO524": _takes_only_matrices,
+    "LO525": _not_in_backward,
+}

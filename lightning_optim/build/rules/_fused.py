@@ -151,13 +151,14 @@ def _velocity_starts_at_zero(fusing: Fusing) -> str | None:
     )
 
 
-FUSED_RULES: tuple[Callable[[Fusing], str | None], ...] = (
-    _kernel_exists,
-    _not_stepped_in_backward,
-    _flags_agree,
-    _gradients_are_dense,
-    _parameters_are_real,
-    _parameters_are_packed,
-    _sgd_on_cpu_is_not_half,
-    _velocity_starts_at_zero,
-)
+#: By code: see lightning_optim/refusals.
+FUSED_RULES: Mapping[str, Callable[[Fusing], str | None]] = {
+    "LO701": _kernel_exists,
+    "LO702": _not_stepped_in_backward,
+    "LO703": _flags_agree,
+    "LO704": _gradients_are_dense,
+    "LO705": _parameters_are_real,
+    "LO706": _parameters_are_packed,
+    "LO707": _sgd_on_cpu_is_not_half,
+    "LO708": _velocity_starts_at_zero,
+}

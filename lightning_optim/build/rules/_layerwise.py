@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from lightning_optim.table import AFTER_BACKWARD, REGISTRY
@@ -175,17 +175,18 @@ def _sparse_gradients_are_not_averaged(stepping: Stepping) -> str | None:
     )
 
 
-LAYERWISE_RULES: tuple[Callable[[Stepping], str | None], ...] = (
-    _strategy_leaves_gradients_to_hooks,
-    _clipping_of_ones_own,
-    _manual_needs_one_process,
-    _measuring_needs_the_graph,
-    _norm_clipping_needs_clipping,
-    _previous_norm_is_of_all,
-    _norm_budget_needs_a_measurement,
-    _overflow_needs_a_scaler,
-    _sparse_gradients_are_not_averaged,
-)
+#: By code: see lightning_optim/refusals.
+LAYERWISE_RULES: Mapping[str, Callable[[Stepping], str | None]] = {
+    "LO601": _strategy_leaves_gradients_to_hooks,
+    "LO602": _clipping_of_ones_own,
+    "LO603": _manual_needs_one_process,
+    "LO604": _measuring_needs_the_graph,
+    "LO605": _norm_clipping_needs_clipping,
+    "LO606": _previous_norm_is_of_all,
+    "LO607": _norm_budget_needs_a_measurement,
+    "LO608": _overflow_needs_a_scaler,
+    "LO609": _sparse_gradients_are_not_averaged,
+}
 
 
 def gradient_is_gone(stepping: Stepping, hook: str, parameter: str) -> str:

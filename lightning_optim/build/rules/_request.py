@@ -197,18 +197,19 @@ def _parts_follow_a_function_of_the_step(request: Request) -> str | None:
     return None
 
 
-CONFIG_RULES: tuple[Callable[[Request], str | None], ...] = (
-    _no_schedule_for_averages,
-    _warmup_has_an_effect,
-    _plateau_and_constant_do_not_warm_up,
-    _schedule_args_need_a_schedule,
-    _layer_pattern_needs_layer_decay,
-    _lr_is_known,
-    _weight_decay_exists,
-    _overrides_are_known,
-    _averages_need_a_learning_rate,
-    _target_modules_are_projected,
-    _relative_step_makes_the_learning_rate,
-    _parts_follow_a_function_of_the_step,
-    _demanding_ones_have_no_other_parts,
-)
+#: By code: see lightning_optim/refusals.
+CONFIG_RULES: Mapping[str, Callable[[Request], str | None]] = {
+    "LO401": _no_schedule_for_averages,
+    "LO402": _warmup_has_an_effect,
+    "LO403": _plateau_and_constant_do_not_warm_up,
+    "LO404": _schedule_args_need_a_schedule,
+    "LO405": _layer_pattern_needs_layer_decay,
+    "LO406": _lr_is_known,
+    "LO407": _weight_decay_exists,
+    "LO408": _overrides_are_known,
+    "LO409": _averages_need_a_learning_rate,
+    "LO410": _target_modules_are_projected,
+    "LO411": _relative_step_makes_the_learning_rate,
+    "LO412": _parts_follow_a_function_of_the_step,
+    "LO413": _demanding_ones_have_no_other_parts,
+}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -249,20 +249,21 @@ def _plateau_hears_its_metric(run: Run) -> str | None:
     )
 
 
-RUN_RULES: tuple[Callable[[Run], str | None], ...] = (
-    _device,
-    _paging,
-    _xla,
-    _capturable,
-    _compiler,
-    _sparse_gradients,
-    _complex_parameters,
-    _half_weights,
-    _sharded_parameters,
-    _flattened_parameters,
-    _fused_sgd_on_cpu_is_not_half,
-    _fused_parameters_are_packed,
-    _two_averages,
-    _finder_with_resume,
-    _plateau_hears_its_metric,
-)
+#: By code: see lightning_optim/refusals.
+RUN_RULES: Mapping[str, Callable[[Run], str | None]] = {
+    "LO501": _device,
+    "LO502": _paging,
+    "LO503": _xla,
+    "LO504": _capturable,
+    "LO505": _compiler,
+    "LO506": _sparse_gradients,
+    "LO507": _complex_parameters,
+    "LO508": _half_weights,
+    "LO509": _sharded_parameters,
+    "LO510": _flattened_parameters,
+    "LO511": _fused_sgd_on_cpu_is_not_half,
+    "LO512": _fused_parameters_are_packed,
+    "LO513": _two_averages,
+    "LO514": _finder_with_resume,
+    "LO515": _plateau_hears_its_metric,
+}

@@ -88,7 +88,8 @@ class FusedAdam(StepsUncompiled, optimizers.FusedAdam):
                 raise InvalidOption(
                     f"the optimizer's state was saved with {option}=True, which optim='adamw_apex_fused' lacks. "
                     "Resume with optim='adamw_torch_fused', or start anew from the checkpoint's weights: "
-                    "LitModel.load_from_checkpoint(path)."
+                    "LitModel.load_from_checkpoint(path).",
+                    code="LO808",
                 )
         if len(saved) == len(self.param_groups):  # else torch raises
             # torch replaces the groups by the saved ones: keep the entries that only this class has, and drop the step
@@ -129,14 +130,16 @@ def _check(parameter: Tensor) -> None:
     if parameter.dtype not in _DTYPES:
         raise IncompatibleTrainer(
             "optim='adamw_apex_fused' steps float32, bfloat16 and float16 parameters, and one of shape "
-            f"{tuple(parameter.shape)} is {parameter.dtype}. Use optim='adamw_torch_fused'."
+            f"{tuple(parameter.shape)} is {parameter.dtype}. Use optim='adamw_torch_fused'.",
+            code="LO533",
         )
     formats = (torch.contiguous_format, torch.channels_last, torch.channels_last_3d)
     if not any(parameter.is_contiguous(memory_format=format) for format in formats):
         raise IncompatibleTrainer(
             "optim='adamw_apex_fused' cannot step a parameter that is not contiguous, and one of shape "
             f"{tuple(parameter.shape)} has strides {parameter.stride()}. Use optim='adamw_torch_fused', or "
-            "nn.Parameter(weight.contiguous())."
+            "nn.Parameter(weight.contiguous()).",
+            code="LO533",
         )
 
 

@@ -64,7 +64,8 @@ class _BitsPerGroup(StepsUncompiled):
                         f"bitsandbytes' GlobalOptimManager overrides {', '.join(others)} of a parameter of shape "
                         f"{tuple(parameter.shape)}; only optim_bits is taken from there. Give the rest by name, "
                         f"param_groups={{'a pattern of its name': {{{others[0]!r}: ...}}}}, and drop the override, or "
-                        "clear those of earlier models with GlobalOptimManager.get_instance().initialize()."
+                        "clear those of earlier models with GlobalOptimManager.get_instance().initialize().",
+                        code="LO217",
                     )
 
     def load_state_dict(self, state_dict: dict[str, Any], *args: Any, **kwargs: Any) -> None:
@@ -79,7 +80,8 @@ class _BitsPerGroup(StepsUncompiled):
             raise InvalidOption(
                 f"the state dict has empty entries for {type(self).__name__}: flatten_optimizer_state_dict=True of "
                 "torch.distributed.checkpoint loses what bitsandbytes nests. Save and load with "
-                "StateDictOptions(flatten_optimizer_state_dict=False), the default."
+                "StateDictOptions(flatten_optimizer_state_dict=False), the default.",
+                code="LO815",
             )
         before, after = load_hooks(self)
         for hook in before:

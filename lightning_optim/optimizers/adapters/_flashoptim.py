@@ -92,7 +92,8 @@ class _Flash(StepsUncompiled, flashoptim.FlashOptimizer):
                     f"the optimizer's state was saved with master_weight_bits={_bits(before)}, and "
                     f"{type(self).__name__} has {_bits(now)} here (None where all weights are float32). Resume with "
                     "the same master_weight_bits and precision, or start anew from the checkpoint's weights: "
-                    "LitModel.load_from_checkpoint(path)."
+                    "LitModel.load_from_checkpoint(path).",
+                    code="LO808",
                 )
         # Upstream writes into the dict that it is given.
         super().load_state_dict({**state_dict, "state": dict(state_dict["state"])})
@@ -114,12 +115,14 @@ def _check(parameter: Tensor, name: str) -> None:
     if parameter.dtype not in _DTYPES:
         raise IncompatibleTrainer(
             f"flashoptim's {name} steps float32, bfloat16 and float16 parameters, and one of shape {shape} is "
-            f"{parameter.dtype}. Use optim='adamw_torch'."
+            f"{parameter.dtype}. Use optim='adamw_torch'.",
+            code="LO533",
         )
     if not parameter.is_contiguous():
         raise IncompatibleTrainer(
             f"flashoptim's {name} cannot step a parameter that is not contiguous, and one of shape {shape} has strides "
-            f"{parameter.stride()}. Use optim='adamw_8bit' or 'lion_8bit', or nn.Parameter(weight.contiguous())."
+            f"{parameter.stride()}. Use optim='adamw_8bit' or 'lion_8bit', or nn.Parameter(weight.contiguous()).",
+            code="LO533",
         )
 
 

@@ -89,7 +89,8 @@ class NpuFusedAdamW(StepsUncompiled, AdamWInParts):
         if any(group.get("maximize") for group in state_dict["param_groups"]):
             raise InvalidOption(
                 "the optimizer's state was saved with maximize=True, which optim='adamw_torch_npu_fused' lacks. "
-                "Resume with optim='adamw_torch_fused'."
+                "Resume with optim='adamw_torch_fused'.",
+                code="LO808",
             )
         super().load_state_dict(state_dict)
         for parameter, state in self.state.items():
@@ -118,7 +119,8 @@ class NpuFusedAdamW(StepsUncompiled, AdamWInParts):
                     f"the parameters of group {number} have taken different numbers of steps, {min(counts)} to "
                     f"{max(counts)}: some had no gradient in a step, or were unfrozen later. optim="
                     "'adamw_torch_npu_fused' has one count per group. Give them a group of their own "
-                    f"(optimizer.add_param_group), {_INSTEAD}."
+                    f"(optimizer.add_param_group), {_INSTEAD}.",
+                    code="LO534",
                 )
         super().combine_states()
         for group, flat in zip(self.param_groups, self.combined_param_states_indexed_by_group, strict=True):
@@ -134,7 +136,8 @@ class NpuFusedAdamW(StepsUncompiled, AdamWInParts):
             if parameter.numel() and _storage(parameter) in seen:
                 raise IncompatibleTrainer(
                     "optim='adamw_torch_npu_fused' cannot step parameters that share memory, and one of shape "
-                    f"{tuple(parameter.shape)} does. Use nn.Parameter(weight.clone()), {_INSTEAD}."
+                    f"{tuple(parameter.shape)} does. Use nn.Parameter(weight.clone()), {_INSTEAD}.",
+                    code="LO533",
                 )
             gradient = parameter.grad
             assert gradient is not None
@@ -160,10 +163,12 @@ def _check(parameter: Tensor) -> None:
     if parameter.dtype is not torch.float32:
         raise IncompatibleTrainer(
             f"optim='adamw_torch_npu_fused' steps float32 parameters, and one of shape {shape} is {parameter.dtype}. "
-            f"Use Trainer(precision='bf16-mixed') or '16-mixed', which leave the weights in float32, {_INSTEAD}."
+            f"Use Trainer(precision='bf16-mixed') or '16-mixed', which leave the weights in float32, {_INSTEAD}.",
+            code="LO533",
         )
     if not parameter.is_contiguous():
         raise IncompatibleTrainer(
             f"optim='adamw_torch_npu_fused' cannot step a parameter that is not contiguous, and one of shape {shape} "
-            f"has strides {parameter.stride()}. Use nn.Parameter(weight.contiguous()), {_INSTEAD}."
+            f"has strides {parameter.stride()}. Use nn.Parameter(weight.contiguous()), {_INSTEAD}.",
+            code="LO533",
         )

@@ -60,7 +60,8 @@ class SAM(pytorch_optimizer.SAM):
         if not (isinstance(base, type) and issubclass(base, Optimizer)):
             raise InvalidOption(
                 f"base_optimizer={base_optimizer!r} is neither an optimizer class nor the dotted path of one, such as "
-                "'torch.optim.SGD'"
+                "'torch.optim.SGD'",
+                code="LO203",
             )
         own: dict[str, Any] = {"lr": lr, "weight_decay": weight_decay, **(base_args or {})}
         own = {key: value for key, value in own.items() if value or key in inspect.signature(base).parameters}

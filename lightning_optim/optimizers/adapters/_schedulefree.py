@@ -25,7 +25,9 @@ class RAdamScheduleFree(KeepsTrainingPoint, schedulefree.RAdamScheduleFree):
         """
         super().add_param_group(param_group)
         if isinstance(self.param_groups[-1]["lr"], Tensor):
-            raise InvalidOption("RAdamScheduleFree takes no tensor as lr: it would make parameters NaN. Give a float.")
+            raise InvalidOption(
+                "RAdamScheduleFree takes no tensor as lr: it would make parameters NaN. Give a float.", code="LO203"
+            )
 
 
 class AdamWScheduleFree(KeepsTrainingPoint, schedulefree.AdamWScheduleFree):

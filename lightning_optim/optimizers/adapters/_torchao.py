@@ -165,5 +165,6 @@ class AdamWFp8(_PlainCheckpoints, torchao.optim.AdamWFp8):
             if (major, minor) < _FP8_CAPABILITY:
                 raise IncompatibleTrainer(
                     "optim='adamw_torch_fp8' needs a GPU of compute capability 8.9 or newer (Ada, Hopper), and "
-                    f"{torch.cuda.get_device_name(device)} has {major}.{minor}. Use optim='adamw_torch_8bit'."
+                    f"{torch.cuda.get_device_name(device)} has {major}.{minor}. Use optim='adamw_torch_8bit'.",
+                    code="LO532",
                 )

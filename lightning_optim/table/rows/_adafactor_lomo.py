@@ -41,7 +41,9 @@ class AdafactorOptions(AdaLomoOptions):
 
     def check(self) -> None:
         if self.warmup_init and not self.relative_step:
-            raise InvalidOption("warmup_init=True warms up the rate of relative_step: add relative_step=True")
+            raise InvalidOption(
+                "warmup_init=True warms up the rate of relative_step: add relative_step=True", code="LO208"
+            )
 
     def default_lr(self, default: float | None) -> float | None:
         return 1.0 if self.relative_step else default

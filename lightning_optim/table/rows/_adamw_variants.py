@@ -37,7 +37,8 @@ class GrokAdamWOptions(Options):
         if self.gradient_clipping != 0.0:
             raise InvalidOption(
                 f"gradient_clipping={self.gradient_clipping:g} is the Trainer's work; set "
-                f"Trainer(gradient_clip_val={self.gradient_clipping:g})"
+                f"Trainer(gradient_clip_val={self.gradient_clipping:g})",
+                code="LO208",
             )
 
 

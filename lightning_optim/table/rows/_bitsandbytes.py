@@ -52,7 +52,9 @@ class AdEMAMixOptions(Options):
 
     def check(self) -> None:
         if self.t_beta3 is not None and 0.0 in (self.betas[0], self.betas[2]):
-            raise InvalidOption("t_beta3 interpolates the logarithms of beta1 and beta3: neither can be 0")
+            raise InvalidOption(
+                "t_beta3 interpolates the logarithms of beta1 and beta3: neither can be 0", code="LO208"
+            )
 
 
 @dataclass(frozen=True)
@@ -67,10 +69,13 @@ class RMSpropOptions(Options):
     def check(self) -> None:
         if self.momentum != 0.0:
             raise InvalidOption(
-                f"momentum={self.momentum:g} would be ignored by bitsandbytes' RMSprop; use optim='rmsprop' for it"
+                f"momentum={self.momentum:g} would be ignored by bitsandbytes' RMSprop; use optim='rmsprop' for it",
+                code="LO208",
             )
         if self.centered:
-            raise InvalidOption("centered=True is not implemented by bitsandbytes' RMSprop; use optim='rmsprop'")
+            raise InvalidOption(
+                "centered=True is not implemented by bitsandbytes' RMSprop; use optim='rmsprop'", code="LO208"
+            )
 
 
 @dataclass(frozen=True)

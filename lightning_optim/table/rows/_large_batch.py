@@ -33,7 +33,7 @@ class LarsOptions(Options):
 
     def check(self) -> None:
         if self.nesterov and not self.momentum:
-            raise InvalidOption("nesterov=True needs momentum > 0")
+            raise InvalidOption("nesterov=True needs momentum > 0", code="LO208")
 
 
 ROWS = (

@@ -26,7 +26,7 @@ class StableAdamWOptions(Options):
 
     def check(self) -> None:
         if self.foreach and self.triton:
-            raise InvalidOption("foreach=True and triton=True exclude each other; give one of them")
+            raise InvalidOption("foreach=True and triton=True exclude each other; give one of them", code="LO208")
 
 
 ROWS = (

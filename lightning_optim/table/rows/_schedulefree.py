@@ -45,7 +45,8 @@ class ScheduleFreeRAdamOptions(ScheduleFreeAdamWOptions):
             raise InvalidOption(
                 f"betas={self.betas!r}: with betas[1] at 0.6 or below, RAdam never knows its variance, and with "
                 "silent_sgd_phase=True no weight ever moves. Set betas[1] above 0.6 (0.999 is usual), or "
-                "silent_sgd_phase=False, or use optim='schedule_free_adamw'"
+                "silent_sgd_phase=False, or use optim='schedule_free_adamw'",
+                code="LO208",
             )
 
 

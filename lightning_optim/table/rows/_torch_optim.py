@@ -51,7 +51,7 @@ class SGDOptions(Options):
 
     def check(self) -> None:
         if self.nesterov and (self.momentum <= 0 or self.dampening != 0):
-            raise InvalidOption("nesterov=True needs momentum > 0 and dampening = 0")
+            raise InvalidOption("nesterov=True needs momentum > 0 and dampening = 0", code="LO208")
 
 
 @dataclass(frozen=True)

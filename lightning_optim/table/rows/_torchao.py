@@ -29,10 +29,12 @@ class AdamW8bitOptions(AdamOptions):
 
     def check(self) -> None:
         if self.amsgrad:
-            raise InvalidOption("amsgrad=True is not implemented by torchao for quantized states; use 'adamw_torch'")
+            raise InvalidOption(
+                "amsgrad=True is not implemented by torchao for quantized states; use 'adamw_torch'", code="LO208"
+            )
         if self.block_size % 2:
             raise InvalidOption(
-                f"block_size={self.block_size} is odd; the kernels take even sizes, 64 to 2048 are usual"
+                f"block_size={self.block_size} is odd; the kernels take even sizes, 64 to 2048 are usual", code="LO204"
             )
 
 

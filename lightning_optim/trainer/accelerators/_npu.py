@@ -28,14 +28,15 @@ class NPUAccelerator(Accelerator):
 
     def __init__(self) -> None:
         if not self.is_available():
-            raise MissingDependency(f"Trainer(accelerator='npu') cannot run here: {_why_not()}.")
+            raise MissingDependency(f"Trainer(accelerator='npu') cannot run here: {_why_not()}.", code="LO107")
 
     def setup_device(self, device: torch.device) -> None:
         if device.type != "npu":
             raise IncompatibleTrainer(
                 f"Trainer(accelerator='npu') with a strategy that would train on {device.type!r}: Lightning's own "
                 "strategies do not know this device. Use Trainer(accelerator='npu', strategy='npu'), or "
-                "strategy='npu_ddp' for several."
+                "strategy='npu_ddp' for several.",
+                code="LO712",
             )
         torch.get_device_module("npu").set_device(device)
 
@@ -47,14 +48,16 @@ class NPUAccelerator(Accelerator):
             flag = getattr(strategy, "strategy_name", "ddp")
             raise IncompatibleTrainer(
                 f"Trainer(accelerator='npu', strategy={flag!r}): Lightning's DDPStrategy wraps the model on a CUDA "
-                "stream. Use strategy='npu_ddp', or 'layerwise_ddp'."
+                "stream. Use strategy='npu_ddp', or 'layerwise_ddp'.",
+                code="LO712",
             )
         precision = trainer.precision_plugin
         if isinstance(precision, MixedPrecision) and precision.device != "npu":
             raise IncompatibleTrainer(
                 f"precision={precision.precision!r} would cast on {precision.device!r} and leave the NPU in float32. "
                 "Use Trainer(accelerator='npu', strategy='npu') or strategy='npu_ddp', or give "
-                f"plugins=[MixedPrecision({precision.precision!r}, 'npu')]."
+                f"plugins=[MixedPrecision({precision.precision!r}, 'npu')].",
+                code="LO713",
             )
 
     def teardown(self) -> None:
@@ -84,7 +87,8 @@ class NPUAccelerator(Accelerator):
         if not indices or len(set(indices)) < len(indices) or not set(indices) <= set(range(count)):
             raise IncompatibleTrainer(
                 f"devices={devices!r} with accelerator='npu': this machine has {count}. Use a number from 1 to "
-                f"{count}, -1 for all, or different indices such as [0]."
+                f"{count}, -1 for all, or different indices such as [0].",
+                code="LO714",
             )
         return indices
 

@@ -58,7 +58,8 @@ class PJRTAccelerator(XLAAccelerator):
         several = f", {count}" if count > 1 else ""
         raise IncompatibleTrainer(
             f"Trainer(devices={devices!r}) with accelerator='pjrt': PJRT_DEVICE={_kind()} has {count} to train on. Use "
-            f"devices='auto', 1{several} or one number in a list, as [0]."
+            f"devices='auto', 1{several} or one number in a list, as [0].",
+            code="LO714",
         )
 
     @staticmethod
@@ -102,7 +103,7 @@ def require_torch_xla(what: str) -> None:
     """Raises :class:`MissingDependency`, with the command to type, if torch_xla cannot be used for ``what``."""
     available = availability.check(XLA)
     if not available:
-        raise MissingDependency(f"{what} cannot run here: " + "; ".join(available.reasons))
+        raise MissingDependency(f"{what} cannot run here: " + "; ".join(available.reasons), code="LO107")
 
 
 def _kind() -> str | None:
@@ -124,7 +125,8 @@ def _refuse_cpu_by_default() -> None:
         raise IncompatibleTrainer(
             "Trainer(accelerator='pjrt'), and PJRT_DEVICE was not set when lightning_optim was imported: torch_xla "
             "finds no TPU and would train on the CPU. Set PJRT_DEVICE to the device that is meant, or PJRT_DEVICE=CPU, "
-            "before that."
+            "before that.",
+            code="LO715",
         )
     if kind == "CPU" and _chosen is None:
         rank_zero_warn(

@@ -59,16 +59,20 @@ class AccumulatedCallback(Attached):
             raise IncompatibleTrainer(
                 "the checkpoint was written when training was interrupted within an optimizer step: some of its "
                 "parameters were stepped and others not. Resume from an earlier file, or start anew from its weights: "
-                "LitModel.load_from_checkpoint(path)."
+                "LitModel.load_from_checkpoint(path).",
+                code="LO811",
             )
         held, of, now = found["micro_batches"], found["accumulate_grad_batches"], trainer.accumulate_grad_batches
         what = f"the checkpoint was written after {held} of accumulate_grad_batches={of} micro-batches"
         if found["gradients"] is None:
-            raise IncompatibleTrainer(f"{what}, and their gradients are not in it: {found['why']}. {_REMEDY}")
+            raise IncompatibleTrainer(
+                f"{what}, and their gradients are not in it: {found['why']}. {_REMEDY}", code="LO811"
+            )
         if of != now:
             raise IncompatibleTrainer(
                 f"{what}, whose gradients are divided by {of}, and this Trainer has accumulate_grad_batches={now}. Use "
-                f"Trainer(accumulate_grad_batches={of}). {_REMEDY}"
+                f"Trainer(accumulate_grad_batches={of}). {_REMEDY}",
+                code="LO811",
             )
         self._read, self._held = found, held
 

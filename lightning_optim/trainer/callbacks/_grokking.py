@@ -39,13 +39,15 @@ class GrokkingSignal(Callback):
             present = listing(type(optimizer).__name__ for optimizer in trainer.optimizers)
             raise IncompatibleTrainer(
                 f"GrokkingSignal tells GrokAdamW the losses, but the module trains with {present or 'no optimizer'}. "
-                "Set optim='grokadamw', or leave the callback out."
+                "Set optim='grokadamw', or leave the callback out.",
+                code="LO528",
             )
         if not trainer.enable_validation:
             raise IncompatibleTrainer(
                 f"GrokkingSignal reads {self.eval_loss!r} after each validation, but there is none. Give fit a "
                 "validation dataloader, the module a validation_step and the Trainer limit_val_batches > 0, or leave "
-                "the callback out."
+                "the callback out.",
+                code="LO528",
             )
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -73,7 +75,8 @@ class GrokkingSignal(Callback):
             raise IncompatibleTrainer(
                 f"GrokkingSignal(train_loss={self.train_loss!r}, eval_loss={self.eval_loss!r}): {listing(missing)} "
                 f"was not logged; there are {listing(sorted(logged)) or 'no metrics'}. Call self.log in training_step "
-                "and validation_step, or name what is there."
+                "and validation_step, or name what is there.",
+                code="LO528",
             )
         return losses
 

@@ -245,7 +245,8 @@ class LayerwiseCallback(Attached):
             raise IncompatibleTrainer(
                 "self.clip_gradients() finds no gradients: they were stepped during backward. Clip them there, with "
                 "Layerwise.of(optimizer).stepping(clipping=Clipping('value', 0.5)) or Clipping('per_parameter', 1.0), "
-                "or run that backward outside of stepping()."
+                "or run that backward outside of stepping().",
+                code="LO618",
             )
 
     def _watch(self, trainer: Trainer) -> GradientReaders | None:
@@ -285,7 +286,8 @@ def _merge(of_optimizer: LayerwiseOptions, of_strategy: LayerwiseOptions) -> Lay
         if None not in (one, other) and one != other:
             raise IncompatibleTrainer(
                 f"{field.name} is given twice: optim_args has {field.name}={one!r} and the strategy "
-                f"{field.name}={other!r}. Keep one of them."
+                f"{field.name}={other!r}. Keep one of them.",
+                code="LO206",
             )
         merged[field.name] = other if one is None else one
     return LayerwiseOptions(**merged)

@@ -116,7 +116,8 @@ class ManualSchedule(Attached):
             raise IncompatibleTrainer(
                 f"lr_scheduler={self._name!r} watches {self._monitor!r}, which was not logged; there are "
                 f"{listing(sorted(metrics)) or 'no metrics'}. Log it, or name another: "
-                "lr_scheduler_args={'monitor': ...}."
+                "lr_scheduler_args={'monitor': ...}.",
+                code="LO529",
             )
         if not trainer.enable_validation:
             self._ask(trainer)

@@ -77,15 +77,21 @@ class OptimizerMonitor(Callback):
         copy_mb: float = 256,
     ) -> None:
         if every_n_steps is not None and every_n_steps < 1:
-            raise InvalidOption(f"every_n_steps={every_n_steps!r} is not a number of steps: give 1 or more, or None")
+            raise InvalidOption(
+                f"every_n_steps={every_n_steps!r} is not a number of steps: give 1 or more, or None", code="LO204"
+            )
         if per not in get_args(Per):
-            raise InvalidOption(f"per={per!r} is unknown; use one of {listing(get_args(Per))}")
+            raise InvalidOption(f"per={per!r} is unknown; use one of {listing(get_args(Per))}", code="LO207")
         if not copy_mb > 0:
-            raise InvalidOption(f"copy_mb={copy_mb!r} is not a size: give MiB, or leave 'update_ratio' out of metrics")
+            raise InvalidOption(
+                f"copy_mb={copy_mb!r} is not a size: give MiB, or leave 'update_ratio' out of metrics", code="LO204"
+            )
         metrics, prog_bar = _names("metrics", metrics, METRICS), _names("prog_bar", prog_bar, METRICS)
         unlogged = [name for name in prog_bar if name not in metrics]
         if unlogged:
-            raise InvalidOption(f"prog_bar shows {listing(unlogged)}, which is not among metrics={listing(metrics)}")
+            raise InvalidOption(
+                f"prog_bar shows {listing(unlogged)}, which is not among metrics={listing(metrics)}", code="LO207"
+            )
         self.every_n_steps = every_n_steps
         self.per = per
         self.metrics = metrics
@@ -110,14 +116,16 @@ class OptimizerMonitor(Callback):
         if self._interval(trainer) == 0:
             raise IncompatibleTrainer(
                 "OptimizerMonitor logs every log_every_n_steps steps, and Trainer(log_every_n_steps=0) logs never. "
-                "Give it every_n_steps, for instance OptimizerMonitor(every_n_steps=50)."
+                "Give it every_n_steps, for instance OptimizerMonitor(every_n_steps=50).",
+                code="LO530",
             )
         if self.log_histograms and not _tensorboards(trainer):
             others = listing(type(logger).__name__ for logger in trainer.loggers) or "none"
             raise IncompatibleTrainer(
                 f"log_histograms=True needs a TensorBoardLogger, and the Trainer's loggers are: {others}. Use "
                 "Trainer(logger=TensorBoardLogger('logs')), also together with others: logger=[CSVLogger('logs'), "
-                "TensorBoardLogger('logs')]; or leave log_histograms out."
+                "TensorBoardLogger('logs')]; or leave log_histograms out.",
+                code="LO530",
             )
         if not trainer.loggers and not self.prog_bar:
             rank_zero_warn(
@@ -245,7 +253,9 @@ def _names(argument: str, given: Collection[str], known: Sequence[str]) -> tuple
     given = (given,) if isinstance(given, str) else tuple(given)
     unknown = [name for name in given if name not in known]
     if unknown:
-        raise InvalidOption(f"{argument} of OptimizerMonitor has {listing(unknown)}; use {listing(known)}")
+        raise InvalidOption(
+            f"{argument} of OptimizerMonitor has {listing(unknown)}; use {listing(known)}", code="LO207"
+        )
     return given
 
 

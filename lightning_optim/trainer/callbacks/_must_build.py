@@ -27,7 +27,8 @@ class MustBuildOptim(Attached):
             raise IncompatibleTrainer(
                 f"optim={self._config.optim!r} was given to {type(pl_module).__name__}, but its configure_optimizers "
                 "was replaced (by its own code or by --optimizer) and ignores it. Build the optimizer there with "
-                "self.build_optimizer(), or leave optim out."
+                "self.build_optimizer(), or leave optim out.",
+                code="LO415",
             )
 
         name = self._config.lr_scheduler
@@ -38,5 +39,6 @@ class MustBuildOptim(Attached):
             raise IncompatibleTrainer(
                 f"lr_scheduler={name!r} was given to {type(pl_module).__name__}, but its configure_optimizers returns "
                 "no schedule: self.build_optimizer() makes none. Return build_schedule(optimizer, "
-                f"{name!r}, ...) together with the optimizer, or leave lr_scheduler out."
+                f"{name!r}, ...) together with the optimizer, or leave lr_scheduler out.",
+                code="LO415",
             )

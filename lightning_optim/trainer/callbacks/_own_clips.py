@@ -29,7 +29,8 @@ class OwnClips(Attached):
             raise IncompatibleTrainer(
                 f"clip in param_groups under {type(trainer.strategy).__name__}, which keeps the gradients to itself "
                 "and clips them all together. Use another strategy, such as 'ddp', or leave clip out and set "
-                "Trainer(gradient_clip_val=...)."
+                "Trainer(gradient_clip_val=...).",
+                code="LO531",
             )
         cls._of(trainer)
 

@@ -109,7 +109,8 @@ class PlateauCallback(Attached):
         return InvalidOption(
             f"lr_scheduler='reduce_lr_on_plateau' watches {self._monitor!r}, which nobody logs; logged is {names}. Set "
             f"lr_scheduler_args={{'monitor': ...}} to one of them, or call self.log({self._monitor!r}, ...) in "
-            "validation_step."
+            "validation_step.",
+            code="LO529",
         )
 
 

@@ -43,7 +43,9 @@ class ScheduleFreeCallback(Attached):
 
     def __init__(self, bn_batches: int = 0) -> None:
         if bn_batches < 0:
-            raise InvalidOption(f"bn_batches={bn_batches} is negative; 0 switches recalibration off, 50 is usual")
+            raise InvalidOption(
+                f"bn_batches={bn_batches} is negative; 0 switches recalibration off, 50 is usual", code="LO204"
+            )
         self.bn_batches = bn_batches
         #: True if it was attached for one fit and removes itself from the Trainer afterwards.
         self.temporary = False
@@ -63,7 +65,8 @@ class ScheduleFreeCallback(Attached):
         if self.bn_batches and not any(_batch_norms(pl_module)):
             raise IncompatibleTrainer(
                 f"ScheduleFreeCallback(bn_batches={self.bn_batches}), but the model has no BatchNorm with running "
-                "statistics. Leave bn_batches out."
+                "statistics. Leave bn_batches out.",
+                code="LO527",
             )
         averaging = _averaging(trainer)
         optimizers = set(averaging)
@@ -71,7 +74,8 @@ class ScheduleFreeCallback(Attached):
             if getattr(scheduler, "cycle_momentum", False) and not optimizers.isdisjoint(parts_of(scheduler.optimizer)):
                 raise IncompatibleTrainer(
                     f"{type(scheduler).__name__} cycles the momentum of {type(scheduler.optimizer).__name__}, which is "
-                    "the weight of its average. Give it cycle_momentum=False."
+                    "the weight of its average. Give it cycle_momentum=False.",
+                    code="LO526",
                 )
         for optimizer in averaging:
             optimizer.saves_averages = True
@@ -84,7 +88,8 @@ class ScheduleFreeCallback(Attached):
         ):
             raise IncompatibleTrainer(
                 f"ScheduleFreeCallback(bn_batches={self.bn_batches}) reads the training data a second time, which "
-                "DataLoader(persistent_workers=True) cannot do within an epoch. Set persistent_workers=False."
+                "DataLoader(persistent_workers=True) cannot do within an epoch. Set persistent_workers=False.",
+                code="LO527",
             )
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:

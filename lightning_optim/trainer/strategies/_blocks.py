@@ -39,7 +39,8 @@ class ShardsBlocks(_Base):
             # Lightning refuses it where the strategy is given as an object, and not where it is given as a flag.
             raise IncompatibleTrainer(
                 f"precision='64-true' under {type(self).__name__}, which Lightning's ModelParallelStrategy does not "
-                "support. Use '32-true', or Trainer(strategy='ddp')."
+                "support. Use '32-true', or Trainer(strategy='ddp').",
+                code="LO722",
             )
         super().setup_environment()
         module = self.lightning_module
@@ -71,7 +72,8 @@ def shards_itself(module: LightningModule, pattern: str | None) -> bool:
     if pattern is not None:
         raise InvalidOption(
             f"shard={pattern!r} says what to shard, and so does configure_model of {type(module).__name__}: leave one "
-            "of the two out"
+            "of the two out",
+            code="LO721",
         )
     return True
 
@@ -98,7 +100,8 @@ def shard_blocks(module: LightningModule, pattern: str | None = None, autocast: 
     if direct := [name for name, _ in module.named_parameters(recurse=False)]:
         raise IncompatibleTrainer(
             f"{direct[0]!r} is a parameter of {type(module).__name__} itself, and only what submodules have can be "
-            "sharded without configure_model: move it into the submodule that uses it, or write configure_model"
+            "sharded without configure_model: move it into the submodule that uses it, or write configure_model",
+            code="LO720",
         )
     names = _numbered(module) if pattern is None else _named(module, pattern)
     rest = list(_rest(module, "", set(names)))
@@ -132,7 +135,8 @@ def _refuse_ties(module: nn.Module, units: list[str]) -> None:
             raise IncompatibleTrainer(
                 f"{tied!r} and {name!r} are one parameter, and {other!r} and {unit!r}, which are sharded apart, would "
                 "each train one of its own: put both into a submodule that calls them and name that by the strategy's "
-                "option shard, or write configure_model"
+                "option shard, or write configure_model",
+                code="LO723",
             )
 
 
@@ -152,13 +156,14 @@ def _named(module: LightningModule, pattern: str) -> list[str]:
     try:
         expression = re.compile(pattern)
     except re.error as error:
-        raise InvalidOption(f"shard={pattern!r} is not a regular expression: {error}") from error
+        raise InvalidOption(f"shard={pattern!r} is not a regular expression: {error}", code="LO303") from error
     named = ((name, each) for name, each in module.named_modules() if name and expression.fullmatch(name))
     found = [name for name, each in named if any(True for _ in each.parameters())]
     if not found:
         raise InvalidOption(
             f"shard={pattern!r} is the whole name of no module of {type(module).__name__} that has parameters, such as "
-            f"{next((name for name, _ in module.named_children()), '')!r}"
+            f"{next((name for name, _ in module.named_children()), '')!r}",
+            code="LO721",
         )
     return found
 
@@ -176,6 +181,7 @@ def _numbered(module: LightningModule) -> list[str]:
         raise IncompatibleTrainer(
             f"{type(module).__name__} has no configure_model and no numbered blocks to shard (an nn.ModuleList or "
             "nn.Sequential of blocks). Name modules by the strategy's option shard, such as shard=r'encoder|decoder', "
-            "or write configure_model"
+            "or write configure_model",
+            code="LO720",
         )
     return list(found)

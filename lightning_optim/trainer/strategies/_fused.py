@@ -114,7 +114,8 @@ class StepsFused(Movable, _Base):
             raise IncompatibleTrainer(
                 f"strategy={self.strategy_name!r} with plugins={type(plugin).__name__}(...), a MixedPrecision, "
                 "which refuses to clip for a fused optimizer. Derive it from lightning_optim.FusedMixedPrecision, or "
-                f"use precision={plugin.precision!r} without it."
+                f"use precision={plugin.precision!r} without it.",
+                code="LO709",
             )
         packages.set_inherited(StepsFused, self, "precision_plugin", plugin)
 

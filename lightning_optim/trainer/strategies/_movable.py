@@ -46,7 +46,8 @@ class Movable(_Base):
             raise IncompatibleTrainer(
                 f"strategy={ours.__name__}(...) derives from a strategy for lightning.pytorch, and the Trainer is "
                 f"pytorch_lightning's. Derive it from the class of the same name in {packages.DERIVED_IN}, or write "
-                "`import lightning as L` and use L.Trainer and L.LightningModule."
+                "`import lightning as L` and use L.Trainer and L.LightningModule.",
+                code="LO423",
             )
         args, kwargs = self._given
         vars(self).clear()

@@ -36,7 +36,8 @@ class _OnNPU(_Base):
         if not isinstance(accelerator, NPUAccelerator):
             raise IncompatibleTrainer(
                 f"strategy={self.strategy_name!r} trains on NPUs, and the Trainer's accelerator is "
-                f"{type(accelerator).__name__}. Use Trainer(accelerator='npu', strategy={self.strategy_name!r})."
+                f"{type(accelerator).__name__}. Use Trainer(accelerator='npu', strategy={self.strategy_name!r}).",
+                code="LO712",
             )
         packages.set_inherited(_OnNPU, self, "accelerator", accelerator)
 

@@ -62,7 +62,8 @@ class SingleProcess(_Base):
         if number > 1:
             raise IncompatibleTrainer(
                 f"strategy={self.strategy_name!r} steps on one device, and the Trainer has {number} "
-                f"{flag.removeprefix('num_')}. Use Trainer(strategy={self.for_several!r}), or {flag}=1."
+                f"{flag.removeprefix('num_')}. Use Trainer(strategy={self.for_several!r}), or {flag}=1.",
+                code="LO710",
             )
 
 
@@ -87,5 +88,6 @@ class OneDevice(SingleProcess):
         if torch.device(devices[0]).type == "xla":
             raise IncompatibleTrainer(
                 f"strategy={self.strategy_name!r} does not train on XLA devices. Use "
-                f"Trainer(strategy={'xla_syncfree' if len(devices) > 1 else 'single_xla_syncfree'!r})."
+                f"Trainer(strategy={'xla_syncfree' if len(devices) > 1 else 'single_xla_syncfree'!r}).",
+                code="LO711",
             )

@@ -93,7 +93,8 @@ def _load_checked(
         raise InvalidOption(
             f"{path} holds the states of {len(states)} optimizers, and {len(optimizers)} would read them. Resume from "
             "a file that was saved by such a training with save_weights_only=False, or start anew from its weights: "
-            "LitModel.load_from_checkpoint(path)."
+            "LitModel.load_from_checkpoint(path).",
+            code="LO814",
         )
     assert strategy.model is not None
     for optimizer, state in zip(optimizers, states, strict=True):

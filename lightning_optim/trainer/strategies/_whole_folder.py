@@ -87,10 +87,10 @@ def check_folder(strategy: ModelParallelStrategy, path: Path) -> None:
         check_shards(path, strategy.global_rank, strategy.world_size)
     except UnreadableCheckpoint as error:
         wrong = error
-    found = [str(wrong) if wrong else None]
+    found = [wrong]
     if strategy.world_size > 1 and dist.is_initialized():
         found = [None] * strategy.world_size
-        dist.all_gather_object(found, str(wrong) if wrong else None)
-    said = next(filter(None, found), None)
-    if said is not None:
-        raise wrong or UnreadableCheckpoint(said)
+        dist.all_gather_object(found, wrong)
+    first = next((each for each in found if each is not None), None)
+    if first is not None:
+        raise wrong or first

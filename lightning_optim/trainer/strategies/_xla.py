@@ -73,7 +73,8 @@ class _OnXLA(_Base):
         if plugin is not None and not isinstance(plugin, XLASyncFreePrecision):
             raise IncompatibleTrainer(
                 f"strategy={self.strategy_name!r} with the plugin {type(plugin).__name__}, which does not know XLA. "
-                "Use plugins=XLASyncFreePrecision('bf16-mixed') or a class derived from it, or Trainer(precision=...)."
+                "Use plugins=XLASyncFreePrecision('bf16-mixed') or a class derived from it, or Trainer(precision=...).",
+                code="LO717",
             )
         packages.set_inherited(_OnXLA, self, "precision_plugin", plugin)
 
@@ -101,7 +102,8 @@ class _OnXLA(_Base):
         if wrong:
             raise IncompatibleTrainer(
                 f"strategy={self.strategy_name!r} trains on XLA devices, and the Trainer's accelerator has "
-                f"{', '.join(wrong)}. Use Trainer(strategy={self.strategy_name!r}, accelerator='pjrt'), or 'tpu'."
+                f"{', '.join(wrong)}. Use Trainer(strategy={self.strategy_name!r}, accelerator='pjrt'), or 'tpu'.",
+                code="LO716",
             )
 
 
@@ -232,7 +234,8 @@ def _refuse_narrow_floats(device: torch.device) -> None:
         raise IncompatibleTrainer(
             "torch_xla stores float32 in 16 bits in this process: XLA_USE_BF16, XLA_DOWNCAST_BF16 or XLA_USE_F16 was "
             "set when it began, perhaps by an earlier run with Lightning's precision='bf16-true'. Start a new process "
-            "without them, and use precision='bf16-true' here."
+            "without them, and use precision='bf16-true' here.",
+            code="LO718",
         )
 
 
@@ -245,5 +248,6 @@ def _refuse_late_device(device: torch.device) -> None:
             raise
         raise IncompatibleTrainer(
             "A backward ran in this process before the XLA device was opened, on the CPU perhaps, and since then torch "
-            "can run none on XLA. Start a new process, or call torch_xla.device() before the first backward."
+            "can run none on XLA. Start a new process, or call torch_xla.device() before the first backward.",
+            code="LO719",
         ) from error

@@ -40,7 +40,8 @@ class XLASyncFreePrecision(ReducesXLA):
         if precision not in get_args(XLAPrecisionName):
             raise IncompatibleTrainer(
                 f"precision={precision!r} on an XLA device: float16 would need loss scaling, which torch_xla lacks. "
-                "Use precision='32-true' or 'bf16-true', or plugins=XLASyncFreePrecision('bf16-mixed')."
+                "Use precision='32-true' or 'bf16-true', or plugins=XLASyncFreePrecision('bf16-mixed').",
+                code="LO717",
             )
         require_torch_xla(f"precision={precision!r} on an XLA device")
         super().__init__("32-true")

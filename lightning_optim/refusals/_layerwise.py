@@ -1,0 +1,156 @@
+"""Stepping during backward: names with ``_layerwise``, ``lomo``, ``adalomo``, and the layerwise strategies."""
+
+from __future__ import annotations
+
+from lightning_optim.refusals._entry import Entry
+
+ENTRIES = (
+    Entry(
+        "LO601",
+        "layerwise-under-strategy",
+        what="`_layerwise` (and `lomo`, `adalomo`) under a strategy such as `ddp`, `npu_ddp`, `fsdp` or `deepspeed`.",
+        why="It works on gradients after they were stepped and freed: processes would drift apart.",
+        do="Use the strategy that the text names, such as `layerwise_ddp`, or the name without `_layerwise`.",
+        page="layerwise.md#strategies",
+    ),
+    Entry(
+        "LO602",
+        "layerwise-and-own-clipping",
+        what="A `configure_gradient_clipping` of the module's own.",
+        why="It is called when the gradients are stepped and gone.",
+        do="Remove it, and set `Trainer(gradient_clip_val=...)`, which works.",
+        page="layerwise.md#clipping-by-norm",
+    ),
+    Entry(
+        "LO603",
+        "layerwise-ddp-and-manual",
+        what="Manual optimization under `layerwise_ddp` or `xla_syncfree`.",
+        why="Nobody says which backward is the one to average and to step.",
+        do="Use automatic optimization, or `Trainer(strategy='ddp')` and the name without `_layerwise`.",
+        page="layerwise.md#manual-optimization",
+    ),
+    Entry(
+        "LO604",
+        "layerwise-and-own-backward",
+        what="A `backward` of the module's own that does not take `retain_graph`, with exact clipping by norm, "
+        "`overflow='skip_step'`, or under `layerwise_ddp` or `xla_syncfree`.",
+        why="A first backward measures, and the second needs its graph.",
+        do="Write `def backward(self, loss, *args, **kwargs): loss.backward(*args, **kwargs)`.",
+        page="layerwise.md#clipping-by-norm",
+    ),
+    Entry(
+        "LO605",
+        "norm-clipping-alone",
+        what="`norm_clipping` without clipping by norm.",
+        why="It would be ignored.",
+        do="Set `Trainer(gradient_clip_val=...)`, or leave `norm_clipping` out.",
+        page="layerwise.md#clipping-by-norm",
+    ),
+    Entry(
+        "LO606",
+        "previous-norm-of-parts",
+        what="`norm_clipping='previous'`, or `Clipping('previous', ...)`, with a `clip` in `param_groups`.",
+        why="Only the norm of all gradients is kept for the next step.",
+        do="Use `'exact'` or `'per_parameter'`, or leave `clip` out.",
+        page="layerwise.md#clipping-by-norm",
+    ),
+    Entry(
+        "LO607",
+        "norm-budget-alone",
+        what="`norm_budget_mb` without exact clipping by norm or `overflow='skip_step'`.",
+        why="It would be ignored: nothing else needs all gradients before they are stepped.",
+        do="Set one of them, or leave it out.",
+        page="layerwise.md#clipping-by-norm",
+    ),
+    Entry(
+        "LO608",
+        "overflow-without-scaler",
+        what="`overflow` without loss scaling; `overflow='skip_step'` with manual optimization.",
+        why="It would be ignored; nobody says which backward is the one to measure first.",
+        do="Set `Trainer(precision='16-mixed')`, or leave it out.",
+        page="layerwise.md#float16",
+    ),
+    Entry(
+        "LO609",
+        "sparse-not-averaged",
+        what="An embedding with `sparse=True` under `layerwise_ddp` or `xla_syncfree`.",
+        why="Only dense gradients are averaged.",
+        do="Create it with `sparse=False`.",
+        page="layerwise.md#strategies",
+    ),
+    Entry(
+        "LO610",
+        "coupled",
+        what="The suffix, or a layerwise strategy, for an optimizer that cannot step one parameter without the others: "
+        "LBFGS, `adamw_torch_npu_fused`, `prodigy`, and classes of which a few steps of small parameters show it.",
+        why="Stepped one by one, each would take another step.",
+        do="Use it plainly, or another one.",
+        page="layerwise.md",
+    ),
+    Entry(
+        "LO611",
+        "already-layerwise",
+        what="`Layerwise(optimizer)` for one that is layerwise already.",
+        why="It would be stepped twice.",
+        do="Use `Layerwise.of(optimizer)`.",
+        page="layerwise.md#plain-pytorch",
+    ),
+    Entry(
+        "LO612",
+        "fabric-scales",
+        what="Fabric with `precision='16-mixed'`.",
+        why="Fabric scales the loss inside of `fabric.backward`; gradients would be stepped before they are unscaled.",
+        do="Use `precision='bf16-mixed'`, or step after backward.",
+        page="layerwise.md#fabric",
+    ),
+    Entry(
+        "LO613",
+        "backward-inside-stepping",
+        what="A backward inside of `Layerwise.stepping()` where something has to be known before the first gradient is "
+        "stepped: the norm, an overflow, or in which order gradients arrive.",
+        why="That takes a first backward, which only `Layerwise.backward` can run.",
+        do="Call `Layerwise.backward(loss, clipping=..., scaler=...)`.",
+        page="layerwise.md#plain-pytorch",
+    ),
+    Entry(
+        "LO614",
+        "stepped-too-early",
+        what="A backward that needs the value of a parameter that has already been stepped.",
+        why="The parameter is also used without a gradient (`weight.detach()`), or backward runs twice in one step.",
+        do="Use the optimizer without `_layerwise`.",
+        page="layerwise.md#what-else-to-know",
+    ),
+    Entry(
+        "LO615",
+        "gradient-twice",
+        what="A parameter that gets a gradient twice in one backward.",
+        why="It would be stepped twice. Reentrant activation checkpointing does that to tied parameters.",
+        do="Use `checkpoint(..., use_reentrant=False)`; of two losses, add them.",
+        page="layerwise.md#what-else-to-know",
+    ),
+    Entry(
+        "LO616",
+        "no-gradient-somewhere",
+        what="Under `layerwise_ddp`, a parameter that gets no gradient in some process.",
+        why="The processes would wait for each other forever.",
+        do="Freeze what is not used, or use `Trainer(strategy='ddp_find_unused_parameters_true')` without "
+        "`_layerwise`.",
+        page="layerwise.md#strategies",
+    ),
+    Entry(
+        "LO617",
+        "not-averaged",
+        what="`Layerwise` in several processes without `replicas`.",
+        why="`DistributedDataParallel` averages gradients after they were stepped.",
+        do="Use the model without it, and `Layerwise(optimizer, replicas=Replicas())`.",
+        page="layerwise.md#plain-pytorch",
+    ),
+    Entry(
+        "LO618",
+        "clips-nothing",
+        what="`self.clip_gradients()` in manual optimization.",
+        why="It finds no gradients: they were stepped during backward.",
+        do="Clip there: `Layerwise.of(optimizer).stepping(clipping=Clipping('value', 0.5))`.",
+        page="layerwise.md#manual-optimization",
+    ),
+)

@@ -1,0 +1,147 @@
+"""Options and arguments: their names, types and ranges."""
+
+from __future__ import annotations
+
+from lightning_optim.refusals._entry import Entry
+
+ENTRIES = (
+    Entry(
+        "LO200",
+        "invalid-option",
+        what="An option that a plugin, or code outside of this package, refuses without a code of its own.",
+        why="The text says why.",
+        do="Do what the text says.",
+        page="options.md",
+    ),
+    Entry(
+        "LO201",
+        "unknown-option",
+        what="An option, or an argument, that the optimizer or the schedule does not have.",
+        why="It would be ignored. Other libraries call some options otherwise; the text translates those it knows.",
+        do="`lightning-optim info NAME` prints the options of a name. `lr`, `weight_decay` and `warmup_steps` are "
+        "arguments of their own, beside `optim_args`.",
+        page="options.md",
+    ),
+    Entry(
+        "LO202",
+        "missing-option",
+        what="An optimizer or a schedule without an option that has no default.",
+        why="Nobody else can choose it.",
+        do="Give it, as in `optim_args={'t_max': 1000}` or `lr_scheduler_args={...}`.",
+        page="options.md",
+    ),
+    Entry(
+        "LO203",
+        "wrong-type",
+        what="A value of another type than the option takes, such as a word for a number.",
+        why="Converting it would be guessing. Strings are read as Python writes numbers, bools and tuples.",
+        do="Write a value of the type that the text names.",
+        page="options.md#a-mapping-or-a-string",
+    ),
+    Entry(
+        "LO204",
+        "out-of-range",
+        what="A value outside of the option's range, `nan` or infinity.",
+        why="The optimizer would diverge, stand still, or fail in its first step.",
+        do="Stay within the range that the text names.",
+        page="options.md",
+    ),
+    Entry(
+        "LO205",
+        "unreadable-string",
+        what="A string of options that cannot be read: no `=`, brackets or quotes that do not close.",
+        why="A part of it would be lost.",
+        do="Write `name=value,name=value`; a comma within brackets or quotes does not separate. Or pass a mapping.",
+        page="options.md#a-mapping-or-a-string",
+    ),
+    Entry(
+        "LO206",
+        "given-twice",
+        what="One thing that is given twice: in two places, or by two names.",
+        why="One of the two would be ignored.",
+        do="Keep one of them.",
+        page="options.md",
+    ),
+    Entry(
+        "LO207",
+        "unknown-choice",
+        what="A word that is not among those the option takes.",
+        why="There is nothing that it could mean.",
+        do="Take one of the words that the text lists.",
+        page="options.md",
+    ),
+    Entry(
+        "LO208",
+        "options-do-not-agree",
+        what="Options of one optimizer that cannot work together, or that it would ignore, such as `nesterov` without "
+        "`momentum`.",
+        why="The optimizer would do something else than what was asked, or fail.",
+        do="Change one of them as the text says.",
+        page="options.md",
+    ),
+    Entry(
+        "LO209",
+        "invalid-warmup",
+        what="`warmup_steps` that is neither a whole number of steps nor a fraction below 1.",
+        why="Below 1 it is a part of the training, from 1 on a number of steps; 1.5 is neither.",
+        do="Write `warmup_steps=0.1` for a tenth of the training, or `warmup_steps=500`.",
+        page="schedules.md",
+    ),
+    Entry(
+        "LO210",
+        "unknown-length",
+        what="A schedule that ends with the training, or a warm-up that is a fraction of it, where the training is "
+        "endless or its length is not known.",
+        why="It cannot be computed when to end.",
+        do="Set `Trainer(max_steps=...)` or `Trainer(max_epochs=...)`; in plain PyTorch pass `total_steps`.",
+        page="schedules.md",
+    ),
+    Entry(
+        "LO211",
+        "no-warmup-here",
+        what="`build_schedule` with `warmup_steps` for a schedule without a warm-up.",
+        why="It would be ignored.",
+        do="Use the schedule that the text names, such as `constant_with_warmup`.",
+        page="schedules.md",
+    ),
+    Entry(
+        "LO212",
+        "no-module-schedule",
+        what="`lr_scheduler='module'` outside of a LightningModule.",
+        why="It keeps the schedule of a module's own `configure_optimizers`, and there is none.",
+        do="Name a schedule, such as `'cosine'`.",
+        page="schedules.md#the-modules-own-schedule",
+    ),
+    Entry(
+        "LO213",
+        "end-above-peak",
+        what="A learning rate at which a schedule ends that is not below the one it starts from.",
+        why="The schedule would rise where it is meant to fall.",
+        do="Give a smaller `lr_end` or `min_lr`, or a larger `lr`.",
+        page="schedules.md",
+    ),
+    Entry(
+        "LO215",
+        "rounds-to-zero",
+        what="An option with which states or epsilon round to 0 in 16 bits.",
+        why="A division by zero would make parameters NaN.",
+        do="Set a larger `eps`, or a wider type as the text says.",
+        page="own-optimizers.md",
+    ),
+    Entry(
+        "LO216",
+        "needs-whole-matrices",
+        what="A projection that takes whole gradients (`svd`, `full`) for sharded parameters.",
+        why="Under FSDP2 nobody has a whole gradient.",
+        do="Use the value that the text names; it works on shards.",
+        page="low-rank.md",
+    ),
+    Entry(
+        "LO217",
+        "bitsandbytes-overrides",
+        what="bitsandbytes' `GlobalOptimManager` with overrides other than `optim_bits`.",
+        why="They would be lost: here param groups say what differs between parameters.",
+        do="Write them as `param_groups`, and drop the override.",
+        page="param-groups.md",
+    ),
+)

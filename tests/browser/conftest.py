@@ -41,15 +41,25 @@ def browser() -> Iterator[Any]:
 
 
 @pytest.fixture
-def show(browser: Any) -> Any:
-    """Opens a page of the site: ``show("search", "?q=muon")``."""
+def look(browser: Any) -> Any:
+    """Sets the width of the window and the colors that its user prefers: ``look(390, "dark")``."""
 
-    def opened(page: str, rest: str = "", width: int = 1280, scheme: str = "light") -> Any:
-        (path,) = (path for path in pages() if path.as_uri().endswith(f"/docs/_build/{page}.html"))
+    def set_to(width: int, scheme: str = "light") -> None:
         metrics = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": False}
         browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
         feature = {"name": "prefers-color-scheme", "value": scheme}
         browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": [feature]})
+
+    return set_to
+
+
+@pytest.fixture
+def show(browser: Any, look: Any) -> Any:
+    """Opens a page of the site: ``show("search", "?q=muon")``."""
+
+    def opened(page: str, rest: str = "", width: int = 1280) -> Any:
+        (path,) = (path for path in pages() if path.as_uri().endswith(f"/docs/_build/{page}.html"))
+        look(width)
         # A page that differs in what follows # only would not be loaded again.
         browser.get("about:blank")
         browser.get(path.as_uri() + rest)

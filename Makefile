@@ -7,7 +7,7 @@ COLLECTIONS_VENV := .venv-collections
 # For another Python: `make test-oldest PYTHON=python3.10 OLDEST_VENV=.venv-oldest-3.10`.
 OLDEST_VENV := .venv-oldest
 
-.PHONY: venv demo test test-benchmarks test-sharded test-long test-collections test-npu-contract test-gpu test-xla test-oldest test-python test-installed newest stress stress-quick lint docs browser figures benchmarks bench-quick survey clean
+.PHONY: venv demo test test-benchmarks test-sharded test-long test-collections test-npu-contract test-gpu test-xla test-oldest test-python test-installed newest stress stress-quick lint docs browser figures notebook benchmarks bench-quick survey clean
 
 # Where the figures of pages go.
 FIGURES := docs/bench
@@ -139,6 +139,10 @@ browser: docs
 # The pictures, and the tables between markers in the pages, from the files that benchmarks wrote into docs/bench/.
 figures: venv
 	$(BIN)/python docs/figures.py
+
+# Executes examples/quickstart.ipynb and stores its outputs. `make test` executes a copy and compares.
+notebook: venv
+	$(BIN)/python examples/notebook.py
 
 # Prints ratios of interleaved runs, with the hardware and the versions. Those that pages show go to $(FIGURES), too.
 benchmarks: venv

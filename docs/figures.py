@@ -1,4 +1,4 @@
-"""Writes the tables between markers in the pages from docs/bench/*.json.
+"""Draws the pictures in docs/pictures/ and writes the tables between markers in the pages, from docs/bench/*.json.
 
 A table of a page stands between ``<!-- figures: NAME -->`` and ``<!-- /figures -->``; ``TABLES`` says what NAME writes.
 Nothing is measured here: the commands that wrote the files stand in them. Run by ``make figures``; with ``--check`` it
@@ -13,6 +13,9 @@ import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+
+from drawing import THEMES, Theme
+from pictures_of import demo
 
 from lightning_optim.command import markdown_table
 
@@ -29,6 +32,23 @@ def read(name: str) -> Facts:
     """Returns what a command wrote into docs/bench/."""
     found: Facts = json.loads((ROOT / "docs" / "bench" / f"{name}.json").read_text(encoding="utf-8"))
     return found
+
+
+# What is drawn.
+
+#: By name of the picture: what draws it, and from which file.
+PICTURES: dict[str, tuple[Callable[[Facts, Theme], str], str]] = {
+    "demo": (demo, "demo"),
+}
+
+
+def pictures() -> dict[Path, str]:
+    """Returns the text of every picture, on a light and on a dark page."""
+    return {
+        ROOT / "docs" / "pictures" / f"{name}-{theme.name}.svg": draw(read(source), theme)
+        for name, (draw, source) in PICTURES.items()
+        for theme in THEMES
+    }
 
 
 # What is tabulated.
@@ -169,7 +189,7 @@ def _filled(match: re.Match[str]) -> str:
 
 def changed() -> dict[Path, str]:
     """Returns the files that are not as they should be, and what they should be."""
-    wanted = tables()
+    wanted = pictures() | tables()
     return {
         path: text for path, text in wanted.items() if not path.exists() or path.read_text(encoding="utf-8") != text
     }

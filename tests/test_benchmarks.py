@@ -223,6 +223,22 @@ def test_tables_of_memory_hold_what_the_command_prints(
         }
 
 
+def test_what_the_picture_of_the_demo_shows(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    script = runpy.run_path(str(BENCHMARKS / "demo_picture.py"))
+    few = {"adamw_torch": ({}, (2e-3, 4e-3)), "adamw_torch_layerwise": ({}, "adamw_torch")}
+    monkeypatch.setitem(script["main"].__globals__, "OPTIMIZERS", few)
+    path = tmp_path / "demo.json"
+    monkeypatch.setattr(sys, "argv", ["demo_picture.py", "--steps", "3", "--width", "32", "--output", str(path)])
+    script["main"]()
+    plain, layerwise = json.loads(path.read_text(encoding="utf-8"))["records"]
+    assert plain["lr"] == float(min(plain["tried"], key=plain["tried"].get))
+    assert layerwise["losses_of"] == "adamw_torch"
+    assert layerwise["train_losses"] == plain["train_losses"]
+    assert len(plain["train_losses"]) == 3
+    assert layerwise["gradient_bytes"] < plain["gradient_bytes"]
+    assert plain["gradient_bytes"] == pytest.approx(plain["state_bytes"] / 2, rel=1e-2)
+
+
 def test_steps_of_muon_and_adamw_are_compared(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import re
 import runpy
+import xml.dom.minidom
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,48 @@ from lightning_optim import command
 ROOT = Path(__file__).parent.parent
 BENCH = ROOT / "docs" / "bench"
 PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md")])
+
+
+def read(name: str) -> dict[str, Any]:
+    """What a command wrote."""
+    found: dict[str, Any] = json.loads((BENCH / f"{name}.json").read_text(encoding="utf-8"))
+    return found
+
+
+def shown_by_muon() -> tuple[str, ...]:
+    """How its comparison was started, and what came of it."""
+    measured = read("muon_steps")
+    adamw = measured["adamw_torch"]["losses"]
+    ahead = {
+        share: [one < other for one, other in zip(found["losses"], adamw, strict=True)]
+        for share, found in measured["muon"].items()
+    }
+    words = {3: "ahead with every seed", 0: "a little behind"}
+    return (
+        str(measured["adamw_torch"]["steps"]),
+        " ".join(ahead),
+        words[sum(ahead["0.75"])],
+        words[sum(ahead["0.5"])],
+    )
+
+
+#: Figures in sentences: the page, how they stand there, and what they are. Tables need no entry: they stand between
+#: markers, see docs/figures.py.
+SENTENCES = [
+    (
+        "docs/muon.md",
+        r"muon_steps.py --quick --steps (\d+) --shares ([\d. ]+\d)`.*"
+        r"In three quarters of the steps Muon is ([\w ]+), in half of them ([\w ]+)\.",
+        shown_by_muon,
+    ),
+]
+
+
+@pytest.mark.parametrize(("page", "pattern", "expected"), SENTENCES, ids=[page for page, _, _ in SENTENCES])
+def test_figures_in_sentences(page: str, pattern: str, expected: Callable[[], tuple[str, ...]]) -> None:
+    found = re.search(pattern, (ROOT / page).read_text(encoding="utf-8"), re.DOTALL)
+    assert found, f"{page} has nothing like {pattern!r}: take it out of SENTENCES, or mend it"
+    assert found.groups() == expected()
 
 
 @pytest.fixture
@@ -42,6 +86,24 @@ def test_another_figure_in_a_page_is_seen(figures: dict[str, Any], monkeypatch: 
     assert figures["changed"]() == {page: written}
 
 
+def test_what_the_picture_of_the_demo_says_holds(figures: dict[str, Any]) -> None:
+    records = {one["optimizer"]: one for one in read("demo")["records"]}
+    losses = {name: one["val_loss"] for name, one in records.items()}
+    assert losses["adamw_8bit_layerwise"] < losses["adamw_torch"] + 0.01
+    assert losses["muon"] < losses["adamw_torch"] - 0.05
+    same = ("adamw_torch", "adamw_torch", "adamw_8bit", "adamw_8bit")
+    assert tuple(one["losses_of"] for one in records.values())[:4] == same
+    held = {name: one["state_bytes"] + one["gradient_bytes"] for name, one in records.items()}
+    share = held["adamw_8bit_layerwise"] / held["adamw_torch"]
+    light, dark = (figures["pictures"]()[ROOT / "docs" / "pictures" / f"demo-{name}.svg"] for name in ("light", "dark"))
+    for picture in (light, dark):
+        assert f">AdamW&#x27;s losses with {share:.0%} of its state and gradients</text>" in picture
+        assert all(f">{held[name] / 2**20:.1f}</text>" in picture for name in records)
+        assert len(picture.encode()) < 150_000
+        xml.dom.minidom.parseString(picture)
+    assert light != dark
+
+
 def test_every_table_is_in_a_page(figures: dict[str, Any]) -> None:
     shown = {name for page in PAGES for _, name, _ in figures["MARKED"].findall(page.read_text(encoding="utf-8"))}
     assert shown == set(figures["TABLES"])
@@ -54,7 +116,7 @@ def test_every_file_of_figures_is_read_or_linked() -> None:
 
 
 def test_memory_is_still_what_the_command_estimates(capsys: pytest.CaptureFixture[str]) -> None:
-    records = json.loads((BENCH / "memory.json").read_text(encoding="utf-8"))["records"]
+    records = read("memory")["records"]
     kept = next(one for one in records if one["asked"] == "galore_adamw_8bit_layerwise" and one["devices"] == 1)
     assert command.main([*kept["command"].split()[1:], "--optim", kept["asked"], "--json"]) == 0
     (estimate,) = json.loads(capsys.readouterr().out)["estimates"]

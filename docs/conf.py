@@ -4,6 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from docutils import nodes
+from sphinx import addnodes
+from sphinx.application import Sphinx
+
 import lightning_optim
 
 project = "lightning-optim"
@@ -34,3 +38,40 @@ html_search_scorer = str(Path(__file__).parent / "_static" / "scorer.js")
 pygments_dark_style = "a11y-high-contrast-dark"
 # A signature that is longer has a line per parameter.
 python_maximum_signature_line_length = 80
+
+#: By page, what it is searched by: the words of other packages, and those that many pages have.
+searched = {
+    "bench": "benchmark; speed; compare",
+    "callbacks-and-manual": "GAN; Fabric; manual optimization; pytorch_lightning",
+    "checkpoints": "resume; checkpoint",
+    "cli": "command line",
+    "contributing": "custom optimizer; own optimizer; add an optimizer",
+    "layerwise": "optimizer in backward; optimizer-in-backward; gradient release; fused backward",
+    "low-rank": "GaLore; APOLLO; low rank",
+    "memory": "7B; 13B; 70B; out of memory",
+    "migrating": "Hugging Face; TrainingArguments; axolotl; LLaMA-Factory",
+    "muon": "Muon; NorMuon",
+    "options": "optim_args",
+    "param-groups": "layer-wise learning rate decay; frozen parameters",
+    "quickstart": "install; installation",
+    "schedule-free": "schedule-free; schedulefree",
+    "schedules": "warmup; warm-up; learning rate schedule; scheduler",
+    "several": "multiple optimizers; several optimizers",
+    "sharded": "FSDP; FSDP2; tensor parallel",
+    "xla": "TPU",
+}
+
+
+def _index(app: Sphinx, doctree: nodes.document) -> None:
+    """Adds the index entries of a page, which the search puts first; in the pages GitHub would show them as code."""
+    words = app.config.searched.get(app.env.docname, "")
+    entries = [("single", word, "", "main", None) for word in words.split("; ") if word]
+    if entries:
+        doctree.append(addnodes.index(entries=entries))
+
+
+def setup(app: Sphinx) -> None:
+    """Called by Sphinx."""
+    # All pages are read again when it changes.
+    app.add_config_value("searched", {}, "env")
+    app.connect("doctree-read", _index)

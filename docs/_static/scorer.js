@@ -2,7 +2,7 @@
 var Scorer = {
   score: ([page, title, _anchor, _description, score, _file, kind]) => {
     const asked = (new URLSearchParams(location.search).get("q") ?? "").trim().toLowerCase();
-    /* First what a page says that it is about, with {index}, then a section or a page of that very name. */
+    /* First the page that `searched` in conf.py names, then a section or a page of that very name. */
     if (kind === "index") return score === 100 ? 300 : score;
     if (title.split(" > ").pop().toLowerCase() === asked) return 200 + score;
     /* These name everything, and would come first by the alphabet. */

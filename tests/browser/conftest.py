@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,7 +17,7 @@ ASKED = bool(os.environ.get("LIGHTNING_OPTIM_BROWSER_TESTS"))
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
-        if not ASKED and "tests/browser/" in item.path.as_posix():
+        if not ASKED and item.path.is_relative_to(Path(__file__).parent):
             item.add_marker(pytest.mark.skip(reason="`make browser` shows the built pages to Chromium"))
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import re
+import runpy
 from typing import Any
 from urllib.parse import quote, unquote, urlsplit
 
@@ -141,11 +142,19 @@ def _found(browser: Any) -> list[str]:
         ("muon", "muon.html"),
         ("speed", "bench.html"),
         ("layerwise", "layerwise.html"),
+        ("FSDP", "sharded.html"),
+        ("install", "quickstart.html"),
+        ("weight decay", "param-groups.html#weight-decay"),
     ],
 )
 def test_the_search_finds(show: Any, asked: str, first: str) -> None:
     found = _found(show("search", f"?q={quote(asked)}"))[0]
     assert found == first or found.partition("#")[0] == first
+
+
+def test_what_pages_are_searched_by_is_of_pages() -> None:
+    searched = runpy.run_path(str(BUILT.parent / "conf.py"))["searched"]
+    assert set(searched) <= set(_names())
 
 
 def test_the_search_is_asked_from_any_page(show: Any) -> None:

@@ -227,7 +227,7 @@ def arguments() -> Iterator[str]:
         header = ("`TrainingArguments`", "default there", "here", "of")
         width = 4 if places == CARRIED else 3
         if places != CARRIED:
-            yield from ("", f"{PLACES[places[0]]}:", "")
+            yield from ("", f"### {PLACES[places[0]]}", "")
         yield from markdown_table(header[:width], (_argument(row)[:width] for row in rows))
 
 

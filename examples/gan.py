@@ -1,7 +1,7 @@
 """A GAN draws digits: two networks, two optimizers, each by its name.
 
 The generator's is schedule-free: its averaged weights draw, as GANs do with a moving average of them. The
-discriminator's keeps its state in 8 bits. Any two names will do::
+discriminator's keeps its state in 8 bits. Any two that take betas will do::
 
     python examples/gan.py
     python examples/gan.py --generator adamw_torch --discriminator adopt

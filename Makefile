@@ -7,7 +7,7 @@ COLLECTIONS_VENV := .venv-collections
 # For another Python: `make test-oldest PYTHON=python3.10 OLDEST_VENV=.venv-oldest-3.10`.
 OLDEST_VENV := .venv-oldest
 
-.PHONY: venv demo test test-benchmarks test-sharded test-long test-collections test-npu-contract test-gpu test-xla test-oldest test-python test-installed newest stress stress-quick lint docs browser figures notebook benchmarks bench-quick survey clean
+.PHONY: venv demo test test-benchmarks test-sharded test-long test-collections test-npu-contract test-gpu test-xla test-oldest test-python test-installed newest stress stress-quick tried lint docs browser figures notebook benchmarks bench-quick survey clean
 
 # Where the figures of pages go.
 FIGURES := docs/bench
@@ -111,6 +111,10 @@ stress: venv
 
 stress-quick: venv
 	OMP_NUM_THREADS=1 $(BIN)/python -W ignore -m tests.stress --quick
+
+# How many tests try what: docs/bench/tried.json, for docs/reliability.md.
+tried: venv
+	$(BIN)/python docs/tried.py $(FIGURES)/tried.json
 
 # What users install: the source archive and the wheel, each where nothing of the repository is.
 test-installed: venv

@@ -4,8 +4,9 @@
 ``identifiers/FAMILY.md``, ``formats.md`` by ``checkpoints.md``, ``arguments.md`` by ``migrating.md``. What benchmarks
 wrote into docs/bench/ becomes ``measured-layerwise.md`` and ``measured-families.md``, included by ``layerwise.md``,
 ``measured-monitor.md``, by ``monitor.md``, ``measured-muon.md``, by ``muon.md``, and ``measured-sharded.md`` and
-``measured-dealt.md``, by ``sharded.md``. ``refusals.py`` writes what ``refusals.md`` includes. ``versions.md``,
-included by ``hardware.md``, is read from pyproject.toml, the files of requirements and what ``make newest`` wrote.
+``measured-dealt.md``, by ``sharded.md``. ``refusals.py`` and ``reliability.py`` write what the pages of these names
+include. ``versions.md``, included by ``hardware.md``, is read from pyproject.toml, the files of requirements and what
+``make newest`` wrote.
 """
 
 from __future__ import annotations
@@ -73,8 +74,9 @@ def main(target: Path) -> None:
         measured = _written(name)
         lines = [*table(measured["records"]), "", _where(name, measured)]
         (target / f"measured-{name}.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    runpy.run_path(str(Path(__file__).with_name("refusals.py")))["main"](target)
     (target / "measured-muon.md").write_text("\n".join(measured_muon()) + "\n", encoding="utf-8")
+    for name in ("refusals", "reliability"):
+        runpy.run_path(str(Path(__file__).with_name(f"{name}.py")))["main"](target)
 
 
 Record = dict[str, Any]

@@ -252,6 +252,13 @@ def test_generated_pages_cover_the_table(tmp_path: Path) -> None:
     steps = json.loads((ROOT / "docs" / "bench" / "muon_steps.json").read_text(encoding="utf-8"))
     muon = (tmp_path / "measured-muon.md").read_text(encoding="utf-8")
     assert all(f"| {one['loss']:.3f} |" in muon for one in (steps["adamw_torch"], *steps["muon"].values()))
+    tried = json.loads((ROOT / "docs" / "bench" / "tried.json").read_text(encoding="utf-8"))["rows"]
+    table = (tmp_path / "tried.md").read_text(encoding="utf-8")
+    assert all(f"| {row['tests']:,} | {row['identifiers']} | `{row['command']}` |" in table for row in tried)
+    stress = json.loads((ROOT / "docs" / "bench" / "stress.json").read_text(encoding="utf-8"))
+    table = (tmp_path / "measured-stress.md").read_text(encoding="utf-8")
+    assert stress["counts"]["failed"] == 0
+    assert all(f"| {stress['counts'][kind]:,} |" in table for kind in ("cells", "trained", "refused", "exception"))
     assert set(REGISTRY.plain) <= _identifiers(identifiers)
     sections = []
     for page in sorted((ROOT / "docs" / "identifiers").glob("*.md")):

@@ -17,6 +17,16 @@ from lightning_optim.command import _render as render
 from lightning_optim.command._machine import CommandError, Facts
 from lightning_optim.table import ROWS, OptimizerSpec, Requirement
 
+#: By device type, on what this release has run; a test holds docs/hardware.md to it.
+VERIFIED: Mapping[str, str | None] = {
+    "cpu": "x86-64",
+    "xla": "PJRT on a CPU, not on a TPU",
+    "cuda": None,
+    "npu": None,
+    "mps": None,
+    "xpu": None,
+}
+
 # What to know about other installed packages.
 _NOTES = {
     # lightning itself depends on it: having both is fine, mixing them is not.
@@ -54,7 +64,8 @@ def collect(arguments: argparse.Namespace) -> Facts:
             "lightning": importlib.metadata.version("lightning"),
             "lightning_optim": __version__,
         },
-        "devices": machine.devices(),
+        "devices": [{**device, "verified": VERIFIED.get(device["type"])} for device in machine.devices()],
+        "not_verified": [kind for kind, where in VERIFIED.items() if where is None],
         "packages": _packages(specs),
         "compiler": {
             "path": machine.compiler(),
@@ -87,14 +98,19 @@ def _notes() -> Iterator[str]:
 def as_text(diagnosis: Facts) -> str:
     """Returns the diagnosis in sections, with the verdict last."""
     devices = [
-        (device["type"] if device["index"] is None else f"{device['type']}:{device['index']}", device["name"])
+        (
+            device["type"] if device["index"] is None else f"{device['type']}:{device['index']}",
+            device["name"],
+            f"verified on {device['verified']}" if device["verified"] else "not verified",
+        )
         for device in diagnosis["devices"]
     ]
+    never = f"Not verified, since no test of this release ran there: {', '.join(diagnosis['not_verified'])}."
     plugins = [(plugin["name"], plugin["value"], plugin["distribution"] or "-") for plugin in diagnosis["plugins"]]
     notes = [line for note in diagnosis["notes"] for line in render.wrap(note, "  ")]
     return render.sections(
         ["Versions", *render.properties(list(diagnosis["versions"].items()))],
-        ["Devices", *render.table(devices, "  ")],
+        ["Devices", *render.table(devices, "  "), *render.wrap(never, "  ")],
         ["Packages", *(line for one in diagnosis["packages"] for line in _package(one, diagnosis["elsewhere"]))],
         ["C++ compiler", *_compiler(**diagnosis["compiler"])],
         [

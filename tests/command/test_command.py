@@ -478,10 +478,22 @@ def test_doctor_names_accelerators(command: Command, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: f"GPU number {index}")
     # Without apex, which is for CUDA.
     assert command.json("doctor", status=1)["devices"][1:] == [
-        {"type": "cuda", "index": 0, "name": "GPU number 0"},
-        {"type": "cuda", "index": 1, "name": "GPU number 1"},
+        {"type": "cuda", "index": 0, "name": "GPU number 0", "verified": None},
+        {"type": "cuda", "index": 1, "name": "GPU number 1", "verified": None},
     ]
-    assert "  cuda:1  GPU number 1" in command("doctor", status=1)
+    assert re.search(r"  cuda:1  GPU number 1 +not verified", command("doctor", status=1))
+
+
+def test_doctor_and_the_page_agree_on_what_ran_where(command: Command) -> None:
+    page = (Path(__file__).parents[2] / "docs" / "hardware.md").read_text(encoding="utf-8").partition("## Versions")[0]
+    rows = [[cell.strip() for cell in line.split("|")[1:]] for line in page.splitlines() if line.startswith("| ")]
+    # "CUDA with apex" is no device of its own.
+    rows = [row for row in rows if row[0].isupper() or row[0].replace(", ", "").isupper()]
+    ran = {device.lower(): row[2] != "nothing yet" for row in rows for device in row[0].split(", ")}
+    assert len(ran) == 6
+    diagnosis = command.json("doctor")
+    assert {name for name, found in ran.items() if not found} == set(diagnosis["not_verified"])
+    assert all(device["verified"] for device in diagnosis["devices"] if ran[device["type"]])
 
 
 def test_a_broken_version_is_named(command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

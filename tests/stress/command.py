@@ -12,7 +12,7 @@ from pathlib import Path
 from tests.processes import ROOT
 from tests.stress.axes import AXES, Cell
 from tests.stress.driver import Record, run
-from tests.stress.known import clashes
+from tests.stress.known import clashes, examples
 from tests.stress.pairs import array, singles
 from tests.stress.report import fingerprint, judge, summary, unused
 
@@ -24,7 +24,8 @@ def main(arguments: list[str] | None = None) -> int:
     asked = _parse(arguments)
     if asked.cell:
         return _one(Cell.parse(asked.cell))
-    cells = singles(asked.seed, clashes) if asked.quick else array(asked.seed, clashes)
+    cells = singles(asked.seed, clashes) if asked.quick else [*array(asked.seed, clashes), *examples()]
+    cells = list(dict.fromkeys(cells))
     if asked.only:
         cells = [cell for cell in cells if asked.only in cell.name]
     print(f"seed {asked.seed}: {len(cells)} cells", flush=True)

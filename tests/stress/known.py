@@ -32,6 +32,8 @@ class Known:
         stops: For an exception, whether it ends the fit, so that nothing else of its cell is tried. The generator keeps
             the values of such a row out of each other's cells, as it does those of what is refused. Other rows change
             no cell, so that what is learned from a run is judged by the same cells.
+        cell: One that ends so, as ``python -m tests.stress --cell`` takes it: for a row about more than two values,
+            which no cell of the array need have together.
     """
 
     what: str
@@ -42,6 +44,7 @@ class Known:
     after_batches: bool = False
     resume: bool = False
     stops: bool = False
+    cell: str = ""
 
     def explains(self, cell: Cell, trouble: str) -> bool:
         """Whether this is what is known of the cell."""
@@ -177,6 +180,7 @@ REFUSED = (
         "twice",
         "refusals.md",
         after_batches=True,
+        cell="form=layerwise; checkpointing=reentrant; module=tied",
     ),
     Known(
         "an embedding with `sparse=True` that is thawed for an optimizer of dense gradients",
@@ -184,6 +188,7 @@ REFUSED = (
         "cannot step sparse gradients",
         "refusals.md",
         after_batches=True,
+        cell="identifier=adamw_torch; callback=BackboneFinetuning; module=sparse",
     ),
     Known(
         "`64-true` under FSDP2",
@@ -196,6 +201,7 @@ REFUSED = (
         _all(_projects, _has("module", "experts"), _has("strategy", "layerwise_fsdp2")),
         "cannot step stacks of matrices|cannot step sharded",
         "sharded.md",
+        cell="identifier=galore_adamw; strategy=layerwise_fsdp2; module=experts",
     ),
     Known(
         "an optimizer for matrices, of which none trains before `BackboneFinetuning` thaws",
@@ -251,12 +257,29 @@ EXCEPTIONS = (
         resume=True,
     ),
     Known(
+        "`EarlyStopping` by what each process logs for itself",
+        _all(_has("strategy", *sorted(DISTRIBUTED)), _has("callback", "EarlyStopping")),
+        r"^split: \d+ and \d+ steps",
+        "Lightning's: a checkpoint has the best score of the first process; `self.log(..., sync_dist=True)` is for it",
+        control=True,
+        resume=True,
+    ),
+    Known(
         "a parameter without a gradient under `ddp`",
         _all(_has("strategy", "ddp", "fused_ddp"), _has("module", "unused")),
         "parameters that were not used in producing the loss",
         "Lightning's: `ddp_find_unused_parameters_true` is for it",
         control=True,
         stops=True,
+    ),
+    Known(
+        "a tied weight in reentrant checkpoints under `ddp`",
+        _all(_has("strategy", "ddp", "fused_ddp"), _has("module", "tied"), _has("checkpointing", "reentrant")),
+        "mark a variable ready only once",
+        "torch's: its gradient arrives twice in one backward",
+        control=True,
+        stops=True,
+        cell="strategy=ddp; checkpointing=reentrant; module=tied",
     ),
     Known(
         "`BackboneFinetuning` under `ddp`",
@@ -304,12 +327,6 @@ EXCEPTIONS = (
         stops=True,
     ),
     Known(
-        "accumulated shards, clipped to next to nothing",
-        _all(_has("strategy", "layerwise_fsdp2"), _has("clipping", "tiny value"), _has("accumulation", "2", "3")),
-        "^other: weights",
-        "layerwise.md: FSDP2 reduces every micro-batch and layerwise their sum: what is about zero has any sign",
-    ),
-    Known(
         "averages in bfloat16 or float16",
         _all(_has("callback", "EMA"), _has("precision", "bf16-true", "16-true")),
         "^split: (weights|optimizer).* apart",
@@ -352,6 +369,7 @@ EXCEPTIONS = (
         _all(_has("callback", "SWA"), _has("module", "BatchNorm"), _has("flag", "val_check_interval")),
         "^other: weights",
         "Lightning's: the epoch for statistics steps once more, by the last gradients, which layerwise has freed",
+        cell="strategy=layerwise; callback=SWA; flag=val_check_interval; module=BatchNorm",
     ),
     Known(
         "`LearningRateFinder` under FSDP2",
@@ -374,6 +392,7 @@ EXCEPTIONS = (
         _all(_has("precision", "16-mixed"), _has("clipping", "tiny norm")),
         r"^control: weights.* is \d\.\d+e-1[4-6] apart",
         "the norm is a sum over the groups, which are others in plain Lightning",
+        cell="identifier=rmsprop_bnb; precision=16-mixed; accumulation=2; clipping=tiny norm; module=channels_last",
     ),
     Known(
         "a parameter without a gradient in a distributed checkpoint",
@@ -440,6 +459,7 @@ EXCEPTIONS = (
         "Lightning's: the epoch that only updates statistics has no gradients to look at",
         control=True,
         stops=True,
+        cell="clipping=value; callback=SWA; module=BatchNorm",
     ),
     Known(
         "checkpoints or early stopping in a barebones Trainer",
@@ -471,6 +491,11 @@ EXCEPTIONS = (
 
 
 _STOPS = (*(row for row in REFUSED if not row.resume), *(row for row in EXCEPTIONS if row.stops))
+
+
+def examples() -> list[Cell]:
+    """Returns the cells that rows name."""
+    return [Cell.parse(row.cell) for row in (*REFUSED, *EXCEPTIONS) if row.cell]
 
 
 def clashes(cell: Cell) -> bool:

@@ -169,7 +169,10 @@ class Net(nn.Module):
         self.backbone = Backbone(cell)
         self.head = nn.Linear(WIDTH, TOKENS)
         if cell["module"] == "tied":
+            nn.init.normal_(self.backbone.embedding.weight, std=0.1)
             self.head.weight = self.backbone.embedding.weight
+            # Each of them in an activation checkpoint of its own.
+            self.backbone.blocks[2].linear.weight = self.backbone.blocks[0].linear.weight
 
     def forward(self, tokens: Tensor) -> Tensor:
         return self.head(self.backbone(tokens))
@@ -222,9 +225,12 @@ class Trains(L.LightningModule):
             return
         assert self.device_mesh is not None
         mesh = self.device_mesh["data_parallel"]
-        for block in self.net.backbone.blocks:
-            if any(True for _ in block.parameters()):
-                fully_shard(block, mesh=mesh)
+        blocks = list(self.net.backbone.blocks)
+        # What shares a parameter has to be one group.
+        groups = [[blocks[0], blocks[2]], [blocks[1]]] if self.cell["module"] == "tied" else [[one] for one in blocks]
+        for group in groups:
+            if any(True for block in group for _ in block.parameters()):
+                fully_shard(group, mesh=mesh)
         fully_shard(self.net, mesh=mesh)
 
     def _loss(self, batch: Sequence[Tensor]) -> Tensor:

@@ -120,6 +120,7 @@ def summary(verdicts: list[Verdict], seed: int) -> Record:
         for name, text in verdict.record["checks"].items()
         if text == "same" and name != "sound"
     )
+    rounded = sum(verdict.record["checks"]["other"].startswith("same but") for verdict in trained)
     counts = {
         "cells": len(verdicts),
         "pairs": len(all_pairs()),
@@ -127,6 +128,7 @@ def summary(verdicts: list[Verdict], seed: int) -> Record:
         **{kind: kinds[kind] for kind in ("trained", "refused", "exception", "failed")},
         "in two processes": sum(verdict.cell.distributed for verdict in verdicts),
         **{f"equal: {name}": count for name, count in sorted(checks.items())},
+        "equal: rounding": rounded,
     }
     return {
         "command": "make stress",

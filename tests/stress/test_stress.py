@@ -117,6 +117,11 @@ def test_rows_are_told_apart() -> None:
     assert all(isinstance(known, Known) and known.why for known in (*REFUSED, *EXCEPTIONS))
 
 
+def test_cells_that_rows_name_are_theirs() -> None:
+    for known in (*REFUSED, *EXCEPTIONS):
+        assert not known.cell or known.when(Cell.parse(known.cell)), known.what
+
+
 def test_the_quick_form_ends_as_it_is_known_to(tmp_path: Path) -> None:
     """Twice: the second run takes all from the file of the first."""
     command = [sys.executable, "-W", "ignore", "-m", "tests.stress", "--quick", "--jobs", "2"]

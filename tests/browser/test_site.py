@@ -25,6 +25,9 @@ _TOO_WIDE = """
         for (const code of document.querySelectorAll("pre"))
             if (wide(code))
                 found.push("code: " + code.textContent.split("\\n").sort((a, b) => b.length - a.length)[0]);
+    // furo writes an error over a table of contents that has not this class.
+    const mine = "this-will-duplicate-information-and-it-is-still-useful-here";
+    if (document.querySelector(`.contents:not(.${mine})`)) found.push("a table of contents without the class " + mine);
     return found;
 """
 _COLORS = """

@@ -94,7 +94,7 @@ def records(size: str, column: Column, identifiers: Sequence[str]) -> Iterator[d
             try:
                 record |= _kept(estimator.estimate(OptimConfig(asked)))
             except REFUSALS as error:
-                record["refused"] = str(error)
+                record["refused"] = error.text
             yield {**record, "command": command}
 
 

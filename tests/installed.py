@@ -70,9 +70,10 @@ def commands(status: int) -> None:
     assert "adamw_torch_fused" in _run(tool, "list", "adamw_torch*")
     assert "bitsandbytes" in _run(tool, "info", "lion_8bit")
     assert lightning_optim.__version__ in _run(tool, "doctor", status=status)
+    assert "unknown-optimizer" in _run(tool, "explain")
     example = json.loads(_run(tool, "info", "adamw_torch", "--json"))["example"]["python"]
     _run(sys.executable, "-c", example)
-    print("  lightning-optim list, info, doctor and what they show run")
+    print("  lightning-optim list, info, doctor, explain and what they show run")
 
 
 def refusals(target: Path) -> None:
@@ -84,7 +85,7 @@ def refusals(target: Path) -> None:
     try:
         from lightning_optim import OptimCLI  # noqa: F401
     except MissingDependency as error:
-        found["cli"] = str(error)[str(error).index("pip install") :]
+        found["cli"] = error.text[error.text.index("pip install") :]
     target.write_text("".join(f"{found[key]}\n" for key in (*PACKAGES, "cli")))
 
 

@@ -9,6 +9,7 @@ import inspect
 import json
 import pickle
 import re
+import runpy
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -19,6 +20,7 @@ import pytest
 import lightning_optim
 from lightning_optim import IncompatibleTrainer, InvalidOption, MissingDependency, UnknownOptimizer, errors
 from lightning_optim.command import main
+from lightning_optim.command._explain import as_text
 from lightning_optim.errors import Refused, joined, said
 from lightning_optim.refusals import ENTRIES, SECTIONS
 
@@ -363,6 +365,14 @@ def test_explain_lists_all(capsys: pytest.CaptureFixture[str]) -> None:
 def test_explain_gives_plain_facts(capsys: pytest.CaptureFixture[str]) -> None:
     (entry,) = json.loads(explained(capsys, "LO402", "--json"))["entries"]
     assert entry == dataclasses.asdict(ENTRIES["LO402"])
+
+
+def test_a_retired_code_is_explained_as_such() -> None:
+    gone = dataclasses.replace(ENTRIES["LO402"], retired="Since 1.0 a warm-up needs no schedule.")
+    text = as_text({"asked": True, "entries": [dataclasses.asdict(gone)]})
+    assert "retired  Since 1.0 a warm-up needs no schedule." in text
+    page = runpy.run_path(str(DOCS / "refusals.py"))
+    assert "Not raised any more: Since 1.0 a warm-up needs no schedule." in "\n".join(page["paragraph"](gone))
 
 
 @pytest.mark.parametrize(("text", "near"), [("LO100", "'LO101'"), ("shardd-parameters", "'sharded-parameters'")])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -261,6 +262,7 @@ def test_mistakes_exit_with_2_before_anything_is_built(
     printed = " ".join(capsys.readouterr().err.split())
     for part in parts:
         assert part in printed
+    assert re.search(r"See: lightning-optim explain LO\d{3}$", printed), printed
     assert not built
     assert not list(tmp_path.iterdir())
 

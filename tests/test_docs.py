@@ -226,11 +226,31 @@ def _section(page: Path, heading: str) -> str:
 
 
 def test_readme_lists_every_identifier() -> None:
-    shown = _identifiers(_section(ROOT / "README.md", "Optimizers"))
+    table = re.findall(r"^\|.*", _section(ROOT / "README.md", "Optimizers"), re.MULTILINE)
+    shown = _identifiers("\n".join(table))
     missing = {name: spec for name, spec in REGISTRY.plain.items() if name not in shown}
     rows = "\n".join(f"| {spec.summary} | `{name}` | {spec.extra} |" for name, spec in missing.items())
     assert not [*missing], f"the table in README.md lacks names. Add them to a line of it, or lines such as\n{rows}"
     assert not shown - set(REGISTRY.plain), "the table in README.md has names of no row. Take them out"
+
+
+def test_comparison_counts_what_there_is() -> None:
+    from transformers.training_args import OptimizerNames
+
+    theirs = [optimizer.value for optimizer in OptimizerNames]
+    stepped = [name for name, spec in REGISTRY.plain.items() if not spec.coupled]
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert f"| optimizers by name | {len(REGISTRY.plain)}, any other by its path | {len(theirs)} |" in readme
+    in_backward = [name for name in theirs if name.endswith("_layerwise")]
+    assert f"gradients freed at once | {len(stepped)} names | {len(in_backward)} names |" in readme
+    page = (ROOT / "docs" / "comparison.md").read_text(encoding="utf-8")
+    assert f"| lightning-optim | [{len(REGISTRY.plain)} names]" in page
+    assert f"[`_layerwise`](layerwise.md) for {len(stepped)} names" in page
+    assert f"| transformers | {len(theirs)} names |" in page
+    assert all(f"`{name}`" in page for name in in_backward)
+    pinned = dict(re.findall(r"^([\w-]+)==(\S+)", (ROOT / "constraints.txt").read_text(encoding="utf-8"), re.MULTILINE))
+    for text in (readme, page):
+        assert f"transformers {pinned['transformers']}, lightning {pinned['lightning']}, timm" in " ".join(text.split())
 
 
 def test_generated_pages_cover_the_table(tmp_path: Path) -> None:

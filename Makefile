@@ -7,7 +7,7 @@ COLLECTIONS_VENV := .venv-collections
 # For another Python: `make test-oldest PYTHON=python3.10 OLDEST_VENV=.venv-oldest-3.10`.
 OLDEST_VENV := .venv-oldest
 
-.PHONY: venv demo test test-benchmarks test-sharded test-long test-collections test-npu-contract test-gpu test-xla test-oldest test-python test-installed newest stress stress-quick tried lint docs browser figures notebook benchmarks bench-quick survey clean
+.PHONY: venv demo test test-benchmarks test-sharded test-long test-collections test-npu-contract test-gpu test-xla test-oldest test-python test-installed newest stress stress-quick tried lint docs browser figures notebook benchmarks bench-quick bench-choose survey clean
 
 # Where the figures of pages go.
 FIGURES := docs/bench
@@ -166,6 +166,16 @@ bench-quick: venv
 	mkdir -p $(FIGURES)
 	cp build/bench-quick/report.json build/bench-quick/report.txt build/bench-quick/bench.png $(FIGURES)
 	LIGHTNING_OPTIM_BENCH_FIGURES=$(FIGURES) $(BIN)/python -m pytest tests/bench/test_bench.py -k figures
+
+# What docs/choosing.md compares, on the same GPT; `make figures` then draws it. Rates are around the best that is known.
+PROJECTED := rank=32,update_proj_gap=50
+bench-choose: venv
+	OMP_NUM_THREADS=1 $(BIN)/lightning-optim bench adamw_torch,lr=0.003 adamw_torch_layerwise,lr=0.003 \
+	    adamw_8bit,lr=0.003 adamw_8bit_layerwise,lr=0.003 lion_8bit,lr=0.001 galore_adamw,lr=0.02,$(PROJECTED) \
+	    galore_adamw_8bit_layerwise,lr=0.02,$(PROJECTED) apollo_mini_layerwise,lr=0.00316,update_proj_gap=50 \
+	    muon,lr_scale=match_rms_adamw,lr=0.0316 adafactor,lr=0.003 adalomo,lr=0.03 \
+	    schedule_free_adamw,lr=0.00316 --quick --lrs 3 --no-picture --output build/bench-choose
+	cp build/bench-choose/report.json $(FIGURES)/choose.json
 
 # Every optimizer class of torch.optim and the big collections against every promise: docs/other-optimizers.md. Ctrl-C
 # interrupts it, and the same command goes on.

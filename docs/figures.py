@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from drawing import THEMES, Theme
-from pictures_of import demo
+from pictures_of import against_memory, demo
+from wishes import wishes
 
 from lightning_optim.command import markdown_table
 
@@ -39,6 +40,7 @@ def read(name: str) -> Facts:
 #: By name of the picture: what draws it, and from which file.
 PICTURES: dict[str, tuple[Callable[[Facts, Theme], str], str]] = {
     "demo": (demo, "demo"),
+    "memory": (against_memory, "choose"),
 }
 
 
@@ -157,6 +159,33 @@ def papers_8bit() -> Iterator[str]:
     yield from markdown_table(("GPT-2 medium, float32", f"less state than `{whole['optim']}`"), rows)
 
 
+def measured() -> Iterator[str]:
+    """Yields losses and memory of what is compared on the page "Which optimizer?", and where that was."""
+    report = read("choose")
+    rows, options = [], []
+    for row in sorted(report["optimizers"], key=lambda row: row["loss"]):
+        difference = row["difference"]
+        shown = [f"{difference[name]:+.3f}" for name in ("mean", "low", "high")] if difference else []
+        interval = f"{shown[0]} ({shown[1]} to {shown[2]})" if shown else ""
+        sizes = (f"{row[part] / 2**20:.1f}" for part in ("state_bytes", "peak_bytes"))
+        rows.append((f"`{row['identifier']}`", f"{row['lr']:g}", f"{row['loss']:.3f}", interval, *sizes))
+        given = ",".join(part for part in row["optimizer"].split(",")[1:] if not part.startswith("lr="))
+        options += [f"`{row['identifier']}` with `{given}`"] if given else []
+    reference = report["reference"].split(",")[0]
+    header = ("identifier", "lr", "loss", f"less `{reference}`'s", "state, MiB", "peak, MiB")
+    yield from markdown_table(header, rows)
+    where = report["machine"]
+    device = f"{where['threads']} thread on {where['device']}"
+    versions = ", ".join(f"{package} {version}" for package, version in where["versions"].items())
+    yield from (
+        "",
+        f"{report['workload'][0].upper()}{report['workload'][1:]}; {report['steps']} steps. Each optimizer tried "
+        f"{report['rates']} learning rates with one seed; the loss is the mean of {report['seeds']} others, the "
+        f"difference to `{reference}` is paired by seed and has its {report['confidence']:.0%} interval. The peak "
+        f"counts parameters, gradients, state and activations. {', '.join(options)}. {device}; {versions}.",
+    )
+
+
 TABLES: dict[str, Callable[[], Iterator[str]]] = {
     "memory-7b": memory_7b,
     "memory-7b-strategies": memory_of("llama-7b"),
@@ -168,6 +197,8 @@ TABLES: dict[str, Callable[[], Iterator[str]]] = {
     "papers-galore": papers_galore,
     "papers-apollo": papers_apollo,
     "papers-8bit": papers_8bit,
+    "measured": measured,
+    "wishes": lambda: wishes(read),
 }
 
 

@@ -110,11 +110,9 @@ def against_memory(report: Facts, theme: Theme) -> str:
     )
     canvas = Canvas(880, 560, theme, label)
     canvas.text(24, 44, "Down and to the left is better", size=26, bold=True)
-    canvas.text(24, 72, f"A small GPT after {report['steps']} steps, each optimizer", size=17, color=theme.faint)
-    canvas.text(
-        24, 94, f"at the best of {report['rates']} learning rates, {report['seeds']} seeds", size=17, color=theme.faint
-    )
-    left, right, top, bottom = 70, 850, 128, 480
+    how = f"at the best of {report['rates']} learning rates, mean of {report['seeds']} seeds"
+    canvas.text(24, 72, f"A small GPT after {report['steps']} steps, each {how}", size=17, color=theme.faint)
+    left, right, top, bottom = 70, 850, 124, 480
     peaks = [row["peak_bytes"] / MIB for row in rows]
     seeds = [one["value"] for row in rows for one in row["values"]]
     room = 0.06 * (max(seeds) - min(seeds))
@@ -129,7 +127,7 @@ def against_memory(report: Facts, theme: Theme) -> str:
     for tick in x.ticks(1):
         canvas.text(x(tick), bottom + 24, f"{tick:.0f}", size=16, color=theme.faint, anchor="middle")
     canvas.text((left + right) / 2, bottom + 50, "peak of memory, MiB", size=17, color=theme.faint, anchor="middle")
-    canvas.text(24, 120, "loss", size=17, color=theme.faint)
+    canvas.text(24, 108, "loss", size=17, color=theme.faint)
     places = {row["identifier"]: (x(row["peak_bytes"] / MIB), y(row["loss"])) for row in rows}
     for name, place in places.items():
         if name.endswith("_layerwise") and name.removesuffix("_layerwise") in places:
@@ -137,14 +135,17 @@ def against_memory(report: Facts, theme: Theme) -> str:
             canvas.curve([plain, place], theme.faint, 1.5, dashes="2 5")
     taken: list[Box] = []
     for row in rows:
-        (across, middle), color = places[row["identifier"]], _family(theme, row["identifier"])
+        across, color = places[row["identifier"]][0], _family(theme, row["identifier"])
         values = [y(one["value"]) for one in row["values"]]
         canvas.line(across, min(values), across, max(values), color, 2)
-        taken += [(across - 8, middle - 8, across + 8, middle + 8), (across - 3, min(values), across + 3, max(values))]
-    for name, (across, down) in places.items():
+        taken.append((across - 3, min(values), across + 3, max(values)))
+    for name in sorted(places, key=len, reverse=True):  # the longest need most room
+        across, down = places[name]
         color = _family(theme, name)
         canvas.dot(across, down, 6, color, hollow=name.endswith("_layerwise"))
-        box = _free(across, down, 9.2 * len(name), (left, top, right, bottom), taken)
+        # Beside another's dot, a label would be taken for that one's.
+        others = [(at - 26, to - 8, at + 26, to + 8) for other, (at, to) in places.items() if other != name]
+        box = _free(across, down, 9.2 * len(name), (left, top, right, bottom), taken + others)
         taken.append(box)
         canvas.text(box[0], box[3] - 5, name, size=15, color=color, mono=True)
     return canvas.svg()
@@ -157,7 +158,7 @@ def _free(across: float, down: float, width: float, frame: Box, taken: list[Box]
     """Returns where a label of this width beside a dot overlaps least with what is there."""
     beside = [(across + 11, down - 10), (across - 11 - width, down - 10)]
     shifted = [(left, down + offset) for offset in (-24, 6, -38, 20) for left in (across + 6, across - width - 6)]
-    middle = [(across - width / 2, down + offset) for offset in (-30, 12, -46, 28)]
+    middle = [(across - width / 2, down + offset) for offset in (-30, 12, 17, -46, 28)]
     boxes = [(left, upper, left + width, upper + 20) for left, upper in (*beside, *middle, *shifted)]
 
     def cost(box: Box) -> float:

@@ -104,6 +104,23 @@ def test_what_the_picture_of_the_demo_says_holds(figures: dict[str, Any]) -> Non
     assert light != dark
 
 
+def test_the_picture_of_memory_has_every_optimizer(figures: dict[str, Any]) -> None:
+    report = read("choose")
+    assert not any(row["failures"] or row["lr_is_at_the_edge"] for row in report["optimizers"])
+    pictures = figures["pictures"]()
+    for name in ("light", "dark"):
+        picture = pictures[ROOT / "docs" / "pictures" / f"memory-{name}.svg"]
+        assert all(f">{row['identifier']}</text>" in picture for row in report["optimizers"])
+        dots = [element for element in picture.splitlines() if element.startswith("<circle")]
+        assert len(dots) == len(report["optimizers"])
+
+
+def test_what_bench_choose_runs_is_what_was_compared() -> None:
+    target = (ROOT / "Makefile").read_text(encoding="utf-8").partition("\nbench-choose:")[2].partition("\n\n")[0]
+    words = target.replace("$(PROJECTED)", "rank=32,update_proj_gap=50").partition("--quick")[0].split()
+    assert [word for word in words if "lr=" in word] == [one["optimizer"] for one in read("choose")["optimizers"]]
+
+
 def test_every_table_is_in_a_page(figures: dict[str, Any]) -> None:
     shown = {name for page in PAGES for _, name, _ in figures["MARKED"].findall(page.read_text(encoding="utf-8"))}
     assert shown == set(figures["TABLES"])

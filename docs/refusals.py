@@ -1,4 +1,4 @@
-"""Writes the entries of docs/refusals.md, a file for each of its sections, into docs/generated/."""
+"""Writes the entries of docs/refusals/, a file for each page, and a list of them for docs/refusals.md."""
 
 from __future__ import annotations
 
@@ -12,18 +12,23 @@ DOCS = Path(__file__).parent
 
 
 def main(target: Path) -> None:
-    """Writes ``refusals-NAME.md`` for each section."""
+    """Writes ``refusals-NAME.md`` for each section, and ``refusals-index.md``."""
+    index = []
     for name, entries in SECTIONS.items():
         lines = [line for entry in entries for line in paragraph(entry)]
         (target / f"refusals-{name}.md").write_text("\n".join(lines), encoding="utf-8")
+        page = f"refusals/{name}.md"
+        links = (f"[{entry.code}]({page}#{entry.code.lower()}-{entry.name}) {entry.name}" for entry in entries)
+        index.append(f"**[{title(page)}]({page})**: {', '.join(links)}\n")
+    (target / "refusals-index.md").write_text("\n".join(index), encoding="utf-8")
 
 
 def paragraph(entry: Entry) -> Iterator[str]:
     """Yields an entry under a heading, at the anchor of its code."""
-    more = f" More: [{title(entry.page)}]({entry.page})." if entry.page else ""
+    more = f" More: [{title(entry.page)}](../{entry.page})." if entry.page else ""
     gone = f" Not raised any more: {entry.retired}" if entry.retired else ""
     yield f"({entry.code})="
-    yield f"### {entry.code}: {entry.name}\n"
+    yield f"## {entry.code}: {entry.name}\n"
     yield f"{entry.what} {entry.why}{gone}\n"
     yield f"**Instead:** {entry.do}{more}\n"
 

@@ -48,7 +48,7 @@ ROOT = Path(__file__).parent.parent
 PAGES = sorted(
     [
         *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")),
-        *(page for folder in ("docs", "docs/identifiers") for page in (ROOT / folder).glob("*.md")),
+        *(page for folder in ("docs", "docs/identifiers", "docs/refusals") for page in (ROOT / folder).glob("*.md")),
     ]
 )
 KINDS = {"python", "yaml", "pycon", "console", "console fails", "console no-run", "text", "text output", "toml"}
@@ -196,7 +196,7 @@ def _isolated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def _name(page: Path) -> str:
-    return f"identifiers-{page.stem}" if page.parent.name == "identifiers" else page.stem
+    return page.stem if page.parent.name in ("docs", ROOT.name) else f"{page.parent.name}-{page.stem}"
 
 
 @pytest.mark.parametrize("page", PAGES, ids=_name)
@@ -305,14 +305,17 @@ def test_api_page_documents_every_public_name() -> None:
 
 def test_refusals_page_has_every_entry(tmp_path: Path) -> None:
     runpy.run_path(str(ROOT / "docs" / "generate.py"))["main"](tmp_path)
-    page = (ROOT / "docs" / "refusals.md").read_text(encoding="utf-8")
-    shown = ""
-    for section in SECTIONS:
-        assert page.count(f"{{include}} generated/refusals-{section}.md") == 1
-        shown += (tmp_path / f"refusals-{section}.md").read_text(encoding="utf-8")
-    for code, entry in ENTRIES.items():
-        assert shown.count(f"({code})=\n### {code}: {entry.name}\n") == 1
-        assert entry.do in shown
+    overview = (ROOT / "docs" / "refusals.md").read_text(encoding="utf-8")
+    index = (tmp_path / "refusals-index.md").read_text(encoding="utf-8")
+    for section, entries in SECTIONS.items():
+        page = (ROOT / "docs" / "refusals" / f"{section}.md").read_text(encoding="utf-8")
+        assert f"{{include}} ../generated/refusals-{section}.md" in page
+        assert f"\nrefusals/{section}\n" in overview
+        shown = (tmp_path / f"refusals-{section}.md").read_text(encoding="utf-8")
+        for entry in entries:
+            assert shown.count(f"({entry.code})=\n## {entry.code}: {entry.name}\n") == 1
+            assert entry.do in shown
+            assert f"[{entry.code}](refusals/{section}.md#{entry.code.lower()}-{entry.name}) {entry.name}" in index
     tables = (rules.CONFIG_RULES, rules.RUN_RULES, rules.DEMAND_RULES, rules.FUSED_RULES, rules.LAYERWISE_RULES)
     assert {code for table in tables for code in table} <= ENTRIES.keys()
 

@@ -220,7 +220,7 @@ def test_what_couples_is_refused_by_every_way_in(kind: type[Descent], arguments:
     for way in ways:
         with pytest.raises(IncompatibleTrainer) as error:
             way()
-        text = str(error.value)
+        text = error.value.text
         assert text.startswith(f"{kind.__name__} cannot be stepped layer by layer")
         assert reason in text
         assert text.endswith("Use it plainly.")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 import runpy
@@ -90,6 +91,7 @@ def test_what_the_picture_of_the_demo_says_holds(figures: dict[str, Any]) -> Non
     records = {one["optimizer"]: one for one in read("demo")["records"]}
     losses = {name: one["val_loss"] for name, one in records.items()}
     assert losses["adamw_8bit_layerwise"] < losses["adamw_torch"] + 0.01
+    assert losses["galore_adamw"] == pytest.approx(losses["adamw_torch"], abs=0.05)
     assert losses["muon"] < losses["adamw_torch"] - 0.05
     same = ("adamw_torch", "adamw_torch", "adamw_8bit", "adamw_8bit")
     assert tuple(one["losses_of"] for one in records.values())[:4] == same
@@ -119,6 +121,17 @@ def test_what_bench_choose_runs_is_what_was_compared() -> None:
     target = (ROOT / "Makefile").read_text(encoding="utf-8").partition("\nbench-choose:")[2].partition("\n\n")[0]
     words = target.replace("$(PROJECTED)", "rank=32,update_proj_gap=50").partition("--quick")[0].split()
     assert [word for word in words if "lr=" in word] == [one["optimizer"] for one in read("choose")["optimizers"]]
+
+
+def test_labels_are_kept_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(ROOT / "docs")
+    drawing = runpy.run_path(str(ROOT / "docs" / "drawing.py"))
+    places = drawing["spread"]([100.0, 101.0, 99.0, 300.0], 20, 95, 310)
+    assert sorted(range(4), key=places.__getitem__) == [2, 0, 1, 3]
+    assert all(later - one > 19.9 for one, later in itertools.pairwise(sorted(places)))
+    assert 95 <= min(places) <= max(places) <= 310
+    assert drawing["Axis"](0.95, 2.1, 0, 1).ticks(0.5) == [1.0, 1.5, 2.0]
+    assert drawing["mean_of_last"]([1.0, 3.0, 8.0], 2) == [1.0, 2.0, 5.5]
 
 
 def test_every_table_is_in_a_page(figures: dict[str, Any]) -> None:

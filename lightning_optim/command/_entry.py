@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 
@@ -38,7 +39,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     except CommandError as error:
         print(f"lightning-optim {arguments.subcommand}: error: {error}", file=sys.stderr)
         return error.status
-    print(render.as_json(report) if arguments.json else arguments.subcommand_module.as_text(report))
+    try:
+        print(render.as_json(report) if arguments.json else arguments.subcommand_module.as_text(report), flush=True)
+    except BrokenPipeError:
+        # Whoever reads has had enough, as `| head`. Python would flush again at its exit, and complain.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 0 if report.get("ok", True) else 1
 
 

@@ -25,7 +25,7 @@ def _find(text: str) -> Entry:
     named = {entry.name: entry for entry in ENTRIES.values()}
     entry = ENTRIES.get(text.upper()) or named.get(text.lower())
     if entry is None:
-        near = close_names(text.replace("-", "_"), named) or [*ENTRIES][:1]
+        near = close_names(text.replace("-", "_"), named) or [*named][:1]
         raise CommandError(
             f"there is no code and no name {text!r}. Codes are such as {next(iter(ENTRIES))!r}, names such as "
             f"{listing(near)}; `lightning-optim explain` lists all"

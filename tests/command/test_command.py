@@ -5,8 +5,10 @@ from __future__ import annotations
 import ast
 import importlib
 import json
+import os
 import re
 import shlex
+import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -554,6 +556,15 @@ def test_the_module_prints_nothing_but_json() -> None:
     done = run_fresh("-m", "lightning_optim", "list", "--json")
     assert done.returncode == 0, done.stderr
     assert {entry["identifier"] for entry in strict_json(done.stdout)["optimizers"]} == set(LISTED)
+
+
+def test_a_reader_that_has_had_enough_is_no_error() -> None:
+    reading, writing = os.pipe()
+    os.close(reading)
+    command = [sys.executable, "-m", "lightning_optim", "explain"]
+    with open(writing, "wb") as closed:
+        done = subprocess.run(command, stdout=closed, stderr=subprocess.PIPE, text=True, timeout=300)
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 def test_the_module_exits_with_the_status(tmp_path: Path) -> None:

@@ -156,7 +156,8 @@ benchmarks: venv
 	$(BIN)/python benchmarks/monitor.py --output $(FIGURES)
 	$(BIN)/python benchmarks/sharded.py --output $(FIGURES)
 	$(BIN)/python benchmarks/dealt.py --output $(FIGURES)
-	$(BIN)/python benchmarks/optimizers.py
+	$(BIN)/python benchmarks/muon.py --output $(FIGURES)
+	$(BIN)/python benchmarks/optimizers.py --output $(FIGURES)
 
 # Optimizers side by side on a small GPT, in a few minutes; the figures and the picture of docs/bench.md, unless another
 # folder is given. Its tensors are so small that threads cost more than they bring. Fails if a training diverged.

@@ -1,19 +1,21 @@
 """Muon on CPU: what stacks gain, a step in units of torch's, and when a stack changes the bits of a matrix.
 
-python benchmarks/muon.py
+python benchmarks/muon.py --output docs/bench    # writes muon.json there, too
 """
 
 from __future__ import annotations
 
-import os
-import platform
+import argparse
+import json
 import random
 import statistics
 import time
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from lightning_optim.bench._run import machine
 from lightning_optim.optimizers import Muon
 from lightning_optim.optimizers._newton_schulz import orthogonalize, stack_size
 
@@ -26,36 +28,51 @@ ITERATION = {"steps": 5, "coefficients": (3.4445, -4.775, 2.0315), "eps": 1e-7}
 
 
 def main() -> None:
-    """Prints the rows of the tables in docs/muon.md, and how many shapes' bits change."""
+    """Prints the ratios of the tables in docs/muon.md, and how many shapes' bits change."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--output", type=Path, help="folder for muon.json")
+    output = parser.parse_args().output
     torch.set_num_threads(1)
-    time_stacks()
-    time_steps()
+    measured = {"stacks": time_stacks(), "steps": time_steps()}
     generator = random.Random(0)
     shapes = [(generator.randint(1, 90), generator.randint(1, 90)) for _ in range(60)]
     shapes += [(16 * generator.randint(1, 8), 16 * generator.randint(1, 8)) for _ in range(30)]
+    bits = {}
     for dtype in DTYPES:
         groups: dict[bool, list[bool]] = {False: [], True: []}
         for shape in shapes:
             groups[is_aligned(shape, dtype)].append(depends_on_the_stack(shape, dtype))
         texts = [f"{sum(found)} of {len(found)} shapes {'' if key else 'not '}aligned" for key, found in groups.items()]
         print(f"{dtype}: the stack changes bits of {', of '.join(texts)}")
-    print(f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} thread; torch {torch.__version__}")
+        bits[str(dtype).removeprefix("torch.")] = {
+            "aligned" if key else "not aligned": [sum(found), len(found)] for key, found in groups.items()
+        }
+    print(json.dumps(machine()))
+    if output:
+        kept = {"command": "python benchmarks/muon.py", "machine": machine(), **measured, "bits": bits}
+        (output / "muon.json").write_text(json.dumps(kept, indent=1) + "\n", encoding="utf-8")
 
 
-def time_stacks() -> None:
-    """Prints the time of orthogonalizing matrices alone, in units of that in stacks."""
+def time_stacks() -> list[dict[str, object]]:
+    """Prints and returns the time of orthogonalizing matrices alone, in units of that in stacks."""
+    measured: list[dict[str, object]] = []
     for shape in STACKED:
         matrices = list(torch.randn(COUNT, *shape))
         size = stack_size(shape, torch.float32, CPU)
         ratio = statistics.median(seconds(matrices, 1) / seconds(matrices, size) for _ in range(ROUNDS))
         print(f"| {shape[0]}x{shape[1]}, {size} in a stack | {ratio:.1f} |")
+        measured.append({"shape": shape, "stack": size, "ratio": ratio})
+    return measured
 
 
-def time_steps() -> None:
-    """Prints the time of a step of torch's Muon, in units of ours."""
+def time_steps() -> list[dict[str, object]]:
+    """Prints and returns the time of a step of torch's Muon, in units of ours."""
+    measured: list[dict[str, object]] = []
     for shape in STEPPED:
         ratio = statistics.median(step_seconds(torch.optim.Muon, shape) / step_seconds(Muon, shape) for _ in range(5))
         print(f"| {shape[0]}x{shape[1]} | {ratio:.0f} |")
+        measured.append({"shape": shape, "ratio": ratio})
+    return measured
 
 
 def seconds(matrices: list[Tensor], size: int) -> float:

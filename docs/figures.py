@@ -16,6 +16,7 @@ from typing import Any
 
 from drawing import THEMES, Theme
 from pictures_of import against_memory, demo
+from step_times import OTHERS, PROJECTING, own, stacks, steps
 from wishes import wishes
 
 from lightning_optim.command import markdown_table
@@ -199,6 +200,10 @@ TABLES: dict[str, Callable[[], Iterator[str]]] = {
     "papers-8bit": papers_8bit,
     "measured": measured,
     "wishes": lambda: wishes(read),
+    "steps-projecting": lambda: own(PROJECTING)(read("optimizers")),
+    "steps-others": lambda: own(OTHERS)(read("optimizers")),
+    "muon-stacks": lambda: stacks(read("muon")),
+    "muon-steps": lambda: steps(read("muon")),
 }
 
 

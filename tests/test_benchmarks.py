@@ -149,9 +149,13 @@ def test_a_stack_of_aligned_matrices_changes_no_bits(
     assert all(float(ratio) > 0 for ratio in ratios)
 
 
-def test_optimizers_benchmark_runs() -> None:
-    size = ("--side", "64", "--count", "4", "--fast", "--threads", "1")
+def test_optimizers_benchmark_runs(tmp_path: Path) -> None:
+    size = ("--side", "64", "--count", "4", "--fast", "--threads", "1", "--output", str(tmp_path))
     printed = run("optimizers.py", *size, "--convergence", "--steps", "2", "--seeds", "1", "--no-imports")
+    kept = json.loads((tmp_path / "optimizers.json").read_text(encoding="utf-8"))
+    shown = BENCHMARKS.parent / "docs" / "bench" / "optimizers.json"
+    assert kept.keys() == json.loads(shown.read_text(encoding="utf-8")).keys()
+    assert f" {kept['large']['ratios']['GaLoreAdamW']['adamw'][1]:.2f} " in printed
     assert "1 thread(s) on" in printed
     assert "torch 2." in printed
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 import re
 import runpy
 import xml.dom.minidom
 from collections.abc import Callable
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import pytest
@@ -43,6 +45,34 @@ def shown_by_muon() -> tuple[str, ...]:
     )
 
 
+def shown_by_projections() -> tuple[str, ...]:
+    """The time of the randomized projection and the losses with it, in units of the exact one's."""
+    measured = read("optimizers")
+    train, val = zip(*measured["convergence"], strict=True)
+    assert len(train) == 3
+    ratios = (fmean(val), fmean(train), min(*train, *val), max(*train, *val))
+    return f"{1 / measured['refresh']:.0f}", *(f"{ratio:.4f}" for ratio in ratios)
+
+
+def captured() -> tuple[str, ...]:
+    """Of how many percent of the energy the randomized projection captures more."""
+    return (f"{math.floor(100 * read('optimizers')['captured']['falling spectrum'])}",)
+
+
+def shapes_whose_bits_change() -> tuple[str, ...]:
+    """Of how many shapes a stack changes bits, in float32 and in float64, and how many are aligned."""
+    bits = read("muon")["bits"]
+    changed = [str(count) for dtype in ("float32", "float64") for count in bits[dtype]["not aligned"]]
+    assert not any(found["aligned"][0] for found in bits.values())
+    return *changed, *(str(bits[dtype]["aligned"][1]) for dtype in ("float32", "float64"))
+
+
+def best_rates() -> tuple[str, ...]:
+    """The learning rates that the demo found best for Muon and for AdamW."""
+    rates = {one["optimizer"]: one["lr"] for one in read("demo")["records"]}
+    return f"{rates['muon']:g}", f"{rates['adamw_torch']:g}"
+
+
 #: Figures in sentences: the page, how they stand there, and what they are. Tables need no entry: they stand between
 #: markers, see docs/figures.py.
 SENTENCES = [
@@ -51,6 +81,19 @@ SENTENCES = [
         r"muon_steps.py --quick --steps (\d+) --shares ([\d. ]+\d)`.*"
         r"In three quarters of the steps Muon is ([\w ]+), in half of them ([\w ]+)\.",
         shown_by_muon,
+    ),
+    (
+        "docs/muon.md",
+        r"in float32 for (\d+) of (\d+), in float64 for (\d+) of (\d+), and for none of (\d+) and (\d+) shapes",
+        shapes_whose_bits_change,
+    ),
+    ("docs/faq.md", r"learns best at ([\d.]+), and with AdamW at ([\d.]+) ", best_rates),
+    ("docs/low-rank.md", r"captures more than (\d+) % of the energy", captured),
+    (
+        "docs/low-rank.md",
+        r"took 1/(\d+) of `torch.linalg.svd`.*ended at ([\d.]+) of the exact projection's validation loss and ([\d.]+) "
+        r"of its training loss, means of three\s+seeds that lie between ([\d.]+) and ([\d.]+)\.",
+        shown_by_projections,
     ),
 ]
 

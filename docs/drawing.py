@@ -6,7 +6,8 @@ Text stays text, in the fonts of whoever looks at it, and takes at most the room
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from html import escape
 
@@ -112,6 +113,13 @@ class Canvas:
         self.lines.append(
             f'<circle cx="{_n(x)}" cy="{_n(y)}" r="{_n(radius)}" fill="{fill}" stroke="{color}" stroke-width="2"/>'
         )
+
+    @contextmanager
+    def moved(self, x: float, y: float) -> Iterator[None]:
+        """Moves what is drawn inside of it to the right and down."""
+        self.lines.append(f'<g transform="translate({_n(x)} {_n(y)})">')
+        yield
+        self.lines.append("</g>")
 
     def svg(self) -> str:
         """Returns the picture."""

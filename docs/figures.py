@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from drawing import THEMES, Theme
-from pictures_of import against_memory, demo
+from pictures_of import against_memory, demo, demo_narrow
 from step_times import OTHERS, PROJECTING, own, stacks, steps
 from wishes import wishes
 
@@ -41,6 +41,7 @@ def read(name: str) -> Facts:
 #: By name of the picture: what draws it, and from which file.
 PICTURES: dict[str, tuple[Callable[[Facts, Theme], str], str]] = {
     "demo": (demo, "demo"),
+    "demo-narrow": (demo_narrow, "demo"),
     "memory": (against_memory, "choose"),
 }
 

@@ -19,8 +19,8 @@ SHORT = {
 }
 
 
-def demo(measured: Facts, theme: Theme) -> str:
-    """Draws the losses by step, and beside them what states and gradients hold."""
+def demo(measured: Facts, theme: Theme, narrow: bool = False) -> str:
+    """Draws the losses by step, and beside them, or in a narrow picture below, what states and gradients hold."""
     records = measured["records"]
     by_name = {record["optimizer"]: record for record in records}
     share = _held(by_name["adamw_8bit_layerwise"]) / _held(by_name["adamw_torch"])
@@ -28,18 +28,25 @@ def demo(measured: Facts, theme: Theme) -> str:
         "Training loss by step of AdamW, its layerwise and 8-bit forms, GaLore and Muon; and what optimizer state and "
         "gradients take with each: "
     ) + ", ".join(f"{record['optimizer']} {_held(record) / MIB:.1f} MiB" for record in records)
-    canvas = Canvas(880, 500, theme, label)
-    canvas.text(24, 44, f"AdamW's losses with {share:.0%} of its state and gradients", size=26, bold=True)
-    canvas.text(
-        24,
-        72,
-        "And lower ones with Muon. A small GPT trained on a CPU, on the same batches for all.",
-        size=17,
-        color=theme.faint,
-    )
-    _curves(canvas, records)
-    _bars(canvas, records)
+    head = [f"AdamW's losses with {share:.0%}", "of its state and gradients"]
+    below = ["And lower ones with Muon. A small GPT trained", "on a CPU, on the same batches for all."]
+    if not narrow:
+        head, below = [" ".join(head)], [" ".join(below)]
+    canvas = Canvas(*((470, 990) if narrow else (880, 500)), theme, label)
+    for number, line in enumerate(head):
+        canvas.text(24, 44 + 32 * number, line, size=26, bold=True)
+    for number, line in enumerate(below):
+        canvas.text(24, 40 + 32 * len(head) + 22 * number, line, size=17, color=theme.faint)
+    with canvas.moved(0, 54 if narrow else 0):
+        _curves(canvas, records, 312 if narrow else 398)
+    with canvas.moved(-544 if narrow else 0, 484 if narrow else 0):
+        _bars(canvas, records)
     return canvas.svg()
+
+
+def demo_narrow(measured: Facts, theme: Theme) -> str:
+    """Draws the same for a narrow screen."""
+    return demo(measured, theme, narrow=True)
 
 
 def _held(record: Facts) -> int:
@@ -47,8 +54,8 @@ def _held(record: Facts) -> int:
     return held
 
 
-def _curves(canvas: Canvas, records: list[Facts]) -> None:
-    theme, left, right, top, bottom = canvas.theme, 62, 398, 122, 438
+def _curves(canvas: Canvas, records: list[Facts], right: float) -> None:
+    theme, left, top, bottom = canvas.theme, 62, 122, 438
     steps = len(records[0]["train_losses"])
     # Those with the same losses, bit for bit, are one curve.
     curves = {

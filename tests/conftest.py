@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 import warnings
 from collections.abc import Iterator
 
@@ -27,6 +28,16 @@ def _quiet() -> None:
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
     warnings.filterwarnings("ignore", message=".*isinstance.treespec, LeafSpec.*")
     warnings.filterwarnings("ignore", message=".*_stable_hash_for_caching.*")
+
+
+@pytest.fixture(autouse=True)
+def _no_overrides_left() -> Iterator[None]:
+    """Undoes what a test told bitsandbytes' manager, which upstream's optimizers ask in the whole process."""
+    yield
+    # A test may have taken it away, or put something else in its place.
+    manager = getattr(sys.modules.get("bitsandbytes.optim"), "GlobalOptimManager", None)
+    if manager:
+        manager.get_instance().initialize()
 
 
 @pytest.fixture(autouse=True)

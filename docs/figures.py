@@ -11,11 +11,12 @@ import argparse
 import json
 import re
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from drawing import THEMES, Theme
-from pictures_of import against_memory, demo, demo_narrow
+from pictures_of import against_memory, demo
 from step_times import OTHERS, PROJECTING, own, stacks, steps
 from wishes import wishes
 
@@ -41,7 +42,7 @@ def read(name: str) -> Facts:
 #: By name of the picture: what draws it, and from which file.
 PICTURES: dict[str, tuple[Callable[[Facts, Theme], str], str]] = {
     "demo": (demo, "demo"),
-    "demo-narrow": (demo_narrow, "demo"),
+    "demo-narrow": (partial(demo, narrow=True), "demo"),
     "memory": (against_memory, "choose"),
 }
 

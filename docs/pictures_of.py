@@ -44,11 +44,6 @@ def demo(measured: Facts, theme: Theme, narrow: bool = False) -> str:
     return canvas.svg()
 
 
-def demo_narrow(measured: Facts, theme: Theme) -> str:
-    """Draws the same for a narrow screen."""
-    return demo(measured, theme, narrow=True)
-
-
 def _held(record: Facts) -> int:
     held: int = record["state_bytes"] + record["gradient_bytes"]
     return held

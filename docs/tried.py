@@ -23,13 +23,13 @@ class Tried:
     Attributes:
         what: In words.
         command: What runs it.
-        arguments: What pytest collects it by.
+        arguments: What pytest collects it by, where the command is not pytest itself.
         variable: Which variable of the environment chooses the long form.
     """
 
     what: str
     command: str
-    arguments: str
+    arguments: str = ""
     variable: str = ""
 
 
@@ -39,30 +39,25 @@ TRIED = (
         "a run through the Trainer equals a loop with the upstream class, bit for bit; our own algorithms equal a "
         "reference of at most 25 lines",
         "pytest tests/trainer/test_reference.py tests/optimizers/test_references.py",
-        "tests/trainer/test_reference.py tests/optimizers/test_references.py",
     ),
     Tried(
         "a fresh process goes on from a checkpoint, bit for bit",
         "pytest tests/trainer/test_resume.py",
-        "tests/trainer/test_resume.py",
     ),
-    Tried("layerwise equals plain", "pytest tests/layerwise", "tests/layerwise"),
+    Tried("layerwise equals plain", "pytest tests/layerwise"),
     Tried(
         "what torch demands of its own optimizers",
         "pytest tests/table/test_promises.py",
-        "tests/table/test_promises.py",
     ),
     Tried(
         "states of torch, bitsandbytes, torchao, schedulefree, optimi, galore-torch, transformers and peft, and the "
         "checkpoints of every release",
         "pytest tests/build/test_foreign_state.py tests/build/test_migrate.py tests/old_checkpoints",
-        "tests/build/test_foreign_state.py tests/build/test_migrate.py tests/old_checkpoints",
     ),
     Tried(
         "processes that are killed, full disks, folders without permission, files that are cut off, changed, foreign "
         "or malicious; `LIGHTNING_OPTIM_HITS=20` kills more often",
         "pytest tests/faults",
-        "tests/faults",
     ),
     Tried(
         "shards of 1, 2 and 4 processes equal one process, and checkpoints go between them",
@@ -86,7 +81,14 @@ def collected(tried: Tried) -> list[str]:
     Raises:
         subprocess.CalledProcessError: If it finds none, or cannot import one.
     """
-    command = [sys.executable, "-m", "pytest", "--collect-only", "--quiet", *tried.arguments.split()]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "--collect-only",
+        "--quiet",
+        *(tried.arguments or tried.command.removeprefix("pytest ")).split(),
+    ]
     environment = {**os.environ, tried.variable: "1"} if tried.variable else os.environ
     found = subprocess.run(command, cwd=ROOT, env=environment, check=True, capture_output=True, text=True, timeout=600)
     return [line for line in found.stdout.splitlines() if "::" in line and not line.startswith("SKIPPED")]

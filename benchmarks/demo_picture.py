@@ -19,7 +19,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning import Trainer, seed_everything
+from lightning import seed_everything
+from optimizers_convergence import quiet_trainer
 
 from lightning_optim.bench import GPT, PythonTopics, quiet
 from lightning_optim.bench._run import machine
@@ -48,19 +49,7 @@ def train(optimizer: str, lr: float, seed: int, steps: int, model: dict[str, int
     seed_everything(seed, verbose=False)
     settings = {**SETTINGS, "lr": lr, "optim_args": OPTIMIZERS[optimizer][0]}
     module, data, record = GPT(optim=optimizer, **settings, **model), PythonTopics(), Recorder()
-    trainer = Trainer(
-        accelerator="cpu",
-        max_steps=steps,
-        val_check_interval=steps,
-        check_val_every_n_epoch=None,
-        num_sanity_val_steps=0,
-        gradient_clip_val=1.0,
-        logger=False,
-        enable_checkpointing=False,
-        enable_model_summary=False,
-        enable_progress_bar=False,
-        callbacks=record,
-    )
+    trainer = quiet_trainer(steps, record)
     with quiet():
         trainer.fit(module, data)
     return {

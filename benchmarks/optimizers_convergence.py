@@ -37,12 +37,9 @@ class TrainLosses(Callback):
         self.each.append(outputs["loss"].item())
 
 
-def train(projection: str, seed: int, steps: int) -> Losses:
-    """Trains from scratch; the seed decides the initial weights and the order of the data."""
-    seed_everything(seed, verbose=False)
-    options = {"rank": RANK, "update_proj_gap": GAP, "projection": projection}
-    model, data, losses = GPT(optim="galore_adamw", optim_args=options, **SETTINGS), PythonTopics(), TrainLosses()
-    trainer = Trainer(
+def quiet_trainer(steps: int, callback: Callback) -> Trainer:
+    """Returns a Trainer on the CPU that clips, validates at the end, and writes and shows nothing."""
+    return Trainer(
         accelerator="cpu",
         max_steps=steps,
         val_check_interval=steps,
@@ -53,7 +50,15 @@ def train(projection: str, seed: int, steps: int) -> Losses:
         enable_checkpointing=False,
         enable_model_summary=False,
         enable_progress_bar=False,
-        callbacks=losses,
+        callbacks=callback,
     )
+
+
+def train(projection: str, seed: int, steps: int) -> Losses:
+    """Trains from scratch; the seed decides the initial weights and the order of the data."""
+    seed_everything(seed, verbose=False)
+    options = {"rank": RANK, "update_proj_gap": GAP, "projection": projection}
+    model, data, losses = GPT(optim="galore_adamw", optim_args=options, **SETTINGS), PythonTopics(), TrainLosses()
+    trainer = quiet_trainer(steps, losses)
     trainer.fit(model, data)
     return Losses(statistics.fmean(losses.each[-AVERAGED:]), trainer.callback_metrics["val_loss"].item())

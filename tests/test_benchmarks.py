@@ -228,6 +228,7 @@ def test_tables_of_memory_hold_what_the_command_prints(
 
 
 def test_what_the_picture_of_the_demo_shows(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.syspath_prepend(BENCHMARKS)
     script = runpy.run_path(str(BENCHMARKS / "demo_picture.py"))
     few = {"adamw_torch": ({}, (2e-3, 4e-3)), "adamw_torch_layerwise": ({}, "adamw_torch")}
     monkeypatch.setitem(script["main"].__globals__, "OPTIMIZERS", few)
